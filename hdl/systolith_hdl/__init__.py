@@ -1,0 +1,1 @@
+"""The Systolith chip: synthesizable Amaranth HDL and the definitions everything derives from."""

@@ -1,0 +1,241 @@
+"""Access patterns: from an instruction's operand to a stream of columns, and back."""
+
+from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
+from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from .config import CoreConfig
+from .isa import Space
+from .ports import READ_LATENCY, ReadPort, WritePort, column_shape
+
+
+class Pattern(data.Struct):
+    """A checked access pattern: the word address of step (i0, i1, i2, i3), index 3 innermost, is
+    ``base + sum(i[d] * strides[d])``."""
+
+    base: unsigned(24)
+    strides: data.ArrayLayout(signed(16), 4)
+    counts: data.ArrayLayout(unsigned(16), 4)
+    space: Space
+
+
+def pattern(operand: data.View, counts: data.View) -> data.View:
+    """Builds the `Pattern` of an instruction's operand."""
+    return Pattern(
+        Cat(operand.base, operand.strides.as_value(), counts.as_value(), operand.space.as_value())
+    )
+
+
+class AddressGenerator(wiring.Component):
+    """Walks a `Pattern`: one address per cycle.
+
+    Members
+    -------
+    start : In(stream of Pattern); taken when idle, or in the cycle in which the last address of
+        the pattern before it is taken, so that patterns follow each other without a bubble.
+    address : Out(stream of {address, last, space}); first valid one cycle after `start` is taken.
+
+    Throughput: one address per cycle. No multiplier: a running address is kept per nesting level.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                "start": In(stream.Signature(Pattern)),
+                "address": Out(
+                    stream.Signature(
+                        data.StructLayout(
+                            {"address": unsigned(24), "last": unsigned(1), "space": Space}
+                        )
+                    )
+                ),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        active = Signal()
+        current = Signal(Pattern)
+        levels = Signal(data.ArrayLayout(unsigned(24), 4))  # address at which each level started
+        index = Signal(data.ArrayLayout(unsigned(16), 4))
+
+        ends = [Signal(name=f"end{d}") for d in range(4)]
+        for d in range(4):
+            m.d.comb += ends[d].eq(index[d] == current.counts[d] - 1)
+        last = ends[0] & ends[1] & ends[2] & ends[3]
+
+        m.d.comb += [
+            self.address.valid.eq(active),
+            self.address.payload.address.eq(levels[3]),
+            self.address.payload.last.eq(last),
+            self.address.payload.space.eq(current.space),
+            self.start.ready.eq(~active | (self.address.ready & last)),
+        ]
+        with m.If(active & self.address.ready):
+            # The innermost level that is not at its end steps; those inside it start again there.
+            with m.If(last):
+                m.d.sync += active.eq(0)
+            for d in range(4):
+                inner_end = Cat(*ends[d + 1 :]).all() if d < 3 else 1
+                with m.If(inner_end & ~ends[d]):
+                    step = Signal(24, name=f"step{d}")
+                    m.d.comb += step.eq(levels[d] + current.strides[d])
+                    m.d.sync += index[d].eq(index[d] + 1)
+                    for inner in range(d, 4):
+                        m.d.sync += levels[inner].eq(step)
+                    for inner in range(d + 1, 4):
+                        m.d.sync += index[inner].eq(0)
+        with m.If(self.start.valid & self.start.ready):
+            m.d.sync += [active.eq(1), current.eq(self.start.payload)]
+            for d in range(4):
+                m.d.sync += [levels[d].eq(self.start.payload.base), index[d].eq(0)]
+        return m
+
+
+class ReadStreamer(wiring.Component):
+    """Reads the columns of a pattern from SBUF or PSUM.
+
+    Parameters
+    ----------
+    psum : whether there is a PSUM port
+
+    Members
+    -------
+    start : In(stream of Pattern), as `AddressGenerator.start`
+    sbuf, psum : Out(ReadPort)
+    columns : Out(stream of {data, last}); the first is valid 4 cycles after `start` is taken if
+        the memory does not stall.
+
+    Throughput: one column per cycle. At most `depth` columns are requested and not yet taken.
+    """
+
+    depth = READ_LATENCY + 2
+
+    def __init__(self, config: CoreConfig, *, psum: bool = False) -> None:
+        self._config = config
+        self._psum = psum
+        members = {
+            "start": In(stream.Signature(Pattern)),
+            "sbuf": Out(ReadPort(config, config.sbuf_depth)),
+            "columns": Out(
+                stream.Signature(
+                    data.StructLayout({"data": column_shape(config), "last": unsigned(1)})
+                )
+            ),
+        }
+        if psum:
+            members["psum"] = Out(ReadPort(config, config.psum_depth))
+        super().__init__(members)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.addresses = addresses = AddressGenerator()
+        wiring.connect(m, wiring.flipped(self.start), addresses.start)
+
+        width = 32 * self._config.lanes
+        m.submodules.buffer = buffer = fifo.SyncFIFO(width=width + 1, depth=self.depth)
+        free = Signal(range(self.depth + 1), init=self.depth)
+        request = addresses.address
+        go = Signal()
+        m.d.comb += go.eq(request.valid & free.any())
+
+        taken = Signal()
+        ports = [(self.sbuf, Space.SBUF)] + ([(self.psum, Space.PSUM)] if self._psum else [])
+        for port, space in ports:
+            here = request.payload.space == space if self._psum else 1
+            m.d.comb += [
+                port.request.payload.eq(request.payload.address),
+                port.request.valid.eq(go & here),
+            ]
+            with m.If(here):
+                m.d.comb += taken.eq(go & port.request.ready)
+        m.d.comb += request.ready.eq(taken)
+
+        # What was taken READ_LATENCY cycles ago arrives now.
+        in_flight = Signal(data.ArrayLayout(2, READ_LATENCY))
+        m.d.sync += in_flight[0].eq(Cat(request.payload.last, request.payload.space == Space.PSUM))
+        for stage in range(1, READ_LATENCY):
+            m.d.sync += in_flight[stage].eq(in_flight[stage - 1])
+        arriving = in_flight[READ_LATENCY - 1]
+        word = self.sbuf.response.payload.as_value()
+        valid = self.sbuf.response.valid
+        if self._psum:
+            word = Mux(arriving[1], self.psum.response.payload.as_value(), word)
+            valid = valid | self.psum.response.valid
+        m.d.comb += [
+            buffer.w_data.eq(Cat(arriving[0], word)),
+            buffer.w_en.eq(valid),
+            self.columns.valid.eq(buffer.r_rdy),
+            self.columns.payload.last.eq(buffer.r_data[0]),
+            self.columns.payload.data.eq(buffer.r_data[1:]),
+            buffer.r_en.eq(self.columns.ready),
+        ]
+        popped = self.columns.valid & self.columns.ready
+        m.d.sync += free.eq(free - taken + popped)
+        return m
+
+
+class WriteStreamer(wiring.Component):
+    """Writes a stream of columns to a pattern in SBUF or PSUM.
+
+    Members
+    -------
+    start : In(stream of Pattern), as `AddressGenerator.start`
+    columns : In(stream of {data, mask}); `ready` comes from a register. One is taken for each
+        step of the pattern; a pattern's columns may be offered from the cycle after its start.
+    sbuf, psum : Out(WritePort)
+    done : Out(1), high for one cycle after the last write of a pattern was accepted.
+
+    Throughput: one column per cycle; a column is offered to the memory one cycle after it is taken.
+    """
+
+    def __init__(self, config: CoreConfig, *, psum: bool = False) -> None:
+        self._config = config
+        self._psum = psum
+        members = {
+            "start": In(stream.Signature(Pattern)),
+            "columns": In(
+                stream.Signature(
+                    data.StructLayout(
+                        {"data": column_shape(config), "mask": unsigned(config.lanes)}
+                    )
+                )
+            ),
+            "sbuf": Out(WritePort(config, config.sbuf_depth)),
+            "done": Out(1),
+        }
+        if psum:
+            members["psum"] = Out(WritePort(config, config.psum_depth))
+        super().__init__(members)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.addresses = addresses = AddressGenerator()
+        wiring.connect(m, wiring.flipped(self.start), addresses.start)
+
+        shape = self.columns.payload.shape()
+        m.submodules.buffer = buffer = fifo.SyncFIFO(width=shape.size, depth=2)
+        m.d.comb += [
+            buffer.w_data.eq(self.columns.payload.as_value()),
+            buffer.w_en.eq(self.columns.valid),
+            self.columns.ready.eq(buffer.w_rdy),
+        ]
+        column = data.View(shape, buffer.r_data)
+        address = addresses.address
+        go = Signal()
+        taken = Signal()
+        m.d.comb += go.eq(address.valid & buffer.r_rdy)
+        ports = [(self.sbuf, Space.SBUF)] + ([(self.psum, Space.PSUM)] if self._psum else [])
+        for port, space in ports:
+            here = address.payload.space == space if self._psum else 1
+            m.d.comb += [
+                port.request.valid.eq(go & here),
+                port.request.payload.address.eq(address.payload.address),
+                port.request.payload.data.eq(column.data),
+                port.request.payload.mask.eq(column.mask),
+            ]
+            with m.If(here):
+                m.d.comb += taken.eq(go & port.request.ready)
+        m.d.comb += [address.ready.eq(taken), buffer.r_en.eq(taken)]
+        m.d.sync += self.done.eq(taken & address.payload.last)
+        return m

@@ -1,0 +1,13 @@
+"""Floating-point cells: IEEE-754 binary32 with one rounding per operation, subnormals kept."""
+
+from .fp32 import FP32_LATENCY, Fp32Add, Fp32Mul
+from .rounding import leading_zeros, pack_fp32, round_bf16
+
+__all__ = [
+    "FP32_LATENCY",
+    "Fp32Add",
+    "Fp32Mul",
+    "leading_zeros",
+    "pack_fp32",
+    "round_bf16",
+]

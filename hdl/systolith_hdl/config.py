@@ -1,0 +1,129 @@
+"""Sizes of a Systolith core: one frozen dataclass, and the named presets.
+
+Everything scales with ``lanes`` (N): partitions of SBUF and PSUM, rows and columns of the
+systolic array, lanes of the vector and scalar engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+
+SBUF_BANKS = 8  #: interleaved by the low address bits
+PSUM_BANKS = 8  #: interleaved by the low address bits
+MAX_AXI_BITS = 1024  #: widest data bus AXI4 allows
+INSTRUCTION_BYTES = 64
+
+
+def axi_bytes(lanes: int) -> int:
+    """Bytes of one AXI data beat: 2 per lane, 8 at least, the bus's maximum at most."""
+    return min(max(2 * lanes, 8), MAX_AXI_BITS // 8)
+
+
+class ConfigError(ValueError):
+    """A configuration is unknown or holds a value out of range."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoreConfig:
+    """Sizes of one core.
+
+    Parameters
+    ----------
+    name : preset name, informative only
+    lanes : N; a power of two, 4 to 128
+    sbuf_depth : 32-bit words of SBUF per partition; a multiple of 8
+    psum_bank_depth : FP32 words per partition in each of the 8 PSUM banks; a power of two
+    dma_queues : DMA queues, each with a sequencer of its own; 1 to 4
+    semaphores : counting semaphores of 16 bits each; 16 to 64
+    """
+
+    name: str
+    lanes: int
+    sbuf_depth: int
+    psum_bank_depth: int
+    dma_queues: int = 2
+    semaphores: int = 32
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, field: str, wanted: str) -> None:
+            if not ok:
+                raise ConfigError(
+                    f"config {self.name!r}: {field} must be {wanted}, not {getattr(self, field)!r}"
+                )
+
+        require(self.lanes in (4, 8, 16, 32, 64, 128), "lanes", "a power of two from 4 to 128")
+        require(
+            self.sbuf_depth % SBUF_BANKS == 0 and 64 <= self.sbuf_depth <= 1 << 20,
+            "sbuf_depth",
+            f"a multiple of {SBUF_BANKS} from 64 to {1 << 20}",
+        )
+        require(
+            self.psum_bank_depth & (self.psum_bank_depth - 1) == 0
+            and 8 <= self.psum_bank_depth <= 1 << 12,
+            "psum_bank_depth",
+            "a power of two from 8 to 4096",
+        )
+        require(1 <= self.dma_queues <= 4, "dma_queues", "1 to 4")
+        require(16 <= self.semaphores <= 64, "semaphores", "16 to 64")
+
+    @property
+    def psum_depth(self) -> int:
+        """FP32 words of PSUM per partition, all banks."""
+        return PSUM_BANKS * self.psum_bank_depth
+
+    @property
+    def axi_bytes(self) -> int:
+        """Bytes of one AXI data beat: see `axi_bytes`."""
+        return axi_bytes(self.lanes)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the sequencers, in the order of their numbers."""
+        return ("tensor", "vector", "scalar", *(f"dma{i}" for i in range(self.dma_queues)))
+
+    @property
+    def peak_macs_per_cycle(self) -> int:
+        return self.lanes * self.lanes
+
+    @property
+    def hash(self) -> int:
+        """32-bit identification of everything a program depends on (the name is left out)."""
+        fields = dataclasses.asdict(self)
+        del fields["name"]
+        return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+    def differences(self, other: dict[str, object]) -> list[str]:
+        """Names the fields in which a stored config (``dataclasses.asdict``) differs from this."""
+        mine = dataclasses.asdict(self)
+        return [
+            f"{field}: {other.get(field)!r} there, {mine[field]!r} here"
+            for field in mine
+            if field != "name" and other.get(field) != mine[field]
+        ]
+
+
+PRESETS: dict[str, CoreConfig] = {
+    preset.name: preset
+    for preset in (
+        # Unit tests and the smallest FPGA: 32 KiB SBUF, 8 KiB PSUM.
+        CoreConfig(name="nano", lanes=4, sbuf_depth=2048, psum_bank_depth=64),
+        # The default: 128 KiB SBUF, 32 KiB PSUM.
+        CoreConfig(name="small", lanes=8, sbuf_depth=4096, psum_bank_depth=128),
+        # Benchmarks: Trainium's 192 KiB of SBUF and 16 KiB of PSUM per partition.
+        CoreConfig(name="medium", lanes=16, sbuf_depth=49152, psum_bank_depth=512),
+        CoreConfig(name="large", lanes=32, sbuf_depth=49152, psum_bank_depth=512),
+        # A NeuronCore-v3: 28 MiB of SBUF, 2 MiB of PSUM.
+        CoreConfig(name="trn", lanes=128, sbuf_depth=57344, psum_bank_depth=512),
+    )
+}
+
+
+def get_config(config: str | CoreConfig) -> CoreConfig:
+    """Returns the preset of that name, or ``config`` itself if it is one already."""
+    if isinstance(config, CoreConfig):
+        return config
+    if config not in PRESETS:
+        raise ConfigError(f"unknown config {config!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[config]

@@ -1,0 +1,336 @@
+"""Between AXI beats and rows of elements, at any alignment of two bytes.
+
+Both directions work on halfwords (16 bits): a BF16 element is one, an FP32 element two. A beat has
+H of them, so a row of up to N elements takes up to ``2 * N / H`` *steps* of H halfwords.
+"""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..arith import round_bf16
+from ..config import CoreConfig
+from .corner_turn import rotate_down, rotate_up
+from .tiles import tile_layout
+
+
+def run_position(config: CoreConfig) -> data.StructLayout:
+    """Where a run begins: halfword in its first beat, and that beat's place in its block."""
+    return data.StructLayout(
+        {"offset": unsigned((config.axi_bytes // 2).bit_length() - 1), "beat": unsigned(4)}
+    )
+
+
+class ReadAligner(wiring.Component):
+    """Cuts beats of read data into rows of words, for `corner_turn.CornerTurn.write`.
+
+    A tile has rows 0 to ``rows - 1`` of `length` elements: columns of lanes (`turn` low) or lanes
+    of columns (`turn` high). Rows of one run follow each other without a gap in the beats.
+
+    Members
+    -------
+    wide : In(1), elements are FP32, else BF16, which is widened
+    turn : In(1), a row is one lane of the tile, else one column
+    merged : In(1), a run goes on over all rows of a pass along the innermost dimension, else every
+        row is a run of its own
+    lanes : In, elements of a row when `turn` is low
+    turned_rows : In, rows of a tile when `turn` is high
+    tile : In(stream of `tile_layout`)
+    run : In(stream of `run_position`), one for each run
+    beats : In(stream of data)
+    rows : Out(stream), connects to `CornerTurn.write`
+
+    The settings are stable while anything is under way. Latency: one cycle. Throughput: one step
+    or one beat per cycle, whichever are more: a run of B beats takes max(B, steps) cycles.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self._config = config
+        lanes = config.lanes
+        count = unsigned(lanes.bit_length())
+        super().__init__(
+            {
+                "wide": In(1),
+                "turn": In(1),
+                "merged": In(1),
+                "lanes": In(count),
+                "turned_rows": In(count),
+                "tile": In(stream.Signature(tile_layout(lanes))),
+                "run": In(stream.Signature(run_position(config))),
+                "beats": In(stream.Signature(unsigned(8 * config.axi_bytes))),
+                "rows": Out(
+                    stream.Signature(
+                        data.StructLayout(
+                            {
+                                "index": unsigned(lanes.bit_length() - 1),
+                                "words": data.ArrayLayout(unsigned(32), lanes),
+                                "mask": unsigned(lanes),
+                                "commit": unsigned(1),
+                                "info": tile_layout(lanes),
+                            }
+                        )
+                    )
+                ),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        lanes = self._config.lanes
+        half = self._config.axi_bytes // 2
+        log_half = half.bit_length() - 1
+        steps = 2 * lanes // half
+        tile = self.tile.payload
+        beat = self.beats.payload
+
+        # Place in the tile, in the row and in the run.
+        row = Signal(range(lanes))
+        step = Signal(range(steps))
+        begin = Signal(init=1)  # the next halfword is the first of a run
+        offset = Signal(log_half)
+        # The run goes on in `held`, the beat before the one on offer, while `have` is high.
+        held = Signal(16 * half)
+        have = Signal()
+
+        length = Signal(range(lanes + 1))
+        rest = Signal(range(2 * lanes + 1))
+        taking = Signal(range(half + 1))
+        row_end = Signal()
+        last_row = Signal()
+        run_end = Signal()
+        start = Signal(log_half)
+        end = Signal(log_half + 2)
+        m.d.comb += [
+            length.eq(Mux(self.turn, tile.columns, self.lanes)),
+            rest.eq((length << self.wide) - (step << log_half)),
+            row_end.eq(rest <= half),
+            taking.eq(Mux(row_end, rest, half)),
+            last_row.eq(row == Mux(self.turn, self.turned_rows, tile.columns) - 1),
+            run_end.eq(row_end & (~self.merged | (last_row & tile.ends_inner))),
+            start.eq(Mux(begin, self.run.payload.offset, offset)),
+            end.eq(start + taking),
+        ]
+
+        # A step can span the held beat and the one on offer. When it would span one on offer and
+        # one yet to come, that on offer is held first.
+        active = Signal()
+        spans = Signal()
+        hold = Signal()
+        out_free = Signal()
+        go = Signal()
+        m.d.comb += [
+            active.eq(self.tile.valid & (~begin | self.run.valid)),
+            spans.eq(end > half),
+            hold.eq(active & ~have & spans & self.beats.valid),
+            go.eq(
+                active & out_free & Mux(have, ~spans | self.beats.valid, ~spans & self.beats.valid)
+            ),
+            self.run.ready.eq(begin & (hold | go)),
+            self.tile.ready.eq(go & row_end & last_row),
+            self.beats.ready.eq(hold | (go & Mux(have, spans, run_end | (end == half)))),
+        ]
+        with m.If(hold):
+            m.d.sync += [held.eq(beat), have.eq(1), offset.eq(start), begin.eq(0)]
+        with m.If(go):
+            m.d.sync += [
+                step.eq(Mux(row_end, 0, step + 1)),
+                offset.eq(end),
+                begin.eq(run_end),
+            ]
+            with m.If(row_end):
+                m.d.sync += row.eq(Mux(last_row, 0, row + 1))
+            with m.If(have):
+                m.d.sync += [held.eq(beat), have.eq((end != half) & ~run_end)]
+                with m.If(~spans):
+                    m.d.sync += held.eq(held)
+
+        # Halfword i of the step is halfword start + i of (held, on offer).
+        low = Mux(have, held, beat)
+        joined = Cat(
+            Mux(start <= p, low.word_select(p, 16), beat.word_select(p, 16)) for p in range(half)
+        )
+        picked = rotate_down(m, joined, start, unit=16, name="pick")
+
+        # Output register: halfwords, widened to words only after it.
+        register = Signal(16 * half)
+        register_step = Signal(range(steps))
+        register_length = Signal(range(lanes + 1))
+        out = self.rows.payload
+        m.d.comb += out_free.eq(~self.rows.valid | self.rows.ready)
+        with m.If(self.rows.ready):
+            m.d.sync += self.rows.valid.eq(0)
+        with m.If(go):
+            m.d.sync += [
+                self.rows.valid.eq(1),
+                register.eq(picked),
+                register_step.eq(step),
+                register_length.eq(length),
+                out.index.eq(row),
+                out.commit.eq(row_end & last_row),
+                out.info.eq(tile),
+            ]
+        for element in range(lanes):
+            wide_step, wide_place = divmod(element, half // 2)
+            narrow_step, narrow_place = divmod(element, half)
+            m.d.comb += [
+                out.words[element].eq(
+                    Mux(
+                        self.wide,
+                        register.word_select(wide_place, 32),
+                        Cat(Const(0, 16), register.word_select(narrow_place, 16)),
+                    )
+                ),
+                out.mask[element].eq(
+                    (register_step == Mux(self.wide, wide_step, narrow_step))
+                    & (element < register_length)
+                ),
+            ]
+        return m
+
+
+class WriteAligner(wiring.Component):
+    """Packs rows of words into beats of write data with byte strobes.
+
+    Members
+    -------
+    wide : In(1), elements are FP32, else words are rounded to BF16; stable
+    row : In(stream of {words, length, run_end}); the first `length` words are written, right after
+        the row before unless that had `run_end`
+    run : In(stream of `run_position`), one for each run
+    permit : In(1), a beat may be made: the address of its burst has been issued
+    beats : Out(stream of {data, strb, last}); `last` at the end of every block and run
+    burst_end : Out(1), high in the cycle in which a last beat is made
+
+    Latency: one cycle. Throughput: a run takes as many cycles as it has steps or beats, whichever
+    are more.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self._config = config
+        width = config.axi_bytes
+        super().__init__(
+            {
+                "wide": In(1),
+                "row": In(
+                    stream.Signature(
+                        data.StructLayout(
+                            {
+                                "words": data.ArrayLayout(unsigned(32), config.lanes),
+                                "length": unsigned(config.lanes.bit_length()),
+                                "run_end": unsigned(1),
+                            }
+                        )
+                    )
+                ),
+                "run": In(stream.Signature(run_position(config))),
+                "permit": In(1),
+                "beats": Out(
+                    stream.Signature(
+                        data.StructLayout(
+                            {
+                                "data": unsigned(8 * width),
+                                "strb": unsigned(width),
+                                "last": unsigned(1),
+                            }
+                        )
+                    )
+                ),
+                "burst_end": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        lanes = self._config.lanes
+        half = self._config.axi_bytes // 2
+        log_half = half.bit_length() - 1
+        steps = 2 * lanes // half
+        row = self.row.payload
+
+        step = Signal(range(steps))
+        begin = Signal(init=1)
+        flush = Signal()  # the run is over but for what is held
+        offset = Signal(log_half)
+        place = Signal(4)  # of the beat being filled, in its block
+        held = Signal(16 * half)
+        held_mask = Signal(half)
+
+        rest = Signal(range(2 * lanes + 1))
+        giving = Signal(range(half + 1))
+        row_end = Signal()
+        run_end = Signal()
+        start = Signal(log_half)
+        start_place = Signal(4)
+        end = Signal(log_half + 2)
+        m.d.comb += [
+            rest.eq((row.length << self.wide) - (step << log_half)),
+            row_end.eq(rest <= half),
+            giving.eq(Mux(row_end, rest, half)),
+            run_end.eq(row_end & row.run_end),
+            start.eq(Mux(begin, self.run.payload.offset, offset)),
+            start_place.eq(Mux(begin, self.run.payload.beat, place)),
+            end.eq(start + giving),
+        ]
+
+        rounded = Cat(round_bf16(row.words[element]) for element in range(lanes))
+        words = row.words.as_value()
+        packed = Signal(32 * lanes)
+        m.d.comb += packed.eq(Mux(self.wide, words, rounded))
+        chunk = packed.word_select(step, 16 * half)
+        moved = rotate_up(m, chunk, start, unit=16, name="place")
+
+        filled = Signal(half)  # halfwords of this step in the beat being filled
+        spilled = Signal(half)  # and in the one after it
+        mask = Signal(half)
+        current = Signal(16 * half)
+        for p in range(half):
+            m.d.comb += [
+                filled[p].eq((start <= p) & (end > p)),
+                spilled[p].eq(end > p + half),
+                current.word_select(p, 16).eq(
+                    Mux(filled[p], moved.word_select(p, 16), held.word_select(p, 16))
+                ),
+            ]
+        m.d.comb += mask.eq(filled | Mux(begin, 0, held_mask))
+
+        # Every run ends in a beat of its own; a step makes at most one, so what spills over at the
+        # end of a run is flushed in a cycle of its own.
+        full = Signal()
+        free = Signal()
+        go = Signal()
+        flushing = Signal()
+        m.d.comb += [
+            full.eq((end >= half) | run_end),
+            free.eq(self.permit & (~self.beats.valid | self.beats.ready)),
+            go.eq(self.row.valid & ~flush & (~begin | self.run.valid) & (~full | free)),
+            flushing.eq(flush & free),
+            self.row.ready.eq(go & row_end),
+            self.run.ready.eq(go & begin),
+        ]
+        out = self.beats.payload
+        last = Signal()
+        m.d.comb += last.eq(Mux(flush, 1, (start_place == 15) | (run_end & (end <= half))))
+        m.d.comb += self.burst_end.eq(last & ((go & full) | flushing))
+        with m.If(self.beats.ready):
+            m.d.sync += self.beats.valid.eq(0)
+        with m.If((go & full) | flushing):
+            written = Mux(flush, held_mask, mask)
+            m.d.sync += [
+                self.beats.valid.eq(1),
+                out.data.eq(Mux(flush, held, current)),
+                out.strb.eq(Cat(written[p // 2] for p in range(2 * half))),
+                out.last.eq(last),
+            ]
+        with m.If(go):
+            m.d.sync += [
+                step.eq(Mux(row_end, 0, step + 1)),
+                offset.eq(end),
+                begin.eq(run_end & (end <= half)),
+                flush.eq(run_end & (end > half)),
+                place.eq(start_place + full),
+                held.eq(Mux(full, moved, current)),
+                held_mask.eq(Mux(full, spilled, mask)),
+            ]
+        with m.If(flushing):
+            m.d.sync += [flush.eq(0), begin.eq(1)]
+        return m

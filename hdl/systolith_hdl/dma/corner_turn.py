@@ -1,0 +1,157 @@
+"""Corner-turn buffer: N x N words written by rows and read by columns, twice over."""
+
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value, unsigned
+from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+
+def rotate_up(m: Module, value: Value, amount: Value, *, unit: int, name: str) -> Value:
+    """Returns `value` with each piece of `unit` bits moved up by `amount` places, around the end.
+
+    The number of pieces is a power of two, ``2 ** len(amount)``.
+    """
+    for stage in range(len(amount)):
+        turned = Signal(len(value), name=f"{name}{stage}")
+        m.d.comb += turned.eq(Mux(amount[stage], value.rotate_left(unit << stage), value))
+        value = turned
+    return value
+
+
+def rotate_down(m: Module, value: Value, amount: Value, *, unit: int, name: str) -> Value:
+    """Returns `value` with each piece moved down by `amount` places, around the end."""
+    for stage in range(len(amount)):
+        turned = Signal(len(value), name=f"{name}{stage}")
+        m.d.comb += turned.eq(Mux(amount[stage], value.rotate_right(unit << stage), value))
+        value = turned
+    return value
+
+
+class CornerTurn(wiring.Component):
+    """Holds two tiles of N x N words: one is filled while the other is drained.
+
+    Word j of row i lies in memory ``(i + j) mod N`` at address i. The words of a row are thus in N
+    different memories, and so are those of a column (word j of every row): either is moved in one
+    cycle by N small memories of 2N words (distributed RAM) and a rotator on each side.
+
+    Parameters
+    ----------
+    lanes : N, a power of two
+    info : layout of what goes with a tile
+    user : layout of what goes with a read
+
+    Members
+    -------
+    turn : In(1); high: `request` reads columns of what `write` wrote as rows; low: it reads the
+        rows themselves, as a FIFO would. Stable while there is anything in the buffer.
+    write : In(stream of {index, words, mask, commit, info}); writes the words of row `index` that
+        `mask` names; `commit` ends the tile and hands it over with its `info`. Ready while the
+        tile to be filled is free.
+    full : Out(1), a tile is there to be read; its info is on `info`
+    info : Out(info), valid with `full`
+    request : In(stream of {index, release, user}); reads a column (or row); ready only while
+        `full`; `release` frees the tile. Every tile is released once.
+    response : Out(stream of {words, user}), one for each request, in order
+
+    Latency: a committed tile can be read in the next cycle; response one cycle after request.
+    Throughput: one row and one column per cycle.
+    """
+
+    def __init__(self, *, lanes: int, info: data.Layout, user: data.Layout) -> None:
+        self._lanes = lanes
+        self._log = lanes.bit_length() - 1
+        words = data.ArrayLayout(unsigned(32), lanes)
+        super().__init__(
+            {
+                "turn": In(1),
+                "write": In(
+                    stream.Signature(
+                        data.StructLayout(
+                            {
+                                "index": unsigned(self._log),
+                                "words": words,
+                                "mask": unsigned(lanes),
+                                "commit": unsigned(1),
+                                "info": info,
+                            }
+                        )
+                    )
+                ),
+                "full": Out(1),
+                "info": Out(info),
+                "request": In(
+                    stream.Signature(
+                        data.StructLayout(
+                            {"index": unsigned(self._log), "release": unsigned(1), "user": user}
+                        )
+                    )
+                ),
+                "response": Out(
+                    stream.Signature(data.StructLayout({"words": words, "user": user}))
+                ),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        lanes, log = self._lanes, self._log
+        full = Signal(2)
+        infos = [Signal(self.info.shape(), name=f"info{half}") for half in range(2)]
+        filling = Signal()
+        draining = Signal()
+
+        write, request = self.write.payload, self.request.payload
+        writing = Signal()
+        reading = Signal()
+        m.d.comb += [
+            self.write.ready.eq(~full.bit_select(filling, 1)),
+            writing.eq(self.write.valid & self.write.ready),
+            self.full.eq(full.bit_select(draining, 1)),
+            self.info.eq(Array(infos)[draining]),
+            self.request.ready.eq(self.full & (~self.response.valid | self.response.ready)),
+            reading.eq(self.request.valid & self.request.ready),
+        ]
+        # A tile being filled is not full and a tile being drained is: they are never the same one.
+        for half in range(2):
+            with m.If(writing & write.commit & (filling == half)):
+                m.d.sync += [full[half].eq(1), infos[half].eq(write.info)]
+            with m.If(reading & request.release & (draining == half)):
+                m.d.sync += full[half].eq(0)
+        m.d.sync += [
+            filling.eq(filling ^ (writing & write.commit)),
+            draining.eq(draining ^ (reading & request.release)),
+        ]
+
+        place = Signal(log)
+        m.d.comb += place.eq(Mux(self.turn, write.index, 0))
+        words = rotate_up(m, write.words.as_value(), place, unit=32, name="write_words")
+        mask = rotate_up(m, write.mask, place, unit=1, name="write_mask")
+        found = []
+        for bank in range(lanes):
+            m.submodules[f"bank{bank}"] = ram = memory.Memory(
+                shape=unsigned(32), depth=2 * lanes, init=[]
+            )
+            port = ram.write_port()
+            m.d.comb += [
+                port.addr.eq(Cat(write.index, filling)),
+                port.data.eq(words.word_select(bank, 32)),
+                port.en.eq(writing & mask[bank]),
+            ]
+            out = ram.read_port(domain="comb")
+            row = Signal(log, name=f"row{bank}")
+            m.d.comb += [
+                row.eq(Mux(self.turn, bank - request.index, request.index)),
+                out.addr.eq(Cat(row, draining)),
+            ]
+            found.append(out.data)
+        back = Signal(log)
+        m.d.comb += back.eq(Mux(self.turn, request.index, 0))
+        turned = rotate_down(m, Cat(*found), back, unit=32, name="read_words")
+        with m.If(self.response.ready):
+            m.d.sync += self.response.valid.eq(0)
+        with m.If(reading):
+            m.d.sync += [
+                self.response.valid.eq(1),
+                self.response.payload.words.as_value().eq(turned),
+                self.response.payload.user.eq(request.user),
+            ]
+        return m

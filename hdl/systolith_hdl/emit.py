@@ -1,0 +1,108 @@
+"""Emission: Amaranth components to one Verilog text, with repeated components emitted once.
+
+Amaranth emits every instance of a submodule as a module of its own. `Once` instead elaborates
+its component a single time, under a fixed module name, and places it with an `Instance`: a
+systolic array then stays as small in Verilog as it is in Python, which keeps Verilator builds
+short. The wrapper has the component's own signature, so a parent cannot tell the two apart.
+"""
+
+from __future__ import annotations
+
+import re
+
+from amaranth.back import rtlil, verilog
+from amaranth.hdl import ClockSignal, Const, Instance, Module, ResetSignal, Value, ValueCastable
+from amaranth.hdl._ir import PortDirection
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In
+
+from .toolchain import cache_dir, content_hash, use_yosys
+
+#: Initial contents that are all zero: block RAM and Verilator's memories power up at zero anyway,
+#: and spelled out they would be megabytes of text.
+_ZERO_INIT = re.compile(
+    r"(?:^[ \t]*attribute [^\n]*\n)*^[ \t]*cell \$meminit_v2 [^\n]*\n"
+    r"(?:[ \t]*parameter [^\n]*\n)*[ \t]*connect \\ADDR [^\n]*\n"
+    r"[ \t]*connect \\DATA \d+'0+\n(?:[ \t]*connect [^\n]*\n)*[ \t]*end\n",
+    re.MULTILINE,
+)
+
+#: module name -> RTLIL text of every component emitted once in this process
+_emitted: dict[str, str] = {}
+
+
+def _ports(component: wiring.Component) -> list[tuple[str, Value, bool]]:
+    found = []
+    for path, member, value in component.signature.flatten(component):
+        if isinstance(value, ValueCastable):
+            value = Value.cast(value)
+        if isinstance(value, Const):  # the ready or valid of an always-ready or -valid stream
+            continue
+        found.append(("__".join(map(str, path)), value, member.flow is In))
+    return found
+
+
+def to_rtlil(component: wiring.Component, name: str) -> str:
+    """Elaborates a component into RTLIL under the module name `name`, its ports named
+    ``member__submember``. Zero-width members are left out."""
+    ports = {
+        port: (value, PortDirection.Input if is_input else PortDirection.Output)
+        for port, value, is_input in _ports(component)
+    }
+    return _ZERO_INIT.sub("", rtlil.convert(component, name=name, ports=ports))
+
+
+class Once(wiring.Component):
+    """A component that is emitted once per process and placed as an `Instance`.
+
+    Parameters
+    ----------
+    component : the component, not yet elaborated; every use of `name` must be the same design
+    name : module name in the Verilog
+    reset : resets the component; the surrounding domain's reset by default
+    """
+
+    def __init__(
+        self, component: wiring.Component, name: str, *, reset: Value | None = None
+    ) -> None:
+        self._component = component
+        self._name = name
+        self._reset = ResetSignal() if reset is None else reset
+        component._MustUse__used = True  # only the first of a name is elaborated, on purpose
+        super().__init__(component.signature)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        if self._name not in _emitted:
+            _emitted[self._name] = ""  # reserved: nested `Once` of the same name is an error
+            _emitted[self._name] = to_rtlil(self._component, self._name)
+        text = _emitted[self._name]
+        head = text[text.rindex(f"module \\{self._name}\n") :].split("\n  end", 1)[0]
+        wires: dict[str, object] = {}
+        for port, value, is_input in _ports(self):
+            if len(value):
+                wires[f"{'i' if is_input else 'o'}_{port}"] = value
+        for clock, signal in (("clk", ClockSignal()), ("rst", self._reset)):
+            if re.search(rf"wire width 1 input \d+ +\\{clock}\n", head):
+                wires[f"i_{clock}"] = signal
+        m.submodules.cell = Instance(self._name, **wires)
+        return m
+
+
+def to_verilog(component: wiring.Component, name: str) -> str:
+    """Emits `component` and everything it places as one Verilog text, cached by content."""
+    use_yosys()
+    _emitted.clear()
+    texts = [to_rtlil(component, name)]
+    for text in _emitted.values():
+        texts.append(re.sub(r"^\s*attribute \\top 1\n", "", text, flags=re.MULTILINE))
+    whole = "\n".join(texts)
+    # Source locations are absolute paths: they would make the hash differ between checkouts.
+    whole = re.sub(r"^\s*attribute \\src .*\n", "", whole, flags=re.MULTILINE)
+    path = cache_dir() / f"verilog-{content_hash(whole)}.v"
+    if not path.exists():
+        text = verilog._convert_rtlil_text(whole, strip_internal_attrs=True)
+        temporary = path.with_suffix(f".{id(text)}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+    return path.read_text()

@@ -1,0 +1,67 @@
+"""Number formats: the one table of types, their widths and their numpy counterparts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+from amaranth.lib import enum
+
+
+class DType(enum.Enum, shape=4):
+    """Type of an operand. SBUF and PSUM hold one element per 32-bit word: every float is kept
+    as FP32, so a write in a narrow type rounds to it and keeps the rounded value, and a narrow
+    type is packed only in DRAM and at the tensor engine's inputs."""
+
+    #: IEEE-754 binary32
+    FP32 = 0
+    #: bfloat16: FP32 with 7 fraction bits
+    BF16 = 1
+    #: IEEE-754 binary16
+    FP16 = 2
+    #: OCP FP8 E4M3 (finite, one NaN)
+    FP8_E4M3 = 3
+    #: OCP FP8 E5M2
+    FP8_E5M2 = 4
+    #: two's complement, 32 bits
+    INT32 = 5
+    #: two's complement, 8 bits
+    INT8 = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """Widths of one type. ``exponent`` and ``fraction`` are 0 for integers."""
+
+    bits: int
+    exponent: int
+    fraction: int
+    numpy: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.bits // 8
+
+
+FORMATS: dict[DType, Format] = {
+    DType.FP32: Format(32, 8, 23, np.dtype(np.float32)),
+    DType.BF16: Format(16, 8, 7, np.dtype(ml_dtypes.bfloat16)),
+    DType.FP16: Format(16, 5, 10, np.dtype(np.float16)),
+    DType.FP8_E4M3: Format(8, 4, 3, np.dtype(ml_dtypes.float8_e4m3fn)),
+    DType.FP8_E5M2: Format(8, 5, 2, np.dtype(ml_dtypes.float8_e5m2)),
+    DType.INT32: Format(32, 0, 0, np.dtype(np.int32)),
+    DType.INT8: Format(8, 0, 0, np.dtype(np.int8)),
+}
+
+#: The one NaN every engine produces: quiet, positive, payload zero.
+CANONICAL_NAN = 0x7FC00000
+
+
+def dtype_of(dtype: np.dtype | type) -> DType:
+    """Returns the type of a numpy dtype; raises TypeError for one the chip does not have."""
+    wanted = np.dtype(dtype)
+    for name, fmt in FORMATS.items():
+        if fmt.numpy == wanted:
+            return name
+    raise TypeError(f"the chip has no type for numpy {wanted.name}")

@@ -1,0 +1,137 @@
+"""PSUM: the tensor engine's accumulator memory."""
+
+from amaranth.hdl import Module, Mux, Shape, Signal, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from .arith import FP32_LATENCY, Fp32Add
+from .banked import BankedMemory
+from .config import CoreConfig
+from .emit import Once
+from .ports import READ_LATENCY, ReadPort, WritePort, column_shape
+
+#: Cycles from a column arriving at PSUM to its write. A column accumulating onto the same address
+#: must arrive more than this many cycles after it (the tensor engine sees to it).
+ACCUMULATE_LATENCY = READ_LATENCY + FP32_LATENCY
+
+
+def accumulate_tag(config: CoreConfig) -> data.StructLayout:
+    """What PSUM has to know of a column: word address, whether it is added or overwrites, number of
+    lanes (the low ones) that are written, and whether it is the last of its matmul."""
+    return data.StructLayout(
+        {
+            "address": unsigned(Shape.cast(range(config.psum_depth)).width),
+            "accumulate": unsigned(1),
+            "columns": unsigned(8),
+            "last": unsigned(1),
+        }
+    )
+
+
+class AccumulatePort(wiring.Signature):
+    """Columns of sums from the tensor engine to PSUM, seen from the engine. Never held back.
+
+    Members
+    -------
+    valid : Out(1), a column is there
+    tag : Out(accumulate_tag)
+    data : Out, N FP32 words
+    done : In(1), high for one cycle when the column marked `last` is written: reads accepted in
+        later cycles see it. ACCUMULATE_LATENCY cycles after `valid`.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        super().__init__(
+            {
+                "valid": Out(1),
+                "tag": Out(accumulate_tag(config)),
+                "data": Out(column_shape(config)),
+                "done": In(1),
+            }
+        )
+
+
+class Psum(wiring.Component):
+    """N partitions x 8 banks of FP32 words with read-add-write at the memory.
+
+    Parameters
+    ----------
+    reads, writes : numbers of ports for the other engines
+
+    Members
+    -------
+    accumulate : In(AccumulatePort), one column per cycle: word = column, or word = word + column
+        rounded to nearest even. Its accesses go before those of all other ports, in order.
+    read : In(ReadPort) x reads
+    write : In(WritePort) x writes
+    stalled : Out(1), a request of another port was held back
+    """
+
+    def __init__(self, config: CoreConfig, *, reads: int, writes: int) -> None:
+        self._config = config
+        super().__init__(
+            {
+                "accumulate": In(AccumulatePort(config)),
+                "read": In(ReadPort(config, config.psum_depth)).array(reads),
+                "write": In(WritePort(config, config.psum_depth)).array(writes),
+                "stalled": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self._config
+        reads, writes = list(self.read), list(self.write)
+        m.submodules.memory = memory = BankedMemory(
+            config,
+            depth=config.psum_depth,
+            reads=1 + len(reads),
+            writes=1 + len(writes),
+            priority=True,
+        )
+        for port, inner in zip(reads, list(memory.read)[1:], strict=True):
+            wiring.connect(m, wiring.flipped(port), inner)
+        for port, inner in zip(writes, list(memory.write)[1:], strict=True):
+            wiring.connect(m, wiring.flipped(port), inner)
+        m.d.comb += self.stalled.eq(memory.stalled)
+
+        # Read.
+        column = self.accumulate
+        m.d.comb += [
+            memory.read[0].request.valid.eq(column.valid & column.tag.accumulate),
+            memory.read[0].request.payload.eq(column.tag.address),
+        ]
+        valid, tag = column.valid, column.tag
+        valids, tags = [], []
+        for stage in range(ACCUMULATE_LATENCY):
+            valid_next = Signal(name=f"valid{stage}")
+            tag_next = Signal(accumulate_tag(config), name=f"tag{stage}", reset_less=True)
+            m.d.sync += [valid_next.eq(valid), tag_next.eq(tag)]
+            valid, tag = valid_next, tag_next
+            valids.append(valid)
+            tags.append(tag)
+        words = column.data
+        for stage in range(READ_LATENCY):
+            words_next = Signal(column_shape(config), name=f"words{stage}", reset_less=True)
+            m.d.sync += words_next.eq(words)
+            words = words_next
+
+        # Add, write. Overwriting adds to -0, which changes nothing, so both take the same time
+        # and the writes stay in order.
+        old = memory.read[0].response.payload
+        write = memory.write[0].request
+        for lane in range(config.lanes):
+            m.submodules[f"add{lane}"] = add = Once(Fp32Add(), "fp32_add")
+            m.d.comb += [
+                add.en.eq(1),
+                add.a.eq(Mux(tags[READ_LATENCY - 1].accumulate, old[lane], 1 << 31)),
+                add.b.eq(words[lane]),
+                write.payload.data[lane].eq(add.o),
+                write.payload.mask[lane].eq(lane < tag.columns),
+            ]
+        m.d.comb += [
+            write.valid.eq(valid),
+            write.payload.address.eq(tag.address),
+            column.done.eq(valid & tag.last),
+        ]
+        return m

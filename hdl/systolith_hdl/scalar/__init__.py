@@ -1,0 +1,1 @@
+"""The scalar engine: ``function(x * scale + bias)`` from piecewise-polynomial tables."""

@@ -1,0 +1,125 @@
+"""The scalar engine."""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..access import ReadStreamer, WriteStreamer, pattern
+from ..config import CoreConfig
+from ..emit import Once
+from ..formats import DType
+from ..isa import SPECS, Opcode
+from ..ports import IssuePort, ReadPort, WritePort
+from . import tables as T
+from .lane import LANE_LATENCY, ScalarLane
+
+#: Cycles an instruction takes from being taken to `done`, beyond one per column, when no memory
+#: port stalls: 4 to the first column, the lanes, 1 more to write.
+FIXED_CYCLES = 4 + LANE_LATENCY + 1
+
+
+class ScalarEngine(wiring.Component):
+    """Executes ACTIVATE and ACTIVATE_TENSOR_BIAS on N lanes.
+
+    ``dst = function(src0 * imm0 + imm1)`` or ``function(src0 * imm0 + src1)``: a multiplication
+    and an addition in FP32, each rounded, then the function, then rounding to the type of dst.
+
+    Members
+    -------
+    issue : In(IssuePort)
+    src0_sbuf, src0_psum, src1_sbuf, src1_psum : Out(ReadPort)
+    dst_sbuf, dst_psum : Out(WritePort)
+
+    One column per cycle, whatever the function and with one source or two. An instruction of n
+    columns is done ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls. The next is
+    taken in the cycle of `done`, when all writes are accepted.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self._config = config
+        members: dict = {"issue": In(IssuePort())}
+        for name, depth in (("sbuf", config.sbuf_depth), ("psum", config.psum_depth)):
+            for source in ("src0", "src1"):
+                members[f"{source}_{name}"] = Out(ReadPort(config, depth))
+            members[f"dst_{name}"] = Out(WritePort(config, depth))
+        super().__init__(members)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self._config
+        lanes = config.lanes
+
+        m.submodules.src0 = src0 = ReadStreamer(config, psum=True)
+        m.submodules.src1 = src1 = ReadStreamer(config, psum=True)
+        m.submodules.dst = dst = WriteStreamer(config, psum=True)
+        for streamer, name in ((src0, "src0"), (src1, "src1"), (dst, "dst")):
+            wiring.connect(m, streamer.sbuf, wiring.flipped(getattr(self, f"{name}_sbuf")))
+            wiring.connect(m, streamer.psum, wiring.flipped(getattr(self, f"{name}_psum")))
+
+        # -- Issue: the streamers start in the cycle the instruction is taken.
+        incoming = self.issue.instruction
+        tensor = data.View(SPECS[Opcode.ACTIVATE_TENSOR_BIAS].layout, incoming.payload)
+        scalar = data.View(SPECS[Opcode.ACTIVATE].layout, incoming.payload)
+        take = Signal()
+        active = Signal()
+        has_src1 = Signal()
+        m.d.comb += [
+            incoming.ready.eq(~active | dst.done),
+            take.eq(incoming.valid & incoming.ready),
+            has_src1.eq(tensor.header.opcode == Opcode.ACTIVATE_TENSOR_BIAS),
+            self.issue.busy.eq(active),
+            self.issue.done.eq(dst.done),
+            src0.start.payload.eq(pattern(tensor.body.src0, tensor.body.counts)),
+            src0.start.valid.eq(take),
+            src1.start.payload.eq(pattern(tensor.body.src1, tensor.body.counts)),
+            src1.start.valid.eq(take & has_src1),
+            dst.start.payload.eq(pattern(tensor.body.dst, tensor.body.counts)),
+            dst.start.valid.eq(take),
+        ]
+
+        # -- What the lanes need of the running instruction.
+        control = Signal(T.CONTROL)
+        scale, bias = Signal(32), Signal(32)
+        two_sources, bf16 = Signal(), Signal()
+        mask = Signal(lanes)
+        with m.If(take):
+            m.d.sync += [
+                active.eq(1),
+                scale.eq(scalar.body.imm0),
+                bias.eq(scalar.body.imm1),
+                two_sources.eq(has_src1),
+                bf16.eq(tensor.body.dst.dtype == DType.BF16),
+                mask.eq(Cat(Const(lane, 8) < tensor.header.lanes for lane in range(lanes))),
+            ]
+            with m.Switch(tensor.header.op0):
+                for function, word in T.tables().controls.items():
+                    with m.Case(function.value):
+                        m.d.sync += control.eq(Const(word, T.CONTROL.size))
+        with m.Elif(dst.done):
+            m.d.sync += active.eq(0)
+
+        # -- Lanes: the whole pipeline stands still while the write side is full.
+        enable, enter = Signal(), Signal()
+        valid = Signal(LANE_LATENCY)
+        m.d.comb += [
+            enable.eq(~valid[-1] | dst.columns.ready),
+            enter.eq(enable & src0.columns.valid & (src1.columns.valid | ~two_sources)),
+            src0.columns.ready.eq(enter),
+            src1.columns.ready.eq(enter & two_sources),
+            dst.columns.valid.eq(valid[-1]),
+            dst.columns.payload.mask.eq(mask),
+        ]
+        with m.If(enable):
+            m.d.sync += valid.eq(Cat(enter, valid))
+        for lane in range(lanes):
+            m.submodules[f"lane{lane}"] = cell = Once(ScalarLane(), "scalar_lane")
+            m.d.comb += [
+                cell.en.eq(enable),
+                cell.control.eq(control),
+                cell.bf16.eq(bf16),
+                cell.x.eq(src0.columns.payload.data[lane]),
+                cell.scale.eq(scale),
+                cell.bias.eq(Mux(two_sources, src1.columns.payload.data[lane], bias)),
+                dst.columns.payload.data[lane].eq(cell.o),
+            ]
+        return m

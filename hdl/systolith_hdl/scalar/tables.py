@@ -1,0 +1,761 @@
+"""Tables of the scalar engine: what every function is made of, and the generator of the data.
+
+The lane and the golden model know no function. Both follow these steps on a number y, with the
+tables deciding everything that differs from one function to the next:
+
+1. *Reduce.* y is normalised to ``(-1)**s * 2**k * (1 + m)``, subnormals included. Where the
+   function says so (|y| in [1/2, 2), on the sides `Control.center_positive` and `center_negative`)
+   the exact difference ``|y| - center`` is normalised instead: that is how a function keeps its
+   relative accuracy next to a zero of its own.
+2. *Directory.* The page, chosen by sign and centring, and k give a row number, `directory_row`.
+   The directory's entry there names ``2**log2_count`` segments that divide the binade evenly;
+   the top bits of m pick the segment and the other bits, left-aligned, are the 23-bit integer t.
+3. *Polynomial.* Integer Horner, every shift an arithmetic one (rounds down)::
+
+       p2 = c2 + (c3 * (t >> 5) >> 18)
+       p1 = c1 + (p2 * t >> 23)
+       p0 = c0 + (p1 * t >> 23)  (+ k * LN2 in a segment with `log`)
+
+4. *Result.* ``p0 * 2**(exponent + K)``, or in a segment with `exp2`
+   ``2**(p0 * 2**-28 + exponent)`` from a second, quadratic table of 128 segments. K is 0 unless the
+   segment is `relative`, then the function's `Scaling` of k. It is normalised once and rounded
+   once (to nearest, ties to even).
+
+The exponential step is what keeps tails accurate: where a function decays like exp(-x) or
+exp(-x*x) the first polynomial gives its logarithm, which is smooth, so a few segments reach
+down to the smallest subnormal.
+
+Adding a function is adding an entry to `DESCRIPTIONS` and running::
+
+    python -m systolith_hdl.scalar.tables
+
+which rewrites ``tables.hex`` beside this file. The generator works in decimal arithmetic of 60
+and more digits with no floating point anywhere, so it gives the same file on every machine (a
+test regenerates and compares).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from pathlib import Path
+
+from amaranth.hdl import signed, unsigned
+from amaranth.lib import data, enum
+
+from ..isa import Function
+
+# ------------------------------------------------------------------ formats
+
+SEGMENTS = 2048  #: words of a lane's segment memory
+DIRECTORY = 1024  #: words of a lane's directory
+EXP2_SEGMENTS_LOG2 = 7  #: segments of the 2**f table, log2
+MANTISSA = 23  #: bits of t and of a mantissa without its leading one
+FIXED = 28  #: fraction bits of p0 in segments with `exp2` or `log`
+P0_BITS = 36  #: width of p0 and p1, signed; p2 has c2's
+CENTER_FRACTION = 24  #: fraction bits of `Control.center`
+MAX_COUNT_LOG2 = 8  #: most segments of one binade, log2
+
+
+def _constant(value: Decimal, fraction: int) -> int:
+    return int((value * 2**fraction).to_integral_value(decimal.ROUND_HALF_EVEN))
+
+
+class Scaling(enum.Enum, shape=2):
+    """What a relative segment adds to the result's exponent."""
+
+    #: k
+    PLUS = 0
+    #: -k
+    MINUS = 1
+    #: floor(k / 2)
+    HALF = 2
+    #: -floor(k / 2)
+    MINUS_HALF = 3
+
+
+#: One polynomial: two words of 64 bits. The value is +-p0 * 2**exponent (see the steps above).
+SEGMENT = data.StructLayout(
+    {
+        "c0": signed(36),
+        "c2": signed(25),
+        "relative": unsigned(1),  # K is added to the exponent
+        "exp2": unsigned(1),  # the result is 2**(p0 * 2**-FIXED + exponent)
+        "log": unsigned(1),  # k * LN2 is added to p0
+        "c1": signed(36),
+        "c3": signed(17),
+        "exponent": signed(9),
+        "negate": unsigned(1),  # the result's sign is inverted
+        "nan": unsigned(1),  # the result is NaN
+    }
+)
+#: Segments of one binade.
+ENTRY = data.StructLayout(
+    {"base": unsigned((SEGMENTS - 1).bit_length()), "log2_count": unsigned(4)}
+)
+#: Entry 0 of the directory is the one that NaN takes, whatever the function.
+NAN_ADDRESS = 0
+#: 2**f, f = (i + u) / 128: 2**28 + c0 + (c1 * u21 >> 21) + (c2 * (u21 >> 8)**2 >> 26)
+EXP2_ENTRY = data.StructLayout({"c0": unsigned(28), "c1": unsigned(22), "c2": unsigned(14)})
+#: What a function sets up for all lanes. `pages` is the directory address of row 0 of the pages
+#: positive, negative, above center, below center.
+CONTROL = data.StructLayout(
+    {
+        "pages": data.ArrayLayout(unsigned((DIRECTORY - 1).bit_length()), 4),
+        "low": signed(9),  # least k with a directory row of its own
+        "span": unsigned(6),  # how many k have one
+        "center": unsigned(CENTER_FRACTION + 1),
+        "center_positive": unsigned(2),  # y in [1/2, 1) (bit 0), [1, 2) (bit 1) is centred
+        "center_negative": unsigned(2),  # the same for -y
+        "odd": unsigned(1),  # the sign of y multiplies the result
+        "parity": unsigned(1),  # the row is chosen by k mod 2 instead of k
+        "scaling": Scaling,
+    }
+)
+
+ROW_ZERO = 0  #: row of the (reduced) operand zero
+ROW_UNDER = 1  #: row of k < low
+ROW_LOW = 2  #: row of k = low; k = low + span - 1 has row 1 + span
+# then k >= low + span has row 2 + span, infinity 3 + span
+
+
+def field_bits(layout: data.StructLayout, word: int) -> dict[str, int]:
+    """Unpacks a word into the fields of a flat layout, signed ones sign-extended."""
+    found = {}
+    for name, field in layout:
+        width = field.width
+        value = word >> field.offset & (1 << width) - 1
+        if getattr(field.shape, "signed", False) and value >> width - 1:
+            value -= 1 << width
+        found[str(name)] = value
+    return found
+
+
+def _pack(layout: data.StructLayout, values: dict[str, int]) -> int:
+    word = 0
+    for name, value in values.items():
+        field = layout[name]
+        low, high = 0, 1 << field.width
+        if getattr(field.shape, "signed", False):
+            low, high = -high // 2, high // 2
+        if not low <= value < high:
+            raise ValueError(f"{name} = {value} is outside {low}..{high - 1}")
+        word |= (value & (1 << field.width) - 1) << field.offset
+    return word
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """The data all lanes are initialised with.
+
+    Parameters
+    ----------
+    segments : words of `SEGMENT`, at most `SEGMENTS`
+    directory : words of `ENTRY`, at most `DIRECTORY`
+    exp2 : words of `EXP2_ENTRY`, 2**EXP2_SEGMENTS_LOG2
+    controls : words of `CONTROL` by function
+    """
+
+    segments: tuple[int, ...]
+    directory: tuple[int, ...]
+    exp2: tuple[int, ...]
+    controls: dict[Function, int]
+
+    def dump(self) -> str:
+        lines = ["# generated by python -m systolith_hdl.scalar.tables"]
+        for name, words, layout in (
+            ("segments", self.segments, SEGMENT),
+            ("directory", self.directory, ENTRY),
+            ("exp2", self.exp2, EXP2_ENTRY),
+        ):
+            digits = -(-layout.size // 4)
+            lines += [f"[{name}]", *(f"{word:0{digits}x}" for word in words)]
+        lines.append("[controls]")
+        lines += [f"{f.name} {word:x}" for f, word in self.controls.items()]
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def parse(text: str) -> Tables:
+        parts: dict[str, list[str]] = {}
+        for line in text.splitlines():
+            if line.startswith("["):
+                rows = parts.setdefault(line.strip("[]"), [])
+            elif line and not line.startswith("#"):
+                rows.append(line)
+        return Tables(
+            segments=tuple(int(line, 16) for line in parts["segments"]),
+            directory=tuple(int(line, 16) for line in parts["directory"]),
+            exp2=tuple(int(line, 16) for line in parts["exp2"]),
+            controls={
+                Function[line.split()[0]]: int(line.split()[1], 16) for line in parts["controls"]
+            },
+        )
+
+
+_PATH = Path(__file__).with_name("tables.hex")
+
+
+@functools.cache
+def tables() -> Tables:
+    """Returns the committed tables."""
+    return Tables.parse(_PATH.read_text())
+
+
+# ------------------------------------------------------------------ decimal mathematics
+
+_CONTEXT = decimal.Context(prec=60, Emin=-9999, Emax=9999, rounding=decimal.ROUND_HALF_EVEN)
+#: 1 - erf(x) loses up to 57 digits at x = 16 / sqrt(2), the largest argument used
+_ERF_CONTEXT = decimal.Context(prec=120, Emin=-9999, Emax=9999, rounding=decimal.ROUND_HALF_EVEN)
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899"
+              "8628034825342117067982148086513282306647")  # fmt: skip
+_LN2_D = Decimal(2).ln(_CONTEXT)
+_LOG2E = _CONTEXT.divide(1, _LN2_D)
+
+#: ln 2 with `FIXED` fraction bits
+LN2 = _constant(_LN2_D, FIXED)
+
+
+def _exp(x: Decimal) -> Decimal:
+    return x.exp()
+
+
+def _log1p(x: Decimal) -> Decimal:
+    return (1 + x).ln()
+
+
+def _tanh(x: Decimal) -> Decimal:
+    e = (-2 * x).exp()
+    return (1 - e) / (1 + e)
+
+
+def _sigmoid(x: Decimal) -> Decimal:
+    return 1 / (1 + (-x).exp())
+
+
+@functools.lru_cache(1 << 16)
+def _erf_wide(x: Decimal) -> Decimal:
+    """erf for x >= 0 by its all-positive series, to about 115 digits."""
+    with decimal.localcontext(_ERF_CONTEXT):
+        square, n = x * x, 1
+        term = total = 2 * x / _PI.sqrt() * (-square).exp()
+        while term > total.scaleb(-118):
+            term = term * 2 * square / (2 * n + 1)
+            total += term
+            n += 1
+        return total
+
+
+def _erf(x: Decimal) -> Decimal:
+    return +_erf_wide(x)
+
+
+def _phi(x: Decimal) -> Decimal:
+    """Standard normal distribution function."""
+    with decimal.localcontext(_ERF_CONTEXT):
+        half = _erf_wide(abs(x) / Decimal(2).sqrt()) / 2
+        value = Decimal(1) / 2 + (half if x >= 0 else -half)
+    return +value
+
+
+def _density(x: Decimal) -> Decimal:
+    return (-x * x / 2).exp() / (2 * _PI).sqrt()
+
+
+def _gelu(x: Decimal) -> Decimal:
+    return x * _phi(x)
+
+
+def _gelu_dx(x: Decimal) -> Decimal:
+    return _phi(x) + x * _density(x)
+
+
+def _log2(x: Decimal) -> Decimal:
+    return x.ln() * _LOG2E
+
+
+# ------------------------------------------------------------------ description language
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """How one row of a page is evaluated; see the constructors below."""
+
+    f: Callable[[Decimal], Decimal]
+    relative: bool = False
+    exp2: bool = False
+    log: bool = False
+    negate: bool = False
+    nan: bool = False
+    constant: bool = False
+    #: the row's f takes the mantissa in [1, 2) instead of |y|
+    mantissa: bool = False
+
+
+def direct(f: Callable[[Decimal], Decimal]) -> Piece:
+    """The result is f(x), x > 0 the reduced operand's absolute value."""
+    return Piece(f=f)
+
+
+def power(f: Callable[[Decimal], Decimal], *, negate: bool = False) -> Piece:
+    """The result is 2**f(x), negated or not."""
+    return Piece(f=f, exp2=True, negate=negate)
+
+
+def scaled(f: Callable[[Decimal], Decimal]) -> Piece:
+    """The result is f(mantissa) * 2**K, for any k."""
+    return Piece(f=f, relative=True, mantissa=True)
+
+
+def plus_log(f: Callable[[Decimal], Decimal]) -> Piece:
+    """The result is f(mantissa) + k * ln 2, for any k."""
+    return Piece(f=f, log=True, mantissa=True)
+
+
+def constant(value: Decimal | int | str) -> Piece:
+    """The result is `value`."""
+    return Piece(f=lambda x: Decimal(value), constant=True)
+
+
+ZERO = constant(0)
+MINUS_ZERO = dataclasses.replace(ZERO, negate=True)
+HALF = constant("0.5")
+ONE = constant(1)
+#: overflows to infinity
+INFINITY = constant(Decimal(2) ** 200)
+MINUS_INFINITY = dataclasses.replace(INFINITY, negate=True)
+NAN = Piece(f=lambda x: Decimal(0), constant=True, nan=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    """The rows of one page.
+
+    Parameters
+    ----------
+    zero : reduced operand zero
+    under : k below the function's `low`
+    rows : (first k, piece) in rising order; each piece holds up to the next one's first k. A k of
+        the function that none covers takes `under`
+    over : k above the function's `high`
+    inf : infinity; `over` if left out
+    """
+
+    zero: Piece
+    under: Piece
+    rows: tuple[tuple[int, Piece], ...] = ()
+    over: Piece | None = None
+    inf: Piece | None = None
+
+    def pieces(self, low: int, high: int) -> list[tuple[int, Piece]]:
+        """Returns (k, piece) row by row; k is 0 where the piece does not depend on it."""
+        over = self.over or self.under
+        found = [(0, self.zero), (0, self.under)]
+        for k in range(low, high + 1):
+            piece = self.under
+            for first, candidate in self.rows:
+                if k >= first:
+                    piece = candidate
+            found.append((0 if piece.mantissa or piece.constant else k, piece))
+        return [*found, (0, over), (0, self.inf or over)]
+
+
+_NAN_PAGE = Page(zero=NAN, under=NAN)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """One function.
+
+    Parameters
+    ----------
+    positive, negative : pages for y > 0 and y < 0 (+0 and -0 with them); `negative` is left out
+        for an odd function
+    low, high : exponents k with rows of their own
+    center : y about which the function is centred on `centered` binades of |y| (k = -1, 0)
+    above, below : pages for |y| greater or smaller than |center|; `zero` of `above` is y = center
+    parity : rows are k mod 2
+    scaling : see `Scaling`
+    """
+
+    positive: Page
+    negative: Page | None = None
+    low: int = 0
+    high: int = -1
+    center: Decimal | None = None
+    centered: tuple[int, ...] = ()
+    above: Page = _NAN_PAGE
+    below: Page = _NAN_PAGE
+    parity: bool = False
+    scaling: Scaling = Scaling.PLUS
+
+    @property
+    def odd(self) -> bool:
+        return self.negative is None
+
+
+def linear(slope: Decimal | int | str) -> Piece:
+    """The result is slope * y."""
+    return scaled(lambda m: Decimal(slope) * m)
+
+
+def _root(f: Callable[[Decimal], Decimal]) -> tuple[tuple[int, Piece], tuple[int, Piece]]:
+    return (0, scaled(f)), (1, scaled(lambda m: f(2 * m)))
+
+
+def _zero_of(f: Callable[[Decimal], Decimal], low: str, high: str) -> Decimal:
+    """The zero of a rising f between low and high, by bisection to 1e-30."""
+    with decimal.localcontext(_CONTEXT):
+        a, b = Decimal(low), Decimal(high)
+        while b - a > Decimal("1e-30"):
+            middle = (a + b) / 2
+            a, b = (middle, b) if f(middle) < 0 else (a, middle)
+        # the centre itself must be a number that y can take: 24 bits of [1/2, 1)
+        return Decimal(_constant(a, CENTER_FRACTION)) / 2**CENTER_FRACTION
+
+
+_GELU_DX_ZERO = _zero_of(_gelu_dx, "-0.8", "-0.7")
+_SQRT_2_OVER_PI = (2 / _PI).sqrt(_CONTEXT)
+
+
+DESCRIPTIONS: dict[Function, Description] = {
+    Function.IDENTITY: Description(positive=Page(zero=ZERO, under=linear(1), inf=INFINITY)),
+    Function.EXP: Description(
+        low=-25,
+        high=6,
+        positive=Page(
+            zero=ONE, under=ONE, rows=((-25, power(lambda x: x * _LOG2E)),), over=INFINITY
+        ),
+        negative=Page(zero=ONE, under=ONE, rows=((-25, power(lambda x: -x * _LOG2E)),), over=ZERO),
+    ),
+    Function.LOG: Description(
+        low=-24,
+        high=-1,
+        positive=Page(zero=MINUS_INFINITY, under=plus_log(lambda m: m.ln()), inf=INFINITY),
+        negative=Page(zero=MINUS_INFINITY, under=NAN),
+        center=Decimal(1),
+        centered=(-1, 0),
+        above=Page(zero=ZERO, under=linear(1), rows=((-24, direct(_log1p)),)),
+        below=Page(
+            zero=ZERO,
+            under=linear(-1),
+            # k = -1 is y = 1/2 alone
+            rows=((-24, direct(lambda x: _log1p(-x))), (-1, constant(-_LN2_D))),
+        ),
+    ),
+    Function.TANH: Description(
+        low=-13,
+        high=3,
+        positive=Page(zero=ZERO, under=linear(1), rows=((-13, direct(_tanh)),), over=ONE),
+    ),
+    Function.RECIPROCAL: Description(
+        positive=Page(zero=INFINITY, under=scaled(lambda m: 1 / m), inf=ZERO),
+        scaling=Scaling.MINUS,
+    ),
+    Function.RSQRT: Description(
+        low=0,
+        high=1,
+        parity=True,
+        positive=Page(
+            zero=INFINITY, under=NAN, rows=_root(lambda m: 1 / m.sqrt()), inf=ZERO
+        ),
+        negative=Page(zero=MINUS_INFINITY, under=NAN),
+        scaling=Scaling.MINUS_HALF,
+    ),
+    Function.SQRT: Description(
+        low=0,
+        high=1,
+        parity=True,
+        positive=Page(zero=ZERO, under=NAN, rows=_root(lambda m: m.sqrt()), inf=INFINITY),
+        negative=Page(zero=MINUS_ZERO, under=NAN),
+        scaling=Scaling.HALF,
+    ),
+    Function.GELU: Description(
+        low=-25,
+        high=3,
+        positive=Page(
+            zero=ZERO,
+            under=linear("0.5"),
+            rows=((-25, direct(_gelu)), (3, linear(1))),
+            over=linear(1),
+            inf=INFINITY,
+        ),
+        negative=Page(
+            zero=MINUS_ZERO,
+            under=linear("-0.5"),
+            rows=(
+                (-25, direct(lambda x: _gelu(-x))),
+                (0, power(lambda x: _log2(-_gelu(-x)), negate=True)),
+            ),
+            over=MINUS_ZERO,
+        ),
+    ),
+    Function.GELU_DX: Description(
+        low=-26,
+        high=3,
+        positive=Page(
+            zero=HALF, under=HALF, rows=((-26, direct(_gelu_dx)), (3, ONE)), over=ONE
+        ),
+        negative=Page(
+            zero=HALF,
+            under=HALF,
+            rows=(
+                (-26, direct(lambda x: _gelu_dx(-x))),
+                (-1, NAN),  # never met: centred
+                (0, direct(lambda x: _gelu_dx(-x))),
+                (1, power(lambda x: _log2(-_gelu_dx(-x)), negate=True)),
+            ),
+            over=MINUS_ZERO,
+        ),
+        center=_GELU_DX_ZERO,
+        centered=(-1,),
+        above=Page(
+            zero=constant(_CONTEXT.plus(_gelu_dx(_GELU_DX_ZERO))),
+            under=NAN,
+            rows=((-24, direct(lambda x: _gelu_dx(_GELU_DX_ZERO - x))), (-1, NAN)),
+        ),
+        below=Page(
+            zero=NAN,
+            under=NAN,
+            rows=((-24, direct(lambda x: _gelu_dx(_GELU_DX_ZERO + x))), (-1, NAN)),
+        ),
+    ),
+    Function.SIGMOID: Description(
+        low=-25,
+        high=6,
+        positive=Page(
+            zero=HALF, under=HALF, rows=((-25, direct(_sigmoid)), (5, ONE)), over=ONE
+        ),
+        negative=Page(
+            zero=HALF,
+            under=HALF,
+            rows=(
+                (-25, direct(lambda x: _sigmoid(-x))),
+                (0, power(lambda x: -(x + _log1p((-x).exp())) * _LOG2E)),
+            ),
+            over=ZERO,
+        ),
+    ),
+    Function.ERF: Description(
+        low=-13,
+        high=1,
+        positive=Page(
+            zero=ZERO,
+            under=linear(2 / _PI.sqrt(_CONTEXT)),
+            rows=((-13, direct(_erf)),),
+            over=ONE,
+        ),
+    ),
+}  # fmt: skip
+
+# ------------------------------------------------------------------ generator
+
+#: Largest relative error of a polynomial, truncations and coefficient rounding included: an
+#: eighth of a ULP at most. Fixed-point results (`exp2`, `log`) have fewer bits and get twice that.
+TOLERANCE = Decimal(2) ** -27
+
+
+def horner(c0: int, c1: int, c2: int, c3: int, t: int) -> tuple[int, int, int]:
+    """p2, p1 and p0 of step 3, without the logarithm's term."""
+    p2 = c2 + (c3 * (t >> 5) >> 18)
+    p1 = c1 + (p2 * t >> MANTISSA)
+    return p2, p1, c0 + (p1 * t >> MANTISSA)
+
+
+def _nodes() -> tuple[Decimal, ...]:
+    """Chebyshev's nodes of degree 4 in [0, 1]."""
+    root = Decimal(2).sqrt()
+    near, far = (2 - root).sqrt() / 4, (2 + root).sqrt() / 4
+    half = Decimal(1) / 2
+    return half - far, half - near, half + near, half + far
+
+
+def _fit(f: Callable[[Decimal], Decimal]) -> tuple[Decimal, ...]:
+    """Coefficients of the cubic through f at Chebyshev's nodes of [0, 1]."""
+    nodes = _nodes()
+    table = [f(node) for node in nodes]
+    for order in range(1, 4):  # Newton's divided differences
+        for i in range(3, order - 1, -1):
+            table[i] = (table[i] - table[i - 1]) / (nodes[i] - nodes[i - order])
+    poly = [table[3], Decimal(0), Decimal(0), Decimal(0)]
+    for i in range(2, -1, -1):  # poly = poly * (t - node) + table[i]
+        shifted = [Decimal(0), *poly[:3]]
+        poly = [a - nodes[i] * b for a, b in zip(shifted, poly, strict=True)]
+        poly[0] += table[i]
+    return tuple(poly)
+
+
+def _fits(values: Iterable[int], widths: Iterable[int]) -> bool:
+    return all(abs(v) < 1 << width - 1 for v, width in zip(values, widths, strict=True))
+
+
+#: t at which a segment's error is measured: the ends and between the nodes
+_PROBES = tuple(
+    int(Decimal(x) * (2**MANTISSA - 1)) >> MAX_COUNT_LOG2 << MAX_COUNT_LOG2
+    for x in ("0", "0.015", "0.08", "0.146", "0.25", "0.38", "0.5", "0.62", "0.75", "0.854",
+              "0.92", "0.985", "1")
+)  # fmt: skip
+
+
+def _segment(piece: Piece, k: int, index: int, log2_count: int) -> int | None:
+    """Fits segment `index` of 2**log2_count; None if it misses `TOLERANCE`."""
+    unit = Decimal(2) ** (0 if piece.mantissa else k)
+
+    @functools.cache
+    def f(t: Decimal) -> Decimal:
+        return piece.f(unit * (1 + (index + t) / 2**log2_count))
+
+    flags = {
+        name: int(getattr(piece, name)) for name in ("relative", "exp2", "log", "negate", "nan")
+    }
+    if piece.constant:
+        value = f(Decimal(0))
+        scale = 34 - value.adjusted() * 10 // 3 if value else 0
+        while value and abs(value) * Decimal(2) ** scale >= 2**35:
+            scale -= 1
+        c0 = int((value * Decimal(2) ** scale).to_integral_value())
+        return _pack(SEGMENT, {"c0": c0, "exponent": -scale, **flags})
+
+    real = list(_fit(f))
+    offset = Decimal(0)  # moved from c0 to the exponent
+    fixed = piece.exp2 or piece.log
+    if fixed:
+        scale = FIXED
+        if piece.exp2:
+            offset = max(real[0], Decimal(-250)).to_integral_value()
+            real[0] -= offset
+    else:
+        top = max(abs(f(Decimal(0))), abs(f(Decimal(1))))
+        scale = 33 - int(top.ln() / _LN2_D)
+    for drop in range(1 if fixed else 6):
+        unrounded = [v * Decimal(2) ** (scale - drop) for v in real]
+        if fixed:  # the mean of what the two shifts drop; other segments have bits to spare
+            unrounded[0] += Decimal("0.75")
+        c = [int(v.to_integral_value()) for v in unrounded]
+        steps = {t: horner(*c, t) for t in _PROBES}
+        if _fits(c, (36, 36, 25, 17)) and all(_fits(p, (25, 36, 36)) for p in steps.values()):
+            break
+    else:
+        return None
+    scale -= drop
+    for t, (_, _, p0) in steps.items():
+        want = f(Decimal(t) / 2**MANTISSA)
+        error = abs(p0 / Decimal(2) ** scale + offset - want)
+        if piece.exp2:
+            if want < -151:  # rounds to zero whatever the error
+                continue
+            error *= _LN2_D
+        elif not piece.log:  # the logarithm's sum is about 1 at least
+            error /= abs(want)
+        if error > TOLERANCE * (2 if fixed else 1):
+            return None
+    names = ("c0", "c1", "c2", "c3")
+    exponent = int(offset) if piece.exp2 else -scale
+    return _pack(SEGMENT, {**dict(zip(names, c, strict=True)), "exponent": exponent, **flags})
+
+
+def _binade(piece: Piece, k: int) -> tuple[int, ...]:
+    """Segments of one row, as few as reach `TOLERANCE`."""
+    for log2_count in range(MAX_COUNT_LOG2 + 1):
+        count = 1 << log2_count
+        # the ends of the binade are the likeliest to fail
+        found: dict[int, int] = {}
+        for index in sorted(range(count), key=lambda i: min(i, count - 1 - i)):
+            word = _segment(piece, k, index, log2_count)
+            if word is None:
+                break
+            found[index] = word
+        else:
+            return tuple(found[index] for index in range(count))
+        if piece.constant:
+            break
+    raise ValueError(f"no segments of 2**{k} reach the tolerance")
+
+
+def _exp2_table() -> tuple[int, ...]:
+    """Quadratics of 2**f: LSB 2**-28, the mean of the truncations added to c0."""
+    words = []
+    count = 1 << EXP2_SEGMENTS_LOG2
+    half, root = Decimal(1) / 2, Decimal(3).sqrt() / 4
+    nodes = (half - root, half, half + root)
+    for i in range(count):
+        y0, y1, y2 = (Decimal(2) ** ((i + u) / count) for u in nodes)
+        d1, d2 = (y1 - y0) / root, (y2 - y1) / root
+        a2 = (d2 - d1) / (2 * root)
+        a1 = d1 - a2 * (nodes[0] + nodes[1])
+        a0 = y0 - d1 * nodes[0] + a2 * nodes[0] * nodes[1]
+        c0 = (a0 - 1) * 2**FIXED + 1
+        values = {"c0": c0, "c1": a1 * 2**FIXED, "c2": a2 * 2**FIXED}
+        words.append(_pack(EXP2_ENTRY, {n: int(v.to_integral_value()) for n, v in values.items()}))
+    return tuple(words)
+
+
+def generate(report: Callable[[str], None] = lambda line: None) -> Tables:
+    """Computes the tables from `DESCRIPTIONS`."""
+    segments: list[int] = []
+    groups: dict[tuple[int, ...], int] = {}
+    fitted: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def entry(k: int, piece: Piece) -> int:
+        key = (id(piece), k)
+        if key not in fitted:
+            fitted[key] = _binade(piece, k)
+        group = fitted[key]
+        if group not in groups:
+            groups[group] = len(segments)
+            segments.extend(group)
+        return _pack(ENTRY, {"base": groups[group], "log2_count": len(group).bit_length() - 1})
+
+    with decimal.localcontext(_CONTEXT):
+        directory = [entry(0, NAN)]
+        pages: dict[tuple[int, ...], int] = {}
+        controls = {}
+        for function, d in DESCRIPTIONS.items():
+            before = len(segments), len(directory)
+            bases = []
+            for page in (d.positive, d.negative or d.positive, d.above, d.below):
+                rows = tuple(entry(k, piece) for k, piece in page.pieces(d.low, d.high))
+                if rows not in pages:
+                    pages[rows] = len(directory)
+                    directory.extend(rows)
+                bases.append(pages[rows])
+            masks = {"center_positive": 0, "center_negative": 0}
+            if d.center is not None:
+                side = "center_positive" if d.center > 0 else "center_negative"
+                masks[side] = sum(1 << k + 1 for k in d.centered)
+            word = _pack(
+                CONTROL,
+                {
+                    "low": d.low,
+                    "span": d.high - d.low + 1,
+                    "center": _constant(abs(d.center or Decimal(0)), CENTER_FRACTION),
+                    "odd": int(d.odd),
+                    "parity": int(d.parity),
+                    "scaling": d.scaling.value,
+                    **masks,
+                },
+            )
+            width = CONTROL["pages"].shape.elem_shape.width
+            for i, base in enumerate(bases):
+                word |= base << CONTROL["pages"].offset + i * width
+            controls[function] = word
+            report(
+                f"{function.name:12} {len(segments) - before[0]:5} segments "
+                f"{len(directory) - before[1]:5} directory rows"
+            )
+        exp2 = _exp2_table()
+    report(f"{'total':12} {len(segments):5} segments {len(directory):5} directory rows")
+    if len(segments) > SEGMENTS or len(directory) > DIRECTORY:
+        raise ValueError(f"{len(segments)} segments, {len(directory)} rows do not fit the memories")
+    return Tables(tuple(segments), tuple(directory), exp2, controls)
+
+
+def main() -> None:
+    _PATH.write_text(generate(lambda line: print(line, file=sys.stderr)).dump())
+
+
+if __name__ == "__main__":
+    main()

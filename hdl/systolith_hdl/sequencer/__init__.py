@@ -1,0 +1,1 @@
+"""Sequencers: one in-order instruction stream for each engine and DMA queue."""

@@ -1,0 +1,224 @@
+"""The instruction checker: an instruction that faults does nothing."""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..config import CoreConfig
+from ..isa import (
+    DMA_TYPES,
+    INSTRUCTION_BITS,
+    SPECS,
+    USED_BITS,
+    DmaBody,
+    EngineKind,
+    FaultCause,
+    Header,
+    Opcode,
+    Operand,
+    Space,
+    TensorBody,
+    WaitMode,
+    legal_operations,
+    operation_enums,
+)
+
+_BODY = 128
+#: Every body has its counts first and its local operands in these slots after them.
+_OPERAND_SLOTS = {"dst": 0, "local": 0, "src0": 1, "src1": 2}
+_SLOTS = 3
+
+
+class Fault(data.Struct):
+    """Why an instruction, and so its engine, stopped."""
+
+    cause: FaultCause
+    address: signed(64)
+
+
+def _one_of(value: Value, codes: object) -> Value:
+    return Cat(value == code for code in sorted(codes)).any()  # type: ignore[call-overload]
+
+
+class Check(wiring.Component):
+    """Checks the instructions of one engine, in the order that `FaultCause` documents.
+
+    Members
+    -------
+    instruction : In(stream of 512 bits)
+    checked : Out(stream of {word, fault}); fault.cause is NONE for a legal instruction
+    idle : Out(1), holds no instruction
+
+    Latency: 2 cycles, and 6 for each local operand, whose bounds are worked out with one
+    multiplier; the next instruction is checked while those before it execute.
+    """
+
+    def __init__(self, config: CoreConfig, kind: EngineKind) -> None:
+        self._config = config
+        self._kind = kind
+        super().__init__(
+            {
+                "instruction": In(stream.Signature(unsigned(INSTRUCTION_BITS))),
+                "checked": Out(
+                    stream.Signature(
+                        data.StructLayout({"word": unsigned(INSTRUCTION_BITS), "fault": Fault})
+                    )
+                ),
+                "idle": Out(1),
+            }
+        )
+
+    def _legality(self, m: Module, word: Value) -> tuple[Value, Value]:
+        """Returns the cause that needs no arithmetic (or NONE) and the operand slots in use."""
+        config = self._config
+        header = data.View(Header, word[:_BODY])
+        tensor = data.View(TensorBody, word[_BODY:])
+        operands = self._operands(word)
+
+        cause = Signal(FaultCause)
+        slots = Signal(_SLOTS)
+        with m.Switch(word[:8]):
+            for opcode, spec in SPECS.items():
+                if spec.kind not in (None, self._kind):
+                    continue
+                with m.Case(opcode.value):
+                    reserved = ((1 << INSTRUCTION_BITS) - 1) & ~USED_BITS[opcode]
+                    bad_operation = [w.mode.as_value() > WaitMode.ACQUIRE.value for w in header.wait]
+                    for field in operation_enums(opcode):
+                        code = getattr(header, field)
+                        bad_operation.append(~_one_of(code, legal_operations(opcode, field)))
+                    bad_type, bad_space = [], []
+                    for name, (spaces, types) in spec.operands.items():
+                        operand = operands[_OPERAND_SLOTS[name]]
+                        bad_type.append(
+                            ~_one_of(operand.dtype.as_value(), {t.value for t in types})
+                        )
+                        bad_space.append(
+                            ~_one_of(operand.space.as_value(), {s.value for s in spaces})
+                        )
+                    if spec.body is DmaBody:
+                        dma = data.View(DmaBody, word[_BODY:])
+                        allowed = {t.value for t in DMA_TYPES}
+                        bad_type.append(~_one_of(dma.dram_dtype.as_value(), allowed))
+                    bad_count = []
+                    if spec.operands:
+                        bad_count += [count == 0 for count in tensor.counts]
+                    if "lanes" in spec.header:
+                        bad_count += [header.lanes == 0, header.lanes > config.lanes]
+                    if opcode is Opcode.MATMUL:
+                        bad_count += [tensor.columns == 0, tensor.columns > config.lanes]
+                    if opcode is Opcode.LOAD_STATIONARY:
+                        bad_count += [tensor.counts[d] != 1 for d in range(3)]
+                        bad_count.append(tensor.counts[3] > config.lanes)
+                    signal = header.signal
+                    bad_semaphore = [
+                        (signal.amount != 0)
+                        & ((signal.sem >= config.semaphores) | (signal.chip != 0)),
+                        *(
+                            (w.mode != WaitMode.NONE) & (w.sem >= config.semaphores)
+                            for w in header.wait
+                        ),
+                    ]
+                    checks = [
+                        (FaultCause.RESERVED_BITS, (word & reserved).any()),
+                        (FaultCause.ILLEGAL_OPERATION, Cat(bad_operation).any()),
+                        (FaultCause.BAD_TYPE, Cat(bad_type).any()),
+                        (FaultCause.BAD_SPACE, Cat(bad_space).any()),
+                        (FaultCause.BAD_COUNT, Cat(bad_count).any()),
+                        (FaultCause.BAD_SEMAPHORE, Cat(bad_semaphore).any()),
+                    ]
+                    m.d.comb += cause.eq(FaultCause.NONE)
+                    for name, failed in reversed(checks):
+                        with m.If(failed):
+                            m.d.comb += cause.eq(name)
+                    used = sum(1 << _OPERAND_SLOTS[name] for name in spec.operands)
+                    m.d.comb += slots.eq(used)
+            with m.Default():
+                m.d.comb += cause.eq(FaultCause.ILLEGAL_OPCODE)
+        return cause, slots
+
+    @staticmethod
+    def _operands(word: Value) -> list[data.View]:
+        size = data.Layout.cast(Operand).size
+        first = _BODY + 64
+        return [
+            data.View(Operand, word[first + slot * size : first + (slot + 1) * size])
+            for slot in range(_SLOTS)
+        ]
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self._config
+        word = Signal(INSTRUCTION_BITS)
+        fault = Signal(Fault)
+        cause, slots = self._legality(m, word)
+        counts = data.View(TensorBody, word[_BODY:]).counts
+
+        slot = Signal(range(_SLOTS))
+        step = Signal(range(6))
+        product = Signal(signed(33))
+        low = Signal(signed(40))
+        high = Signal(signed(40))
+        operand = Signal(Operand)
+        with m.Switch(slot):
+            for index, view in enumerate(self._operands(word)):
+                with m.Case(index):
+                    m.d.comb += operand.eq(view)
+        limit = Mux(operand.space == Space.SBUF, config.sbuf_depth, config.psum_depth)
+        after = Signal(_SLOTS)  # operands still to check once this one is
+        m.d.comb += after.eq(slots & ~(Const(1, _SLOTS) << slot) & ~((Const(1, _SLOTS) << slot) - 1))
+
+        def goto_first(mask: Value) -> None:
+            for index in reversed(range(_SLOTS)):
+                with m.If(mask[index]):
+                    m.d.sync += slot.eq(index)
+
+        with m.FSM():
+            with m.State("TAKE"):
+                m.d.comb += [self.instruction.ready.eq(1), self.idle.eq(1)]
+                with m.If(self.instruction.valid):
+                    m.d.sync += [word.eq(self.instruction.payload), fault.eq(0)]
+                    m.next = "CHECK"
+            with m.State("CHECK"):
+                m.d.sync += [fault.cause.eq(cause), step.eq(0)]
+                goto_first(slots)
+                with m.If((cause == FaultCause.NONE) & slots.any()):
+                    m.next = "BOUNDS"
+                with m.Else():
+                    m.next = "GIVE"
+            with m.State("BOUNDS"):
+                # Steps 0-3 multiply one dimension each, 1-4 add the product of the step before,
+                # 5 compares.
+                m.d.sync += step.eq(step + 1)
+                with m.Switch(step):
+                    for d in range(4):
+                        with m.Case(d):
+                            m.d.sync += product.eq(operand.strides[d] * (counts[d] - 1)[:16])
+                with m.If(step == 0):
+                    m.d.sync += [low.eq(operand.base), high.eq(operand.base)]
+                with m.Elif(step <= 4):
+                    with m.If(product < 0):
+                        m.d.sync += low.eq(low + product)
+                    with m.Else():
+                        m.d.sync += high.eq(high + product)
+                with m.Else():
+                    m.d.sync += step.eq(0)
+                    goto_first(after)
+                    with m.If((low < 0) | (high >= limit)):
+                        m.d.sync += [
+                            fault.cause.eq(FaultCause.OUT_OF_BOUNDS),
+                            fault.address.eq(Mux(low < 0, low, high)),
+                        ]
+                        m.next = "GIVE"
+                    with m.Elif(~after.any()):
+                        m.next = "GIVE"
+            with m.State("GIVE"):
+                m.d.comb += self.checked.valid.eq(1)
+                with m.If(self.checked.ready):
+                    m.next = "TAKE"
+
+        m.d.comb += [
+            self.checked.payload.word.eq(word),
+            self.checked.payload.fault.eq(fault),
+        ]
+        return m

@@ -1,0 +1,272 @@
+"""The sequencer of one engine: fetch, check, wait, issue, signal."""
+
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, unsigned
+from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..config import CoreConfig
+from ..isa import MAX_WAITS, EngineKind, FaultCause, Header, Opcode, WaitMode
+from ..ports import IssuePort, axi4_read
+from ..semaphores import Update
+from .check import Check, Fault
+from .fetch import Fetch
+
+#: Instructions an engine may hold that are issued and not complete.
+IN_FLIGHT = 8
+
+
+class Completion(data.Struct):
+    """What is left to do when an instruction completes."""
+
+    pc: unsigned(32)
+    sem: unsigned(6)
+    amount: unsigned(8)
+
+
+class Retire(wiring.Component):
+    """Signals the semaphores of completed instructions, in order.
+
+    Members
+    -------
+    issued : In(stream of Completion), one for each instruction handed to the engine
+    done : In(1), the engine completed the oldest
+    update : Out(stream of Update)
+    completed : Out(1), high for a cycle for each instruction whose signal is applied
+    empty : Out(1), nothing is in flight
+    oldest : Out(Completion), valid while not empty
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                "issued": In(stream.Signature(Completion)),
+                "done": In(1),
+                "update": Out(stream.Signature(Update)),
+                "completed": Out(1),
+                "empty": Out(1),
+                "oldest": Out(Completion),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        shape = data.Layout.cast(Completion)
+        m.submodules.queue = queue = fifo.SyncFIFO(width=shape.size, depth=IN_FLIGHT)
+        finished = Signal(range(IN_FLIGHT + 1))  # done by the engine, not yet signalled
+        head = data.View(Completion, queue.r_data)
+        pop = Signal()
+        m.d.comb += [
+            queue.w_data.eq(self.issued.payload.as_value()),
+            queue.w_en.eq(self.issued.valid),
+            self.issued.ready.eq(queue.w_rdy),
+            self.update.valid.eq(finished.any() & (head.amount != 0)),
+            self.update.payload.sem.eq(head.sem),
+            self.update.payload.value.eq(head.amount),
+            pop.eq(finished.any() & ((head.amount == 0) | self.update.ready)),
+            queue.r_en.eq(pop),
+            self.completed.eq(pop),
+            self.empty.eq(~queue.r_rdy),
+            self.oldest.eq(head),
+        ]
+        m.d.sync += finished.eq(finished + self.done - pop)
+        return m
+
+
+class Sequencer(wiring.Component):
+    """Runs one engine's instruction stream.
+
+    Members
+    -------
+    start : In(1), begins at `base`; only while `idle`
+    halt : In(1), no further instruction is issued
+    base : In(48)
+    axi : Out(axi4_read), instruction fetch
+    issue : Out(IssuePort)
+    done_load : In(1), as IssuePort.done for LOAD_STATIONARY (tensor only, else unused)
+    values : In(16) x semaphores
+    update : Out(stream of Update) x 3: own (ACQUIRE, NOP), retire, retire of loads
+    overflow : In(3), the update of that index overflowed its semaphore
+    fault : Out({valid, pc, fault}), valid stays high once the engine stopped
+    pc : Out(32), index of the oldest instruction that is not complete
+    completed : Out(3), instructions completed in this cycle, a bit each
+    ended : Out(1), END is complete
+    idle : Out(1), nothing fetched, waiting or in flight
+
+    An instruction passes fetch, check, wait and issue in order; it is issued as soon as its waits
+    hold and the engine takes it. END and a NOP that signals wait until all before are complete.
+    """
+
+    def __init__(self, config: CoreConfig, kind: EngineKind) -> None:
+        self._config = config
+        self._kind = kind
+        super().__init__(
+            {
+                "start": In(1),
+                "halt": In(1),
+                "base": In(48),
+                "axi": Out(axi4_read(config, id_width=0)),
+                "issue": Out(IssuePort()),
+                "done_load": In(1),
+                "values": In(16).array(config.semaphores),
+                "update": Out(stream.Signature(Update)).array(3),
+                "overflow": In(3),
+                "fault": Out(
+                    data.StructLayout({"valid": unsigned(1), "pc": unsigned(32), "fault": Fault})
+                ),
+                "pc": Out(32),
+                "completed": Out(3),
+                "ended": Out(1),
+                "idle": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self._config
+        m.submodules.fetch = fetch = Fetch(config)
+        m.submodules.check = check = Check(config, self._kind)
+        m.submodules.retire = retire = Retire()
+        m.submodules.retire_load = retire_load = Retire()
+        wiring.connect(m, fetch.axi, wiring.flipped(self.axi))
+        wiring.connect(m, retire.update, wiring.flipped(self.update[1]))
+        wiring.connect(m, retire_load.update, wiring.flipped(self.update[2]))
+
+        running = Signal()
+        faulted = Signal()
+        stop = Signal()
+        m.d.comb += [
+            stop.eq(~running | self.halt | faulted),
+            fetch.start.eq(self.start),
+            fetch.stop.eq(stop & ~self.start),
+            fetch.base.eq(self.base),
+            retire.done.eq(self.issue.done),
+            retire_load.done.eq(self.done_load),
+        ]
+
+        # -- Fetch to check. A fetch error travels as the word's fault.
+        fetched_error = Signal()
+        m.d.comb += [
+            check.instruction.payload.eq(fetch.instruction.payload.word),
+            check.instruction.valid.eq(fetch.instruction.valid),
+            fetch.instruction.ready.eq(check.instruction.ready),
+        ]
+        with m.If(check.instruction.valid & check.instruction.ready):
+            m.d.sync += fetched_error.eq(fetch.instruction.payload.error)
+
+        # -- Wait.
+        word = Signal.like(check.checked.payload.word)
+        holding = Signal()
+        pending = Signal(MAX_WAITS)
+        next_pc = Signal(32)  # of the instruction in the wait stage
+        header = data.View(Header, word[:128])
+        incoming = data.View(Header, check.checked.payload.word[:128])
+        values = Array(self.values)
+        leave = Signal()
+        is_nop = header.opcode == Opcode.NOP
+        is_end = header.opcode == Opcode.END
+        is_load = header.opcode == Opcode.LOAD_STATIONARY
+
+        m.d.comb += check.checked.ready.eq(stop | ~holding | leave)
+        with m.If(leave):
+            m.d.sync += [holding.eq(0), next_pc.eq(next_pc + 1)]
+        # What was prefetched from behind END is dropped.
+        with m.If(check.checked.valid & check.checked.ready & ~stop & ~(leave & is_end)):
+            with m.If(fetched_error):
+                m.d.sync += [
+                    faulted.eq(1),
+                    self.fault.valid.eq(1),
+                    self.fault.pc.eq(next_pc + leave),
+                    self.fault.fault.cause.eq(FaultCause.FETCH_ERROR),
+                    self.fault.fault.address.eq(self.base + ((next_pc + leave) << 6)),
+                ]
+            with m.Elif(check.checked.payload.fault.cause != FaultCause.NONE):
+                m.d.sync += [
+                    faulted.eq(1),
+                    self.fault.valid.eq(1),
+                    self.fault.pc.eq(next_pc + leave),
+                    self.fault.fault.eq(check.checked.payload.fault),
+                ]
+            with m.Else():
+                m.d.sync += [
+                    holding.eq(1),
+                    word.eq(check.checked.payload.word),
+                    pending.eq(Cat(w.mode != WaitMode.NONE for w in incoming.wait)),
+                ]
+        with m.If(stop & ~leave):
+            m.d.sync += holding.eq(0)
+
+        wait = Signal(header.wait[0].shape())
+        slot = Signal(MAX_WAITS)  # one-hot: the lowest pending wait
+        m.d.comb += slot.eq(pending & (~pending + 1))
+        for index in range(MAX_WAITS):
+            with m.If(slot[index]):
+                m.d.comb += wait.eq(header.wait[index])
+        own = self.update[0]
+        acquire = pending.any() & (wait.mode == WaitMode.ACQUIRE)
+        holds = values[wait.sem] >= wait.value
+        with m.If(holding & pending.any() & Mux(acquire, own.ready, holds)):
+            m.d.sync += pending.eq(pending & ~slot)
+
+        # -- Issue.
+        internal = is_nop | is_end
+        signals = header.signal.amount != 0
+        drained = retire.empty & retire_load.empty
+        queue_ready = Mux(is_load, retire_load.issued.ready, retire.issued.ready)
+        go = Signal()
+        m.d.comb += [
+            go.eq(holding & ~pending.any() & ~stop),
+            self.issue.instruction.valid.eq(go & ~internal & queue_ready),
+            self.issue.instruction.payload.eq(word),
+            own.valid.eq(
+                holding & ~stop & Mux(pending.any(), acquire, internal & signals & drained)
+            ),
+            own.payload.sem.eq(Mux(pending.any(), wait.sem, header.signal.sem)),
+            own.payload.value.eq(Mux(pending.any(), wait.value, header.signal.amount)),
+            own.payload.subtract.eq(pending.any()),
+        ]
+        settled = Mux(signals, drained & own.ready, drained | (is_nop & ~signals))
+        m.d.comb += leave.eq(
+            go & Mux(internal, settled, queue_ready & self.issue.instruction.ready)
+        )
+        completion = Signal(Completion)
+        m.d.comb += [
+            completion.pc.eq(next_pc),
+            completion.sem.eq(header.signal.sem),
+            completion.amount.eq(header.signal.amount),
+        ]
+        for target, mine in ((retire, ~is_load), (retire_load, is_load)):
+            m.d.comb += [
+                target.issued.payload.eq(completion),
+                target.issued.valid.eq(leave & ~internal & mine),
+            ]
+        with m.If(leave & is_end):
+            m.d.sync += [self.ended.eq(1), running.eq(0)]
+
+        # -- A signal that overflows its semaphore.
+        for index, pc in ((0, next_pc), (1, retire.oldest.pc), (2, retire_load.oldest.pc)):
+            with m.If(self.overflow[index] & ~faulted):
+                sem = self.update[index].payload.sem
+                m.d.sync += [
+                    faulted.eq(1),
+                    self.fault.valid.eq(1),
+                    self.fault.pc.eq(pc),
+                    self.fault.fault.cause.eq(FaultCause.SEMAPHORE_OVERFLOW),
+                    self.fault.fault.address.eq(sem),
+                ]
+
+        with m.If(self.start):
+            m.d.sync += [
+                running.eq(1),
+                faulted.eq(0),
+                self.fault.eq(0),
+                next_pc.eq(0),
+                self.ended.eq(0),
+            ]
+        oldest = Mux(retire.empty, next_pc, retire.oldest.pc)
+        oldest_load = Mux(retire_load.empty, next_pc, retire_load.oldest.pc)
+        m.d.comb += [
+            self.completed.eq(Cat(leave & internal, retire.completed, retire_load.completed)),
+            self.pc.eq(Mux(oldest_load < oldest, oldest_load, oldest)),
+            self.idle.eq(fetch.idle & check.idle & ~holding & drained & ~running),
+        ]
+        return m

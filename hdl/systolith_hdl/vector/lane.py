@@ -1,0 +1,121 @@
+"""One lane of the vector engine."""
+
+from amaranth.hdl import Array, Const, Module, Signal
+from amaranth.lib import enum, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..emit import Once
+from ..isa import REDUCE_ACCUMULATORS, REDUCTIONS
+from .alu import ALU_LATENCY, Alu
+
+#: Cycles from operands to result when nothing is reduced.
+LANE_LATENCY = 2 * ALU_LATENCY
+
+
+class Second(enum.Enum, shape=2):
+    """What the second ALU works on."""
+
+    #: x op1 b, x the result of the first ALU
+    OPERAND = 0
+    #: accumulator[index] op1 x, result back to accumulator[index]
+    ACCUMULATE = 1
+    #: accumulator[index] op1 accumulator[index + 1], result back to accumulator[index]
+    COMBINE = 2
+    #: accumulator[0] op1 accumulator[2], result to the output
+    FINISH = 3
+
+
+class VectorLane(wiring.Component):
+    """Two ALUs in a row, with the accumulators of REDUCE around the second.
+
+    Members
+    -------
+    en : In(1), low freezes the lane
+    op0, op1, imm0 : In, of the running instruction, steady while it runs
+    a, b : In(32), operands of the element entering: x = a op0 imm0, result = x op1 b
+    second : In(Second) and index : In(2), steer the second ALU in the cycle the element reaches it
+    clear : In(1), sets all accumulators to the identity of op1
+    o : Out(32), LANE_LATENCY = 6 enabled cycles after a and b
+    nonzero : Out(1), whether `b` was not zero, in step with o (for COPY_PREDICATED)
+
+    The result of the second ALU is back in its accumulator one cycle after it leaves the ALU:
+    REDUCE_ACCUMULATORS = 4 accumulators used in turn therefore sustain one element per cycle.
+    """
+
+    en: In(1)
+    op0: In(6)
+    op1: In(6)
+    imm0: In(32)
+    a: In(32)
+    b: In(32)
+    second: In(Second)
+    index: In(2)
+    clear: In(1)
+    o: Out(32)
+    nonzero: Out(1)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        assert REDUCE_ACCUMULATORS == ALU_LATENCY + 1
+        m.submodules.first_alu = first = Once(Alu(), "vector_alu")
+        m.submodules.second_alu = second = Once(Alu(), "vector_alu")
+
+        m.d.comb += [
+            first.en.eq(self.en),
+            first.op.eq(self.op0),
+            first.a.eq(self.a),
+            first.b.eq(self.imm0),
+        ]
+        b = self.b
+        nonzero = self.b[:31].any()
+        for stage in range(ALU_LATENCY):
+            moved = Signal(32, name=f"b{stage}")
+            with m.If(self.en):
+                m.d.sync += moved.eq(b)
+            b = moved
+        for stage in range(LANE_LATENCY):
+            flag = Signal(name=f"nonzero{stage}")
+            with m.If(self.en):
+                m.d.sync += flag.eq(nonzero)
+            nonzero = flag
+
+        accumulators = Array(
+            Signal(32, name=f"accumulator{i}") for i in range(REDUCE_ACCUMULATORS)
+        )
+        identity = Signal(32)
+        with m.Switch(self.op1):
+            for op, start in REDUCTIONS.items():
+                with m.Case(op.value):
+                    m.d.comb += identity.eq(start)
+
+        accumulator = accumulators[self.index]
+        m.d.comb += [second.en.eq(self.en), second.op.eq(self.op1)]
+        with m.Switch(self.second):
+            with m.Case(Second.OPERAND):
+                m.d.comb += [second.a.eq(first.o), second.b.eq(b)]
+            with m.Case(Second.ACCUMULATE):
+                m.d.comb += [second.a.eq(accumulator), second.b.eq(first.o)]
+            with m.Case(Second.COMBINE):
+                m.d.comb += [
+                    second.a.eq(accumulator),
+                    second.b.eq(accumulators[self.index | Const(1, 2)]),
+                ]
+            with m.Case(Second.FINISH):
+                m.d.comb += [second.a.eq(accumulators[0]), second.b.eq(accumulators[2])]
+
+        # The accumulator a result belongs to leaves the ALU's delay line with the result.
+        target = self.index
+        back = (self.second == Second.ACCUMULATE) | (self.second == Second.COMBINE)
+        for stage in range(ALU_LATENCY):
+            moved_target = Signal(2, name=f"target{stage}")
+            moved_back = Signal(name=f"back{stage}")
+            with m.If(self.en):
+                m.d.sync += [moved_target.eq(target), moved_back.eq(back)]
+            target, back = moved_target, moved_back
+        with m.If(self.en & back):
+            m.d.sync += accumulators[target].eq(second.o)
+        with m.If(self.clear):
+            m.d.sync += [accumulators[i].eq(identity) for i in range(REDUCE_ACCUMULATORS)]
+
+        m.d.comb += [self.o.eq(second.o), self.nonzero.eq(nonzero)]
+        return m

@@ -1,0 +1,112 @@
+"""The compiler: a JAX function, traced for given shapes, becomes a `Program`.
+
+Passes: trace (jaxpr to tensor IR), eliminate dead code, fuse, lay out, generate. `verify_ir` runs
+after each; ``dumps`` of the result holds the IR after each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from systolith_hdl.config import CoreConfig
+
+from ..errors import CompileError, UnsupportedError
+from ..program import Program
+from .codegen import Binding, Generator
+from .fuse import eliminate_dead, fuse
+from .ir import Graph, verify_ir
+from .layout import assign_forms
+from .trace import trace
+
+__all__ = ["Binding", "Compiled", "argument_name", "compile_step"]
+
+#: types that `matmul=` names: what the tensor engine rounds its operands to
+MATMUL_TYPES = ("bfloat16",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled step.
+
+    Parameters
+    ----------
+    program : for a core of one config
+    inputs, outputs : the program's tensors for the flattened arguments and results, in order
+    out_tree : pytree of the results
+    dumps : name of the pass -> the IR after it, as text
+    """
+
+    program: Program
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+    out_tree: Any
+    dumps: dict[str, str]
+
+
+def compile_step(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    config: CoreConfig,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    matmul: str = "bfloat16",
+    name: str | None = None,
+) -> Compiled:
+    """Compiles ``fn(*args, **kwargs)``.
+
+    Parameters
+    ----------
+    args, kwargs : pytrees of `jax.ShapeDtypeStruct`
+    matmul : type the tensor engine's operands are rounded to
+    name : of the program; default: that of the function
+
+    Raises
+    ------
+    UnsupportedError : names the primitive, the shapes and the user's source line
+    CompileError : the step does not fit
+    """
+    if matmul not in MATMUL_TYPES:
+        raise UnsupportedError(
+            f"matmul={matmul!r} is not supported; supported: {', '.join(MATMUL_TYPES)}"
+        )
+    name = name or getattr(fn, "__name__", "step")
+    kwargs = dict(kwargs or {})
+    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
+    leaves, out_tree = jax.tree.flatten_with_path(out_shape)[0], jax.tree.structure(out_shape)
+    inputs = tuple(
+        Binding(argument_name(path), leaf.shape, np.dtype(leaf.dtype))
+        for path, leaf in jax.tree.flatten_with_path((tuple(args), kwargs))[0]
+    )
+    outputs = tuple(
+        Binding(f"out{jax.tree_util.keystr(path)}", leaf.shape, np.dtype(leaf.dtype))
+        for path, leaf in leaves
+    )
+    dumps: dict[str, str] = {}
+
+    def passed(graph: Graph, after: str) -> None:
+        dumps[after] = graph.dump()
+        verify_ir(graph, after)
+
+    graph = trace(closed, [binding.name for binding in inputs])
+    passed(graph, "trace")
+    eliminate_dead(graph)
+    passed(graph, "dead code")
+    fuse(graph)
+    passed(graph, "fuse")
+    assign_forms(graph, config)
+    passed(graph, "layout")
+    program = Generator(graph, config, name, inputs, outputs).run(
+        {"matmul": matmul, "inputs": len(inputs), "outputs": len(outputs)}
+    )
+    return Compiled(program, inputs, outputs, out_tree, dumps)
+
+
+def argument_name(path: tuple[Any, ...]) -> str:
+    """Name of one leaf of ``(args, kwargs)``: ``arg0['w1']``, or ``scale`` for a keyword."""
+    kind, position, *rest = path
+    name = f"arg{position.idx}" if kind.idx == 0 else str(position.key)
+    return name + jax.tree_util.keystr(tuple(rest))

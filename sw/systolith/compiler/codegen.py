@@ -1,0 +1,683 @@
+"""From the laid-out IR to a program, through the kernel builder.
+
+Operations are generated in their order; the builder's semaphores let engines overlap. What a
+value occupies in SBUF and PSUM is freed after the last operation that reads it there. Results of
+matrix products stay in PSUM while only vector and scalar instructions read them. When SBUF is
+full, the value needed last is stored to DRAM and loaded again when it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from systolith_hdl.config import CoreConfig
+from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.isa import AluOp, Function, Space
+
+from ..errors import CompileError
+from ..kernel import DramTensor, KernelBuilder, Tile, View
+from ..program import Program
+from .fuse import affine
+from .ir import Form, Graph, Op, Shape, Use, Value, operand_form
+from .layout import columns
+
+_INFINITY = 1 << 60  #: position of a need that never comes
+_MAX_STRIDE = (1 << 15) - 1
+_MAX_COUNT = (1 << 16) - 1
+
+
+@dataclasses.dataclass(eq=False)
+class _DramCopy:
+    """Elements of a value in DRAM, somewhere in a tensor; offset and strides in elements."""
+
+    tensor: DramTensor
+    offset: int
+    strides: tuple[int, int]
+
+
+@dataclasses.dataclass(eq=False)
+class _Home:
+    """Where a value is now, and where it will be needed."""
+
+    value: Value
+    tiles: dict[Form, Tile] = dataclasses.field(default_factory=dict)
+    dram: list[_DramCopy] = dataclasses.field(default_factory=list)
+    #: form (None: DRAM) -> positions of the operations that read it there, ascending
+    needs: dict[Form | None, list[int]] = dataclasses.field(default_factory=dict)
+    source: str | None = None
+
+    def next_need(self, form: Form | None, now: int) -> int:
+        """Position of the first operation from `now` on that reads the value in a form."""
+        return next((at for at in self.needs.get(form, ()) if at >= now), _INFINITY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One tensor that the caller of a program binds: its name in the program's table, the JAX
+    shape and type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Generator:
+    """Generates one program.
+
+    Parameters
+    ----------
+    graph : verified, with forms
+    config : of the core
+    name : of the program
+    inputs, outputs : one for each of the graph's, in order
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        config: CoreConfig,
+        name: str,
+        inputs: Sequence[Binding],
+        outputs: Sequence[Binding],
+    ) -> None:
+        self._graph = graph
+        self._config = config
+        self._nc = KernelBuilder(config, name=name)
+        self._inputs = inputs
+        self._outputs = outputs
+        self._homes: dict[Value, _Home] = {}
+        self._now = 0
+        self._pinned: set[Tile] = set()
+        self._numbers: dict[float, Tile] = {}
+        self._scratch = itertools.count()
+        #: columns of work given to the engines that can do the same things
+        self._work = {"vector": 0, "scalar": 0}
+        # Queue 0 loads, the last one stores; what goes on chip again soon is stored first.
+        self._last_queue = config.dma_queues - 1
+
+    def run(self, metadata: dict[str, Any]) -> Program:
+        """Generates everything."""
+        self._place_tensors()
+        self._collect_needs()
+        self._prefetch()
+        for self._now, op in enumerate(self._graph.ops):
+            with self._nc.label(op.label or op.kind, source=op.source or "jax"):
+                self._operation(op)
+                self._after(op)
+            self._release(use.value for use in (*op.operands, Use(op.result)))
+        self._now = len(self._graph.ops)
+        with self._nc.label("output", source="jax"):
+            for index, use in enumerate(self._graph.outputs):
+                self._store_output(index, use)
+        return self._nc.finish(metadata)
+
+    # --- preparation ---------------------------------------------------------------------
+
+    def _place_tensors(self) -> None:
+        for value, binding in zip(self._graph.inputs, self._inputs, strict=True):
+            tensor = self._nc.dram.tensor(
+                binding.name, binding.shape, _dram_type(binding.dtype), kind="input"
+            )
+            copy = _DramCopy(tensor, 0, (value.shape[1], 1))
+            self._homes[value] = _Home(value, dram=[copy])
+        for number, (value, data) in enumerate(self._graph.constants.items()):
+            tensor = self._nc.dram.tensor(
+                f"constant{number}", kind="constant", data=np.ascontiguousarray(data, np.float32)
+            )
+            self._homes[value] = _Home(value, dram=[_DramCopy(tensor, 0, (value.shape[1], 1))])
+        self._output_tensors = [
+            self._nc.dram.tensor(b.name, b.shape, _dram_type(b.dtype), kind="output")
+            for b in self._outputs
+        ]
+        self._stored = [False] * len(self._outputs)
+
+    def _collect_needs(self) -> None:
+        for position, op in enumerate(self._graph.ops):
+            for index, use in enumerate(op.operands):
+                form = operand_form(op, index)
+                self._home(use.value).needs.setdefault(form, []).append(position)
+            self._homes[op.result] = _Home(op.result, source=op.source)
+
+    def _home(self, value: Value) -> _Home:
+        return self._homes[value]
+
+    def _prefetch(self) -> None:
+        """Loads inputs ahead of everything, in the order of first use, into half of SBUF."""
+        budget = self._config.sbuf_depth // 2
+        wanted = [
+            (at[0], number, home, form)
+            for number, home in enumerate(self._homes.values())
+            if home.dram
+            for form, at in home.needs.items()
+            if form is not None
+        ]
+        for first, _, home, form in sorted(wanted, key=lambda item: item[:2]):
+            size = columns(home.value.shape, form, self._config.lanes)
+            if size > budget:
+                break
+            budget -= size
+            op = self._graph.ops[first]
+            with self._nc.label(f"load {home.value.name}", source=op.source or "jax"):
+                self._load(home, form)
+
+    # --- memory --------------------------------------------------------------------------
+
+    def _allocate(self, value_columns: int, name: str) -> Tile:
+        """A tile of SBUF; makes room if there is none."""
+        while self._nc.sbuf.largest_free < value_columns:
+            if not self._evict():
+                self._does_not_fit("SBUF", value_columns, name, self._config.sbuf_depth)
+        tile = self._nc.sbuf.tile(value_columns, name)
+        self._pinned.add(tile)
+        return tile
+
+    def _evict(self) -> bool:
+        """Frees the SBUF tile that is needed last, storing its value if it is nowhere else."""
+        best: tuple[int, int, _Home, Form] | None = None
+        for number, home in enumerate(self._homes.values()):
+            for form, tile in home.tiles.items():
+                if tile.space is Space.SBUF and tile not in self._pinned:
+                    key = (home.next_need(form, self._now), number)
+                    if best is None or key > best[:2]:
+                        best = (*key, home, form)
+        if best is None:
+            return False
+        _, _, home, form = best
+        if not home.dram and len(home.tiles) == 1:
+            self._to_dram(home)
+        self._nc.sbuf.free(home.tiles.pop(form))
+        return True
+
+    def _does_not_fit(self, space: str, wanted: int, name: str, depth: int) -> None:
+        live = sorted(
+            (
+                (tile.columns, home)
+                for home in self._homes.values()
+                for tile in home.tiles.values()
+                if tile.space.name == space
+            ),
+            key=lambda item: -item[0],
+        )
+        lines = [
+            f"{columns} columns: {home.value.name} {home.value.type}"
+            + (f" at {home.source}" if home.source else "")
+            for columns, home in live[:4]
+        ]
+        op = self._graph.ops[min(self._now, len(self._graph.ops) - 1)]
+        raise CompileError(
+            f"the step does not fit: {name} needs {wanted} columns of {space}, which has {depth} "
+            f"per partition ({self._config.lanes} partitions of 32-bit words)"
+            + (f", for {op.label} at {op.source}" if op.source else "")
+            + "".join(f"\n  held then: {line}" for line in lines)
+        )
+
+    def _psum(self, wanted: int, name: str) -> Tile:
+        """A tile of PSUM; results that wait there are copied out if there is no room."""
+        while self._nc.psum.largest_free < wanted:
+            for home in self._homes.values():
+                form = next((f for f, t in home.tiles.items() if t.space is Space.PSUM), None)
+                if form is not None and home.tiles[form] not in self._pinned:
+                    self._evacuate(home, form)
+                    break
+            else:
+                self._does_not_fit("PSUM", wanted, name, self._config.psum_depth)
+        tile = self._nc.psum.tile(wanted, name)
+        self._pinned.add(tile)
+        return tile
+
+    def _release(self, values: Iterator[Value]) -> None:
+        """Frees what nobody reads after the current operation, and unpins the rest."""
+        self._pinned.clear()
+        for value in dict.fromkeys(values):
+            home = self._home(value)
+            needed = {form for form in home.needs if home.next_need(form, self._now + 1) < _INFINITY}
+            for form in list(home.tiles):
+                # The only copy stays as long as any other form has to be made from it.
+                if form in needed or (needed and not home.dram and len(home.tiles) == 1):
+                    continue
+                self._free(home.tiles.pop(form))
+
+    def _free(self, tile: Tile) -> None:
+        (self._nc.sbuf if tile.space is Space.SBUF else self._nc.psum).free(tile)
+
+    # --- moving values -------------------------------------------------------------------
+
+    def _tiling(self, shape: Shape, form: Form) -> list[tuple[int, int, int, int]]:
+        """(first tile, tiles, elements along the free axis, lanes): full tiles, then the last."""
+        lanes = self._config.lanes
+        if form is Form.ALL:
+            return [(0, 1, shape[0] * shape[1], lanes)]
+        across, free = shape if form is Form.ROWS else shape[::-1]
+        parts = []
+        full = across // lanes
+        if full:
+            parts.append((0, full, free, lanes))
+        if across % lanes:
+            parts.append((full, 1, free, across % lanes))
+        return parts
+
+    def _transfer(
+        self, home: _Home, form: Form, tile: Tile, copy: _DramCopy, load: bool, queue: int | None
+    ) -> None:
+        """Moves a whole value between a tile and DRAM."""
+        item = FORMATS[copy.tensor.dtype].bytes
+        row, col = copy.strides
+        lanes = self._config.lanes
+        for first, tiles, free, used in self._tiling(home.value.shape, form):
+            if form is Form.ALL:
+                lane, step = 0, (row if home.value.shape[1] == 1 else col)
+                used = lanes if load else 1
+            else:
+                lane, step = (row, col) if form is Form.ROWS else (col, row)
+            for tile0, count, free0, length in self._pieces(first, tiles, free):
+                view = tile.view(
+                    (count, length), (free, 1), offset=tile0 * free + free0, lanes=used
+                )
+                offset = copy.offset + tile0 * lanes * lane + free0 * step
+                transfer = self._nc.dma.load if load else self._nc.dma.store
+                transfer(
+                    view,
+                    copy.tensor,
+                    offset * item,
+                    (lanes * lane * item, step * item),
+                    lane * item,
+                    queue=queue,
+                )
+
+    @staticmethod
+    def _pieces(first: int, tiles: int, free: int) -> Iterator[tuple[int, int, int, int]]:
+        """(tile, tiles, start, length) of pieces whose counts and strides an instruction holds."""
+        if free <= _MAX_STRIDE and tiles <= _MAX_COUNT:
+            yield first, tiles, 0, free
+            return
+        for tile in range(first, first + tiles):
+            for start in range(0, free, _MAX_COUNT):
+                yield tile, 1, start, min(_MAX_COUNT, free - start)
+
+    def _load(self, home: _Home, form: Form) -> Tile:
+        tile = self._allocate(
+            columns(home.value.shape, form, self._config.lanes), home.value.name or str(home.value)
+        )
+        self._transfer(home, form, tile, home.dram[0], True, None)
+        home.tiles[form] = tile
+        return tile
+
+    def _to_dram(self, home: _Home, transposed: bool = False) -> _DramCopy:
+        """Stores a value to DRAM scratch, in row-major order of it or of its transpose."""
+        rows, cols = home.value.shape
+        shape = (cols, rows) if transposed else (rows, cols)
+        tensor = self._nc.dram.tensor(
+            f"scratch{next(self._scratch)}", shape, home.value.dtype, kind="scratch"
+        )
+        copy = _DramCopy(tensor, 0, (1, rows) if transposed else (cols, 1))
+        form = self._any_sbuf(home)
+        self._transfer(home, form, home.tiles[form], copy, False, None)
+        home.dram.append(copy)
+        return copy
+
+    def _any_sbuf(self, home: _Home) -> Form:
+        """A form the value has in SBUF, which DMA reaches and PSUM is not."""
+        for form, tile in home.tiles.items():
+            if tile.space is Space.SBUF:
+                return form
+        if home.tiles:
+            form = next(iter(home.tiles))
+            self._evacuate(home, form)
+            return form
+        wanted = [form for form in home.needs if form is not None]
+        shape = home.value.shape
+        form = wanted[0] if wanted else Form.ROWS if shape[0] > 1 else Form.ALL
+        self._load(home, form)
+        return form
+
+    def _evacuate(self, home: _Home, form: Form) -> None:
+        """Moves a value from PSUM to SBUF."""
+        old = home.tiles[form]
+        self._pinned.add(old)
+        tile = self._allocate(old.columns, old.name)
+        for start in range(0, old.columns, _MAX_COUNT):
+            count = min(_MAX_COUNT, old.columns - start)
+            lanes = self._lanes(home.value.shape, form)
+            dst = tile.view((count,), offset=start, lanes=lanes)
+            self._move(dst, old.view((count,), offset=start, lanes=lanes))
+        home.tiles[form] = tile
+        self._pinned.discard(old)
+        self._nc.psum.free(old)
+
+    def _move(self, dst: View, src: View) -> None:
+        """Copies with the engine that has less to do."""
+        if self._choose(dst.size) == "scalar":
+            self._nc.scalar.activate(dst, src, Function.IDENTITY, 1.0, -0.0)
+        else:
+            self._nc.vector.copy(dst, src)
+
+    def _choose(self, work: int) -> str:
+        engine = min(self._work, key=lambda name: self._work[name])
+        self._work[engine] += work + 8
+        return engine
+
+    def _ensure(self, value: Value, form: Form, sbuf: bool = False) -> Tile:
+        """The tile that holds a value in a form, made if need be."""
+        home = self._home(value)
+        if form not in home.tiles:
+            if not home.dram:
+                self._to_dram(home)
+            self._load(home, form)
+        if sbuf and home.tiles[form].space is Space.PSUM:
+            self._evacuate(home, form)
+        tile = home.tiles[form]
+        self._pinned.add(tile)
+        return tile
+
+    def _after(self, op: Op) -> None:
+        """Stores a fresh result where it is an output or is needed in another form."""
+        home = self._home(op.result)
+        for index, use in enumerate(self._graph.outputs):
+            if use.value is op.result:
+                self._store_output(index, use)
+        made = set(home.tiles)
+        others = [form for form in home.needs if form is not None and form not in made]
+        if not others:
+            return
+        if not home.dram:
+            self._to_dram(home)
+        for form in others:
+            # Loaded ahead of its use while there is room to spare.
+            size = columns(op.result.shape, form, self._config.lanes)
+            if self._nc.sbuf.largest_free > size + self._config.sbuf_depth // 4:
+                self._load(home, form)
+
+    def _store_output(self, index: int, use: Use) -> None:
+        if self._stored[index]:
+            return
+        self._stored[index] = True
+        home = self._home(use.value)
+        form = self._any_sbuf(home)
+        cols = use.shape[1]
+        copy = _DramCopy(
+            self._output_tensors[index], 0, (1, cols) if use.transposed else (cols, 1)
+        )
+        self._transfer(home, form, home.tiles[form], copy, False, self._last_queue)
+        # An output of the value's own type is as good as scratch.
+        if copy.tensor.dtype is home.value.dtype:
+            home.dram.append(copy)
+
+    # --- operations ----------------------------------------------------------------------
+
+    def _operation(self, op: Op) -> None:
+        if op.kind == "dot":
+            self._dot(op)
+        elif op.kind in ("reshape", "slice"):
+            self._alias(op)
+        elif op.kind == "reduce":
+            self._reduce(op)
+        else:
+            self._elementwise(op)
+
+    def _lanes(self, shape: Shape, form: Form) -> int:
+        across = {Form.ROWS: shape[0], Form.COLS: shape[1], Form.ALL: _INFINITY}[form]
+        return min(self._config.lanes, across)
+
+    def _result(self, op: Op) -> Tile:
+        assert op.form is not None
+        size = columns(op.result.shape, op.form, self._config.lanes)
+        tile = None
+        if self._nc.sbuf.largest_free < size:
+            tile = self._take_over(op)
+        if tile is None:
+            tile = self._allocate(size, op.result.name or str(op.result))
+        self._home(op.result).tiles[op.form] = tile
+        return tile
+
+    def _take_over(self, op: Op) -> Tile | None:
+        """The tile of an operand that no one reads after an elementwise operation, which then
+        works in place. Only done for want of room: it has to wait for all other readers."""
+        # A choice is made in two steps, so only what it begins with may be overwritten.
+        candidates = op.operands
+        if op.kind == "select":
+            candidates = op.operands[1:2] if op.attrs["on_false"] is None else []
+        elif op.kind not in ("tt", "ts", "act", "actb"):
+            candidates = []
+        for use in candidates:
+            home = self._home(use.value)
+            form = use.form(op.form)  # type: ignore[arg-type]
+            tile = home.tiles.get(form)
+            if (
+                use.shape == op.result.shape
+                and tile is not None
+                and tile.space is Space.SBUF
+                and all(home.next_need(f, self._now + 1) == _INFINITY for f in home.needs)
+                and sum(other.value is use.value for other in op.operands) == 1
+            ):
+                del home.tiles[form]
+                return tile
+        return None
+
+    def _operand_tile(self, op: Op, index: int, sbuf: bool = False) -> Tile:
+        form = operand_form(op, index)
+        assert form is not None
+        return self._ensure(op.operands[index].value, form, sbuf)
+
+    def _walk(self, shape: Shape, form: Form) -> Iterator[tuple[int, int, int, int]]:
+        """Pieces of an elementwise iteration space; the lanes beyond a last, partial tile are
+        computed too, as no one reads them."""
+        if form is Form.ALL:
+            yield from self._pieces(0, 1, shape[0] * shape[1])
+            return
+        across, free = shape if form is Form.ROWS else shape[::-1]
+        yield from self._pieces(0, -(-across // self._config.lanes), free)
+
+    def _view(
+        self, tile: Tile, shape: Shape, space: Shape, form: Form, piece: tuple[int, int, int, int]
+    ) -> View:
+        """View of an operand of `shape` over a piece of the iteration space `space`."""
+        first, count, start, length = piece
+        if form is Form.ALL:
+            row, step = 0, int(shape[0] * shape[1] > 1)
+        else:
+            across, free = (0, 1) if form is Form.ROWS else (1, 0)
+            step = int(shape[free] > 1)
+            row = shape[free] if shape[across] > 1 else 0
+        return tile.view(
+            (count, length),
+            (row if count > 1 else 0, step),
+            offset=first * row + start * step,
+            lanes=self._lanes(space, form),
+        )
+
+    def _elementwise(self, op: Op) -> None:
+        tiles = [self._operand_tile(op, index) for index in range(len(op.operands))]
+        numbers = {
+            key: self._number(op.attrs[key])
+            for key in ("on_false", "on_true")
+            if op.attrs.get(key) is not None
+        }
+        self._pinned.update(numbers.values())
+        result = self._result(op)
+        form, space = op.form, op.result.shape
+        assert form is not None
+        for piece in self._walk(space, form):
+            dst = self._view(result, space, space, form, piece).astype(op.result.dtype)
+            views = [
+                self._view(tile, use.shape, space, form, piece)
+                for tile, use in zip(tiles, op.operands, strict=True)
+            ]
+            if op.kind == "select":
+                self._select(op, dst, views, {
+                    key: self._view(tile, (1, 1), space, form, piece)
+                    for key, tile in numbers.items()
+                })  # fmt: skip
+            else:
+                self._instruction(op, dst, views)
+
+    def _instruction(self, op: Op, dst: View, views: list[View]) -> None:
+        nc, attrs = self._nc, op.attrs
+        if op.kind == "fill":
+            nc.vector.memset(dst, attrs["value"])
+            self._work["vector"] += dst.size
+            return
+        if op.kind == "act":
+            nc.scalar.activate(dst, views[0], attrs["function"], attrs["scale"], attrs["bias"])
+            self._work["scalar"] += dst.size
+            return
+        if op.kind == "actb":
+            nc.scalar.activate(dst, views[0], attrs["function"], attrs["scale"], views[1])
+            self._work["scalar"] += dst.size
+            return
+        linear = affine(op)
+        if linear is not None and self._choose(dst.size) == "scalar":
+            scale, bias, a, _ = linear
+            first, *rest = views if a is op.operands[0] else views[::-1]
+            nc.scalar.activate(dst, first, Function.IDENTITY, scale, rest[0] if rest else bias)
+            return
+        if linear is None:
+            self._work["vector"] += dst.size
+        if op.kind == "tt":
+            nc.vector.tensor_tensor(
+                dst, views[0], attrs["op1"], views[1], attrs["op0"], attrs["imm0"]
+            )
+        else:
+            nc.vector.tensor_scalar(
+                dst, views[0], attrs["op0"], attrs["imm0"], attrs["op1"], attrs["imm1"]
+            )
+
+    def _number(self, value: float) -> Tile:
+        """A column that holds a number in every lane."""
+        key = float(np.float32(value))
+        known = repr(key)
+        if known not in self._numbers:
+            tile = self._allocate(1, f"number {known}")
+            self._nc.vector.memset(tile.view((1,)), key)
+            self._numbers[known] = tile
+        return self._numbers[known]
+
+    def _select(self, op: Op, dst: View, views: list[View], numbers: dict[str, View]) -> None:
+        mask, *rest = views
+        cases = {
+            key: numbers[key] if key in numbers else rest.pop(0) for key in ("on_false", "on_true")
+        }
+        if op.attrs["on_false"] is not None:
+            self._nc.vector.memset(dst, op.attrs["on_false"])
+        elif cases["on_false"].base != dst.base or cases["on_false"].tile is not dst.tile:
+            self._nc.vector.copy(dst, cases["on_false"])
+        self._nc.vector.copy_predicated(dst, mask, cases["on_true"])
+        self._work["vector"] += 2 * dst.size
+
+    def _reduce(self, op: Op) -> None:
+        tile = self._operand_tile(op, 0)
+        result = self._result(op)
+        shape, form = op.operands[0].shape, op.form
+        assert form is not None
+        across, free = shape if form is not Form.COLS else shape[::-1]
+        tiles = -(-across // self._config.lanes)
+        if form is Form.ALL:
+            tiles, free = 1, shape[0] * shape[1]
+        if free > _MAX_COUNT:
+            raise CompileError(
+                f"a reduction over {free} elements is longer than {_MAX_COUNT}"
+                + (f", at {op.source}" if op.source else "")
+            )
+        step = tiles if free <= _MAX_STRIDE else 1
+        for first in range(0, tiles, step):
+            piece = first, step, 0, free
+            count = step
+            dst = result.view(
+                (count, 1), (1, 1), offset=first, lanes=self._lanes(shape, form)
+            ).astype(op.result.dtype)
+            self._nc.vector.reduce(
+                dst,
+                self._view(tile, shape, shape, form, piece),
+                op.attrs["op1"],
+                op.attrs["op0"],
+                op.attrs["imm0"],
+            )
+            self._work["vector"] += count * free
+
+    def _alias(self, op: Op) -> None:
+        """reshape and slice: other strides over the same bytes in DRAM."""
+        use = op.operands[0]
+        home = self._home(use.value)
+        result = self._home(op.result)
+        rows, cols = use.shape
+        if op.kind == "reshape":
+            dense = (1, rows) if use.transposed else (cols, 1)
+            copy = next(
+                (c for c in home.dram if c.strides == dense and c.tensor.dtype is use.value.dtype),
+                None,
+            ) or self._to_dram(home, transposed=use.transposed)
+            strides = (op.result.shape[1], 1)
+            result.dram.append(_DramCopy(copy.tensor, copy.offset, strides))
+            return
+        copy = home.dram[0] if home.dram else self._to_dram(home)
+        row, col = copy.strides[::-1] if use.transposed else copy.strides
+        (row0, col0), (row_step, col_step) = op.attrs["start"], op.attrs["step"]
+        result.dram.append(
+            _DramCopy(
+                copy.tensor,
+                copy.offset + row0 * row + col0 * col,
+                (row * row_step, col * col_step),
+            )
+        )
+
+    def _dot(self, op: Op) -> None:
+        """Matrix product: tiles of K accumulate in PSUM.
+
+        With the result across rows, the left operand is stationary and the right one moves;
+        across columns it is the other way round, which gives the transpose in the same words.
+        Both read K across partitions.
+        """
+        lanes = self._config.lanes
+        left = self._operand_tile(op, 0, sbuf=True)
+        right = self._operand_tile(op, 1, sbuf=True)
+        depth = op.operands[0].shape[1]
+        rows, cols = op.result.shape
+        across, free = (rows, cols) if op.form is Form.ROWS else (cols, rows)
+        stationary, moving = (left, right) if op.form is Form.ROWS else (right, left)
+        blocks = -(-across // lanes)
+        home = self._home(op.result)
+        assert op.form is not None
+
+        def product(psum: Tile, offset: int, block: int, start: int, length: int) -> None:
+            """psum[:, offset:] = columns `start` on of one block of rows."""
+            m = min(lanes, across - block * lanes)
+            for k in range(-(-depth // lanes)):
+                used = min(lanes, depth - k * lanes)
+                self._nc.tensor.load_stationary(
+                    stationary.view((m,), offset=k * across + block * lanes, lanes=used)
+                )
+                self._nc.tensor.matmul(
+                    psum.view((length,), offset=offset, lanes=m),
+                    moving.view((length,), offset=k * free + start, lanes=used),
+                    accumulate=k > 0,
+                )
+
+        if blocks * free <= self._config.psum_depth // 2:
+            psum = self._psum(blocks * free, op.result.name)
+            for block in range(blocks):
+                product(psum, block * free, block, 0, free)
+            home.tiles[op.form] = psum
+            return
+        # Too large to stay: through PSUM piece by piece, four of which are in flight.
+        result = self._result(op)
+        piece = self._config.psum_depth // 4
+        for block in range(blocks):
+            for start in range(0, free, piece):
+                length = min(piece, free - start)
+                psum = self._psum(length, op.result.name)
+                product(psum, 0, block, start, length)
+                m = min(lanes, across - block * lanes)
+                self._move(
+                    result.view((length,), offset=block * free + start, lanes=m),
+                    psum.view((length,), lanes=m),
+                )
+                self._pinned.discard(psum)
+                self._nc.psum.free(psum)
+
+
+def _dram_type(dtype: np.dtype) -> DType:
+    """Type in DRAM; masks are 1.0 and 0.0."""
+    return DType.BF16 if np.dtype(dtype).name == "bfloat16" else DType.FP32

@@ -1,0 +1,145 @@
+"""Passes on the IR before layout: dead code, and fusion into what one instruction can do."""
+
+from __future__ import annotations
+
+import math
+
+from systolith_hdl.formats import DType
+from systolith_hdl.isa import AluOp, Function
+
+from .ir import Graph, Op, Use, Value
+from .trace import MIRRORED, NO_BIAS
+
+
+def eliminate_dead(graph: Graph) -> None:
+    """Removes operations whose results nobody reads, and constants likewise."""
+    live: set[Value] = {use.value for use in graph.outputs}
+    kept: list[Op] = []
+    for op in reversed(graph.ops):
+        if op.result in live:
+            kept.append(op)
+            live.update(use.value for use in op.operands)
+    graph.ops = kept[::-1]
+    graph.constants = {v: data for v, data in graph.constants.items() if v in live}
+
+
+def _affine(op: Op) -> tuple[float, float] | None:
+    """(scale, bias) if the operation is exactly ``a * scale + bias``, with those roundings."""
+    if op.kind != "ts":
+        return None
+    a = op.attrs
+    scale, bias = 1.0, NO_BIAS
+    op1, imm1 = a["op1"], a["imm1"]
+    if a["op0"] is AluOp.MUL:
+        scale = a["imm0"]
+    elif op1 is AluOp.BYPASS:
+        op1, imm1 = a["op0"], a["imm0"]
+    elif a["op0"] is not AluOp.BYPASS:
+        return None
+    if op1 is AluOp.ADD:
+        bias = imm1
+    elif op1 is AluOp.SUB:
+        bias = -imm1
+    elif op1 is AluOp.RSUB:
+        scale, bias = -scale, imm1
+    elif op1 is not AluOp.BYPASS:
+        return None
+    if math.isnan(scale) or math.isnan(bias):
+        return None
+    return scale, bias
+
+
+def affine(op: Op) -> tuple[float, float, Use, Use | None] | None:
+    """(scale, bias, a, b) if ``a * scale + bias`` or ``a * scale + b`` is what the operation does.
+
+    The scalar engine can then do it as well as the vector engine, with the same roundings.
+    """
+    if op.kind == "ts":
+        found = _affine(op)
+        return None if found is None else (*found, op.operands[0], None)
+    if op.kind != "tt" or op.attrs["op0"] not in (AluOp.BYPASS, AluOp.MUL):
+        return None
+    scale = op.attrs["imm0"] if op.attrs["op0"] is AluOp.MUL else 1.0
+    left, right = op.operands
+    if op.attrs["op1"] is AluOp.ADD:
+        return scale, NO_BIAS, left, right
+    if op.attrs["op1"] is AluOp.RSUB:
+        return -scale, NO_BIAS, left, right
+    if op.attrs["op1"] is AluOp.SUB and scale == 1.0:
+        return -1.0, NO_BIAS, right, left
+    return None
+
+
+def _merge(op: Op, index: int, producer: Op) -> bool:
+    """Tries to make `producer`, operand `index` of `op`, part of `op`."""
+    transposed = op.operands[index].transposed
+
+    def through(use: Use) -> Use:
+        return use.t if transposed else use
+
+    single = producer.kind == "ts" and producer.attrs["op1"] is AluOp.BYPASS
+    same_shape = producer.operands and producer.operands[0].shape == producer.result.shape
+    attrs = op.attrs
+    if op.kind == "ts" and single and attrs["op1"] is AluOp.BYPASS:
+        op.attrs = {
+            "op0": producer.attrs["op0"],
+            "imm0": producer.attrs["imm0"],
+            "op1": attrs["op0"],
+            "imm1": attrs["imm0"],
+        }
+        op.operands = [through(producer.operands[0])]
+        return True
+    if op.kind == "tt" and single and attrs["op0"] is AluOp.BYPASS and same_shape:
+        other = op.operands[1 - index]
+        op1 = attrs["op1"] if index == 0 else MIRRORED.get(attrs["op1"])
+        if op1 is None:
+            return False
+        op.attrs = {"op0": producer.attrs["op0"], "imm0": producer.attrs["imm0"], "op1": op1}
+        op.operands = [through(producer.operands[0]), other]
+        return True
+    if op.kind == "reduce" and single and attrs["op0"] is AluOp.BYPASS and same_shape:
+        op.attrs = {**attrs, "op0": producer.attrs["op0"], "imm0": producer.attrs["imm0"]}
+        op.operands = [through(producer.operands[0])]
+        return True
+    if op.kind == "act" and attrs["scale"] == 1.0 and str(attrs["bias"]) == str(NO_BIAS):
+        found = affine(producer)
+        if found is None or not same_shape and producer.kind == "ts":
+            return False
+        scale, bias, a, b = found
+        if b is None:
+            op.attrs = {**attrs, "scale": scale, "bias": bias}
+            op.operands = [through(a)]
+        else:
+            op.kind = "actb"
+            op.attrs = {"function": attrs["function"], "scale": scale}
+            op.operands = [through(a), through(b)]
+        return True
+    return False
+
+
+def fuse(graph: Graph) -> None:
+    """Merges an operation into its only reader where one instruction can do both."""
+    changed = True
+    while changed:
+        changed = False
+        uses = graph.uses()
+        makers = {op.result: op for op in graph.ops}
+        gone: set[Op] = set()
+        for op in graph.ops:
+            for index in range(len(op.operands)):
+                value = op.operands[index].value
+                producer = makers.get(value)
+                if producer is None or producer in gone or uses[value] != 1:
+                    continue
+                # A rounded intermediate has to be rounded.
+                if value.dtype is not DType.FP32:
+                    continue
+                if _merge(op, index, producer):
+                    gone.add(producer)
+                    changed = True
+                    break
+        graph.ops = [op for op in graph.ops if op not in gone]
+
+
+#: the scalar engine's way of moving `a * scale + bias`
+COPY = Function.IDENTITY

@@ -1,0 +1,775 @@
+"""From a jaxpr to the tensor IR.
+
+Every equation whose operands are all known is evaluated by JAX itself, so integers, iota and
+shapes never reach the chip. Calls are inlined. Transposes and broadcasts become part of the
+operand: a `Ref` stands for a tensor that may be larger than the value behind it along dimensions
+of size 1, and is expanded only where an operation or an output needs the elements.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.extend.source_info_util
+import numpy as np
+from systolith_hdl.formats import DType
+from systolith_hdl.isa import AluOp, Function
+
+from ..errors import CompileError, UnsupportedError
+from .ir import Graph, Op, Shape, Use, Value, broadcast
+
+#: A traced tensor: the IR's value where the chip computes it, an array where it is known now.
+#: The value's shape broadcasts to `canonical` of the JAX shape.
+Ref = Use | np.ndarray
+
+_DTYPES = {"float32": DType.FP32, "bfloat16": DType.BF16, "bool": DType.FP32}
+
+#: what `b op a` is as `a op' b`
+MIRRORED = {
+    AluOp.ADD: AluOp.ADD,
+    AluOp.SUB: AluOp.RSUB,
+    AluOp.RSUB: AluOp.SUB,
+    AluOp.MUL: AluOp.MUL,
+    AluOp.MAX: AluOp.MAX,
+    AluOp.MIN: AluOp.MIN,
+    AluOp.ABS_MAX: AluOp.ABS_MAX,
+    AluOp.EQ: AluOp.EQ,
+    AluOp.NE: AluOp.NE,
+    AluOp.LT: AluOp.GT,
+    AluOp.LE: AluOp.GE,
+    AluOp.GT: AluOp.LT,
+    AluOp.GE: AluOp.LE,
+    AluOp.LOGICAL_AND: AluOp.LOGICAL_AND,
+    AluOp.LOGICAL_OR: AluOp.LOGICAL_OR,
+    AluOp.LOGICAL_XOR: AluOp.LOGICAL_XOR,
+}
+
+#: added as a bias it leaves every number as it is, -0.0 too
+NO_BIAS = -0.0
+
+
+def canonical(shape: Sequence[int]) -> Shape:
+    """The IR's shape of a JAX shape of rank 0 to 2."""
+    rows, cols = (1,) * (2 - len(shape)) + tuple(shape)
+    return rows, cols
+
+
+def describe(aval: Any) -> str:
+    """``float32[3,4]``."""
+    return f"{np.dtype(aval.dtype).name}[{','.join(map(str, aval.shape))}]"
+
+
+def source_of(eqn: Any) -> str | None:
+    """``file:line (function)`` of the user's statement behind an equation, if JAX kept it."""
+    place = jax.extend.source_info_util.summarize(eqn.source_info)
+    head, _, function = place.partition(" (")
+    parts = head.rsplit(":", 2)
+    if len(parts) != 3 or not parts[1].isdigit():
+        return None
+    path = parts[0]
+    if os.path.isabs(path):
+        relative = os.path.relpath(path)
+        path = path if relative.startswith(os.pardir) else relative
+    return f"{path}:{parts[1]}" + (f" ({function}" if function else "")
+
+
+def _source_line(source: str | None) -> str:
+    if source is None:
+        return ""
+    path, _, rest = source.partition(":")
+    number = rest.split(" ")[0]
+    line = linecache.getline(path, int(number)).strip() if number.isdigit() else ""
+    return f"\n  at {source}" + (f"\n    {line}" if line else "")
+
+
+def _known(value: Any) -> Any:
+    """A known value as an array; a random key stays what it is until it is folded away."""
+    extended = jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.extended)
+    return value if extended else np.asarray(value)
+
+
+Handler = Callable[..., "Ref | Sequence[Ref]"]
+_HANDLERS: dict[str, Handler] = {}
+
+
+def _lowers(*names: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            _HANDLERS[name] = handler
+        return handler
+
+    return register
+
+
+class _Refuse(Exception):
+    """Raised by a handler; becomes an UnsupportedError that names the equation."""
+
+
+def uniform(array: np.ndarray) -> float | None:
+    """The number all elements of a known array are, or None if they differ."""
+    flat = np.asarray(array).astype(np.float32).ravel()
+    if flat.size and (flat.view(np.uint32) == flat.view(np.uint32)[0]).all():
+        return float(flat[0])
+    return None
+
+
+class Tracer:
+    """Builds a graph, one equation after the other."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self._source: str | None = None
+        self._label = ""
+        self._known_ops: dict[tuple, Use] = {}
+        self._constants: dict[tuple[Shape, bytes], Use] = {}
+        self._next = 0
+
+    # --- values --------------------------------------------------------------------------
+
+    def value(self, shape: Shape, dtype: DType = DType.FP32, name: str = "") -> Value:
+        """A new value."""
+        self._next += 1
+        return Value(self._next - 1, shape, dtype, name)
+
+    def input(self, shape: Sequence[int], dtype: np.dtype, name: str) -> Use:
+        """A new input; raises UnsupportedError for a shape or type the compiler lacks."""
+        if len(shape) > 2 or 0 in shape or np.dtype(dtype).name not in _DTYPES:
+            raise UnsupportedError(
+                f"argument {name} is {np.dtype(dtype).name}{list(shape)}; arguments are float32, "
+                "bfloat16 or bool, of rank 0 to 2, and not empty"
+            )
+        value = self.value(canonical(shape), _DTYPES[np.dtype(dtype).name], name)
+        self.graph.inputs.append(value)
+        return Use(value)
+
+    def emit(
+        self,
+        kind: str,
+        operands: Sequence[Use],
+        shape: Shape,
+        dtype: DType = DType.FP32,
+        **attrs: Any,
+    ) -> Use:
+        """Appends an operation, or finds the one that already computes the same."""
+        key = (kind, tuple(operands), tuple(map(repr, attrs.items())), shape, dtype)
+        if key not in self._known_ops:
+            result = self.value(shape, dtype, self._label)
+            self.graph.ops.append(
+                Op(kind, list(operands), attrs, result, self._source, self._label)
+            )
+            self._known_ops[key] = Use(result)
+        return self._known_ops[key]
+
+    def use(self, ref: Ref) -> Use:
+        """The ref as an operand; a known array becomes a constant, a uniform one of size 1."""
+        if isinstance(ref, Use):
+            return ref
+        number = uniform(ref)
+        if number is not None:
+            return self.emit("fill", [], (1, 1), value=number)
+        array = np.asarray(ref).astype(np.float32).reshape(canonical(np.shape(ref)))
+        key = (canonical(array.shape), array.tobytes())
+        if key not in self._constants:
+            value = self.value(canonical(array.shape), DType.FP32, "constant")
+            self.graph.constants[value] = array
+            self._constants[key] = Use(value)
+        return self._constants[key]
+
+    def full(self, ref: Ref, shape: Shape) -> Use:
+        """The ref with all its elements."""
+        if isinstance(ref, np.ndarray):
+            number = uniform(ref)
+            if number is not None:
+                return self.emit("fill", [], shape, value=number)
+        use = self.use(ref)
+        if use.shape == shape:
+            return use
+        return self._ts(AluOp.BYPASS, use, 0.0, shape)
+
+    # --- operations ----------------------------------------------------------------------
+
+    def _ts(self, op: AluOp, a: Use, imm: float, shape: Shape | None = None) -> Use:
+        imm = float(np.float32(imm))
+        return self.emit(
+            "ts", [a], shape or a.shape, op0=op, imm0=imm, op1=AluOp.BYPASS, imm1=0.0
+        )
+
+    def binary(self, op: AluOp, a: Ref, b: Ref) -> Use:
+        """``a op b``, at least one of them not known."""
+        a_number = None if isinstance(a, Use) else uniform(a)
+        b_number = None if isinstance(b, Use) else uniform(b)
+        if a_number is not None:
+            return self.binary(MIRRORED[op], b, a) if b_number is None else self._fail()
+        if b_number is not None:
+            use = self.use(a)
+            neutral = {
+                AluOp.MUL: 1.0,
+                AluOp.MAX: -math.inf,
+                AluOp.MIN: math.inf,
+                AluOp.SUB: 0.0,
+            }
+            if neutral.get(op) == b_number and math.copysign(1, b_number) == math.copysign(
+                1, neutral[op]
+            ):
+                return use
+            return self._ts(op, use, b_number)
+        left, right = self.use(a), self.use(b)
+        shape = broadcast(left.shape, right.shape)
+        return self.emit("tt", [left, right], shape, op0=AluOp.BYPASS, imm0=0.0, op1=op)
+
+    def _fail(self) -> Use:
+        raise CompileError("internal error: an operation on numbers was not folded")
+
+    def act(self, function: Function, a: Ref, scale: float = 1.0, bias: float = NO_BIAS) -> Use:
+        """``function(a * scale + bias)``."""
+        use = self.use(a)
+        return self.emit("act", [use], use.shape, function=function, scale=scale, bias=bias)
+
+    def mul(self, a: Ref, b: Ref) -> Use:
+        return self.binary(AluOp.MUL, a, b)
+
+    def add(self, a: Ref, b: Ref) -> Use:
+        return self.binary(AluOp.ADD, a, b)
+
+    def sub(self, a: Ref, b: Ref) -> Use:
+        return self.binary(AluOp.SUB, a, b)
+
+    def scalar(self, number: float) -> np.ndarray:
+        return np.asarray(number, np.float32)
+
+    def select(self, mask: Ref, on_false: Ref, on_true: Ref) -> Use:
+        """``on_true where mask else on_false``."""
+        operands = [self.use(mask)]
+        attrs: dict[str, float | None] = {"on_false": None, "on_true": None}
+        for key, ref in (("on_false", on_false), ("on_true", on_true)):
+            number = None if isinstance(ref, Use) else uniform(ref)
+            attrs[key] = number
+            if number is None:
+                operands.append(self.use(ref))
+        shape = broadcast(*(use.shape for use in operands))
+        return self.emit("select", operands, shape, **attrs)
+
+    def reduce(self, op: AluOp, use: Use, axis: int) -> Use:
+        """Reduction of `use` along one axis, kept as size 1."""
+        rows, cols = use.shape
+        if use.shape[axis] == 1:
+            return use
+        shape = (rows, 1) if axis == 1 else (1, cols)
+        return self.emit(
+            "reduce", [use], shape, op0=AluOp.BYPASS, imm0=0.0, op1=op, axis=axis
+        )
+
+    # --- equations -----------------------------------------------------------------------
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Ref]) -> list[Ref]:
+        """Lowers the equations of a jaxpr; returns what its outputs are."""
+        env: dict[Any, Ref] = {}
+
+        def read(atom: Any) -> Ref:
+            if isinstance(atom, jax.extend.core.Literal):
+                return np.asarray(atom.val, atom.aval.dtype)
+            return env[atom]
+
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = _known(const)
+        env.update(zip(jaxpr.invars, args, strict=True))
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            for var, result in zip(eqn.outvars, self.equation(eqn, operands), strict=True):
+                env[var] = result
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn: Any, operands: list[Ref]) -> Sequence[Ref]:
+        """Lowers one equation."""
+        outer = self._source, self._label
+        source = source_of(eqn)
+        self._source, self._label = source or outer[0], eqn.primitive.name
+        try:
+            inner = self._inner_jaxpr(eqn)
+            if inner is not None:
+                jaxpr, consts = inner
+                return self.run(jaxpr, consts, operands)
+            if not any(isinstance(ref, Use) for ref in operands):
+                return self._fold(eqn, operands)
+            return self._lower(eqn, operands)
+        finally:
+            self._source, self._label = outer
+
+    def _inner_jaxpr(self, eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+        if eqn.primitive.name not in (
+            "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
+            "custom_vjp_call_jaxpr", "remat", "remat2", "checkpoint", "custom_lin",
+        ):  # fmt: skip
+            return None
+        for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+            inner = eqn.params.get(key)
+            if isinstance(inner, jax.extend.core.ClosedJaxpr):
+                return inner.jaxpr, inner.consts
+            if inner is not None:
+                return inner, ()
+        return None
+
+    def _fold(self, eqn: Any, operands: list[Any]) -> Sequence[Ref]:
+        with jax.ensure_compile_time_eval():
+            params = eqn.primitive.get_bind_params(eqn.params)
+            # JAX before 0.10 hands out traced functions beside the parameters.
+            functions, params = params if isinstance(params, tuple) else ((), params)
+            results = eqn.primitive.bind(*functions, *operands, **params)
+        if not eqn.primitive.multiple_results:
+            results = [results]
+        return [_known(result) for result in results]
+
+    def _lower(self, eqn: Any, operands: list[Ref]) -> Sequence[Ref]:
+        name = eqn.primitive.name
+        avals = [atom.aval for atom in eqn.invars]
+        outs = [var.aval for var in eqn.outvars]
+
+        def refuse(reason: str) -> UnsupportedError:
+            types = ", ".join(describe(aval) for aval in avals)
+            made = ", ".join(describe(aval) for aval in outs)
+            where = _source_line(self._source)
+            return UnsupportedError(f"{reason}: {name} {types} -> {made}{where}")
+
+        handler = _HANDLERS.get(name)
+        if handler is None:
+            raise refuse(f"the primitive {name!r} is not supported")
+        for aval in (*avals, *outs):
+            if len(aval.shape) > 2:
+                raise refuse("tensors have at most two dimensions")
+            if 0 in aval.shape:
+                raise refuse("empty tensors are not supported")
+        for aval in outs:
+            if np.dtype(aval.dtype).name not in _DTYPES:
+                raise refuse(
+                    f"{np.dtype(aval.dtype).name} is not a type the chip computes with "
+                    "(float32, bfloat16, bool)"
+                )
+        first = len(self.graph.ops)
+        try:
+            results = handler(self, eqn, *operands)
+        except _Refuse as error:
+            raise refuse(str(error)) from None
+        if isinstance(results, Use | np.ndarray):
+            results = [results]
+        fresh = {op.result: op for op in self.graph.ops[first:]}
+        return [
+            self._rounded(result, aval, fresh) for result, aval in zip(results, outs, strict=True)
+        ]
+
+    def _rounded(self, ref: Ref, aval: Any, fresh: dict[Value, Op]) -> Ref:
+        """Rounds the result of an equation to bfloat16 if that is its type."""
+        if not isinstance(ref, Use) or np.dtype(aval.dtype).name != "bfloat16":
+            return ref
+        if ref.value.dtype is DType.BF16:
+            return ref
+        op = fresh.get(ref.value)
+        if op is not None and op.kind in ("tt", "ts", "act", "actb", "reduce"):
+            # The last operation itself rounds what it writes; it must not be taken for the
+            # one that does not.
+            self._known_ops = {k: u for k, u in self._known_ops.items() if u.value is not ref.value}
+            ref.value.dtype = DType.BF16
+            return ref
+        if op is None and _exact_in_bfloat16(self.graph, ref.value):
+            return ref
+        return self.round_bfloat16(ref)
+
+    def round_bfloat16(self, use: Use) -> Use:
+        """`use` rounded to bfloat16."""
+        return self.emit(
+            "ts",
+            [use],
+            use.shape,
+            DType.BF16,
+            op0=AluOp.BYPASS,
+            imm0=0.0,
+            op1=AluOp.BYPASS,
+            imm1=0.0,
+        )
+
+
+def _exact_in_bfloat16(graph: Graph, value: Value) -> bool:
+    """Whether an existing value is a mask."""
+    compares = (AluOp.EQ, AluOp.NE, AluOp.LT, AluOp.LE, AluOp.GT, AluOp.GE)
+    logical = (AluOp.LOGICAL_AND, AluOp.LOGICAL_OR, AluOp.LOGICAL_XOR)
+    for op in graph.ops:
+        if op.result is value and op.kind in ("tt", "ts"):
+            last = op.attrs["op1"] if op.attrs["op1"] is not AluOp.BYPASS else op.attrs["op0"]
+            return last in compares + logical
+    return False
+
+
+# --- elementwise primitives -----------------------------------------------------------------
+
+
+def _register_binary(name: str, op: AluOp) -> None:
+    _HANDLERS[name] = lambda t, eqn, a, b: t.binary(op, a, b)
+
+
+for _name, _op in {
+    "add": AluOp.ADD,
+    "add_any": AluOp.ADD,
+    "sub": AluOp.SUB,
+    "mul": AluOp.MUL,
+    "max": AluOp.MAX,
+    "min": AluOp.MIN,
+    "eq": AluOp.EQ,
+    "ne": AluOp.NE,
+    "lt": AluOp.LT,
+    "le": AluOp.LE,
+    "gt": AluOp.GT,
+    "ge": AluOp.GE,
+    "and": AluOp.LOGICAL_AND,
+    "or": AluOp.LOGICAL_OR,
+    "xor": AluOp.LOGICAL_XOR,
+}.items():
+    _register_binary(_name, _op)
+
+
+def _register_function(name: str, function: Function) -> None:
+    _HANDLERS[name] = lambda t, eqn, a, **_: t.act(function, a)
+
+
+for _name, _function in {
+    "exp": Function.EXP,
+    "log": Function.LOG,
+    "tanh": Function.TANH,
+    "logistic": Function.SIGMOID,
+    "erf": Function.ERF,
+    "sqrt": Function.SQRT,
+    "rsqrt": Function.RSQRT,
+    "systolith_gelu": Function.GELU,
+    "systolith_gelu_dx": Function.GELU_DX,
+}.items():
+    _register_function(_name, _function)
+
+
+@_lowers("exp2")
+def _exp2(t: Tracer, eqn: Any, a: Ref) -> Use:
+    return t.act(Function.EXP, a, scale=float(np.float32(math.log(2))))
+
+
+@_lowers("erfc")
+def _erfc(t: Tracer, eqn: Any, a: Ref) -> Use:
+    return t.binary(AluOp.RSUB, t.act(Function.ERF, a), t.scalar(1.0))
+
+
+@_lowers("copy", "copy_p", "stop_gradient", "optimization_barrier", "pvary")
+def _copy(t: Tracer, eqn: Any, *operands: Ref) -> Sequence[Ref]:
+    return operands
+
+
+@_lowers("neg")
+def _neg(t: Tracer, eqn: Any, a: Ref) -> Use:
+    return t.mul(a, t.scalar(-1.0))
+
+
+@_lowers("abs")
+def _abs(t: Tracer, eqn: Any, a: Ref) -> Use:
+    return t.binary(AluOp.ABS_MAX, a, t.scalar(0.0))
+
+
+@_lowers("not")
+def _not(t: Tracer, eqn: Any, a: Ref) -> Use:
+    return t.binary(AluOp.EQ, a, t.scalar(0.0))
+
+
+@_lowers("is_finite")
+def _is_finite(t: Tracer, eqn: Any, a: Ref) -> Use:
+    return t.binary(AluOp.LT, _abs(t, eqn, a), t.scalar(math.inf))
+
+
+@_lowers("sign")
+def _sign(t: Tracer, eqn: Any, a: Ref) -> Use:
+    # Twice the largest power of two carries even the smallest subnormal beyond 1, and unlike a
+    # pair of compares this keeps -0.0 and NaN.
+    huge = t.scalar(2.0**127)
+    large = t.mul(t.mul(a, huge), huge)
+    return t.binary(AluOp.MIN, t.binary(AluOp.MAX, large, t.scalar(-1.0)), t.scalar(1.0))
+
+
+@_lowers("clamp")
+def _clamp(t: Tracer, eqn: Any, low: Ref, a: Ref, high: Ref) -> Use:
+    return t.binary(AluOp.MIN, t.binary(AluOp.MAX, a, low), high)
+
+
+@_lowers("square")
+def _square(t: Tracer, eqn: Any, a: Ref) -> Use:
+    return t.mul(a, a)
+
+
+def _reciprocal(t: Tracer, a: Ref) -> Use:
+    return t.act(Function.RECIPROCAL, a)
+
+
+@_lowers("div")
+def _div(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Use:
+    if isinstance(b, np.ndarray):
+        with np.errstate(divide="ignore", over="ignore"):
+            return t.mul(a, np.float32(1.0) / b.astype(np.float32))
+    return t.mul(_reciprocal(t, b), a)
+
+
+def _power(t: Tracer, a: Ref, exponent: int) -> Use:
+    """a to the power of a positive integer."""
+    result: Ref | None = None
+    square = a
+    while exponent:
+        if exponent & 1:
+            result = square if result is None else t.mul(result, square)
+        exponent >>= 1
+        if exponent:
+            square = t.mul(square, square)
+    assert result is not None
+    return t.use(result)
+
+
+@_lowers("integer_pow")
+def _integer_pow(t: Tracer, eqn: Any, a: Ref) -> Ref:
+    exponent = eqn.params["y"]
+    if exponent == 0:
+        return t.scalar(1.0)
+    power = _power(t, a, abs(exponent))
+    return power if exponent > 0 else _reciprocal(t, power)
+
+
+@_lowers("pow")
+def _pow(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
+    exponent = None if isinstance(b, Use) else uniform(b)
+    if exponent == 0.5:
+        return t.act(Function.SQRT, a)
+    if exponent == -0.5:
+        return t.act(Function.RSQRT, a)
+    if exponent == 0.0:
+        return t.scalar(1.0)
+    if exponent is not None and exponent == int(exponent) and abs(exponent) <= 64:
+        power = _power(t, a, abs(int(exponent)))
+        return power if exponent > 0 else _reciprocal(t, power)
+    if isinstance(a, np.ndarray):
+        if (a < 0).any():
+            raise _Refuse("a power of a negative number")
+        with np.errstate(divide="ignore"):
+            return t.act(Function.EXP, t.mul(b, np.log(a.astype(np.float32))))
+    return t.act(Function.EXP, t.mul(t.act(Function.LOG, a), b))
+
+
+@_lowers("log1p")
+def _log1p(t: Tracer, eqn: Any, a: Ref) -> Use:
+    # u = 1 + a is rounded; the first-order correction for what was lost is (a - (u - 1)) / u.
+    # Where log(u) is not finite there is nothing to correct.
+    u = t.add(a, t.scalar(1.0))
+    log = t.act(Function.LOG, u)
+    lost = t.sub(a, t.sub(u, t.scalar(1.0)))
+    corrected = t.add(t.mul(_reciprocal(t, u), lost), log)
+    return t.select(_is_finite(t, eqn, log), log, corrected)
+
+
+@_lowers("expm1")
+def _expm1(t: Tracer, eqn: Any, a: Ref) -> Use:
+    # exp(a) - 1 cancels near zero; there 2 h / (1 - h) with h = tanh(a / 2) does not.
+    h = t.act(Function.TANH, a, scale=0.5)
+    small = t.mul(
+        _reciprocal(t, t.binary(AluOp.RSUB, h, t.scalar(1.0))), t.mul(h, t.scalar(2.0))
+    )
+    large = t.sub(t.act(Function.EXP, a), t.scalar(1.0))
+    return t.select(t.binary(AluOp.LT, _abs(t, eqn, a), t.scalar(1.0)), large, small)
+
+
+@_lowers("select_n")
+def _select_n(t: Tracer, eqn: Any, mask: Ref, *cases: Ref) -> Ref:
+    if len(cases) != 2 or np.dtype(eqn.invars[0].aval.dtype) != np.bool_:
+        raise _Refuse("only a choice of two by a bool is supported")
+    if isinstance(mask, np.ndarray):
+        number = uniform(mask)
+        if number is not None:
+            return cases[int(number)]
+    return t.select(mask, *cases)
+
+
+@_lowers("convert_element_type")
+def _convert_element_type(t: Tracer, eqn: Any, a: Ref) -> Ref:
+    new, old = (np.dtype(v.aval.dtype).name for v in (eqn.outvars[0], eqn.invars[0]))
+    if new == "bool" and old != "bool":
+        return t.binary(AluOp.NE, a, t.scalar(0.0))
+    return a
+
+
+@_lowers("reduce_precision")
+def _reduce_precision(t: Tracer, eqn: Any, a: Ref) -> Ref:
+    bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+    if bits == (8, 23):
+        return a
+    if bits == (8, 7):
+        return t.round_bfloat16(t.use(a))
+    raise _Refuse(f"precision of {bits[0]} exponent and {bits[1]} mantissa bits")
+
+
+# --- shapes ---------------------------------------------------------------------------------
+
+
+@_lowers("transpose")
+def _transpose(t: Tracer, eqn: Any, a: Ref) -> Ref:
+    use = t.use(a)
+    return use.t if tuple(eqn.params["permutation"]) == (1, 0) else use
+
+
+@_lowers("broadcast_in_dim")
+def _broadcast_in_dim(t: Tracer, eqn: Any, a: Ref, *_: Ref) -> Ref:
+    use = t.use(a)
+    # A vector that runs along dimension 0 of a matrix is a column.
+    vector = len(eqn.invars[0].aval.shape) == 1 and len(eqn.outvars[0].aval.shape) == 2
+    return use.t if vector and tuple(eqn.params["broadcast_dimensions"]) == (0,) else use
+
+
+@_lowers("reshape", "squeeze", "expand_dims")
+def _reshape(t: Tracer, eqn: Any, a: Ref, *_: Ref) -> Ref:
+    if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
+        raise _Refuse("a reshape with an order of dimensions")
+    old = canonical(eqn.invars[0].aval.shape)
+    new = canonical(eqn.outvars[0].aval.shape)
+    use = t.use(a)
+    if old == new:
+        return use
+    if old == new[::-1] and 1 in old:
+        return use.t
+    full = t.full(use, old)
+    return t.emit("reshape", [full], new, full.value.dtype)
+
+
+def _sliced(t: Tracer, eqn: Any, a: Ref, start: Shape, shape: Shape, step: Shape) -> Ref:
+    use = t.use(a)
+    # Along a dimension that is only broadcast, every slice is the same.
+    start = tuple(s if d > 1 else 0 for s, d in zip(start, use.shape, strict=True))  # type: ignore[assignment]
+    shape = tuple(s if d > 1 else 1 for s, d in zip(shape, use.shape, strict=True))  # type: ignore[assignment]
+    if shape == use.shape:
+        return use
+    return t.emit("slice", [use], shape, use.value.dtype, start=start, step=step)
+
+
+@_lowers("slice")
+def _slice(t: Tracer, eqn: Any, a: Ref) -> Ref:
+    rank = len(eqn.params["start_indices"])
+    pad = 2 - rank
+    start = (0,) * pad + tuple(int(s) for s in eqn.params["start_indices"])
+    step = (1,) * pad + tuple(int(s) for s in eqn.params["strides"] or (1,) * rank)
+    return _sliced(
+        t, eqn, a, start, canonical(eqn.outvars[0].aval.shape), step  # type: ignore[arg-type]
+    )
+
+
+@_lowers("split")
+def _split(t: Tracer, eqn: Any, a: Ref) -> Sequence[Ref]:
+    axis = eqn.params["axis"] + 2 - len(eqn.invars[0].aval.shape)
+    start = 0
+    parts = []
+    for var, size in zip(eqn.outvars, map(int, eqn.params["sizes"]), strict=True):
+        begin = (start, 0) if axis == 0 else (0, start)
+        parts.append(_sliced(t, eqn, a, begin, canonical(var.aval.shape), (1, 1)))
+        start += size
+    return parts
+
+
+# --- reductions and contractions ------------------------------------------------------------
+
+
+def _register_reduction(name: str, op: AluOp) -> None:
+    def handler(t: Tracer, eqn: Any, a: Ref) -> Ref:
+        shape = eqn.invars[0].aval.shape
+        full = canonical(shape)
+        use = t.use(a)
+        axes = [axis + 2 - len(shape) for axis in eqn.params["axes"]]
+        for axis in sorted(axes, reverse=True):
+            if use.shape[axis] == 1 and full[axis] > 1:
+                # The same element again and again.
+                if op is AluOp.ADD:
+                    use = t.mul(use, t.scalar(full[axis]))
+                elif op is AluOp.MUL:
+                    use = _power(t, use, full[axis])
+            else:
+                use = t.reduce(op, use, axis)
+        # What is left of a matrix without its columns is a vector.
+        return use.t if len(shape) == 2 and axes == [1] else use
+
+    _HANDLERS[name] = handler
+
+
+for _name, _op in {
+    "reduce_sum": AluOp.ADD,
+    "reduce_max": AluOp.MAX,
+    "reduce_min": AluOp.MIN,
+    "reduce_prod": AluOp.MUL,
+    "reduce_and": AluOp.MIN,
+    "reduce_or": AluOp.MAX,
+}.items():
+    _register_reduction(_name, _op)
+
+
+@_lowers("dot_general")
+def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
+    (a_axes, b_axes), (a_batch, b_batch) = eqn.params["dimension_numbers"]
+    if a_batch or b_batch:
+        raise _Refuse("batched matrix products are not supported")
+    precision = eqn.params.get("precision")
+    if precision is not None and any(
+        p not in (None, jax.lax.Precision.DEFAULT)
+        for p in (precision if isinstance(precision, tuple) else (precision,))
+    ):
+        raise _Refuse(f"precision {precision} is not supported (operands are rounded to bfloat16)")
+    a_shape, b_shape = (v.aval.shape for v in eqn.invars)
+    left, right = t.full(a, canonical(a_shape)), t.full(b, canonical(b_shape))
+    if len(a_axes) == 2:
+        # Everything is summed: elementwise, in FP32.
+        same = dict(zip(a_axes, b_axes, strict=True))[0] == 0
+        product = t.mul(left, right if same else right.t)
+        return t.reduce(AluOp.ADD, t.reduce(AluOp.ADD, product, 1), 0)
+    if not a_axes:
+        # An outer product of vectors, or a product with a scalar.
+        return t.mul(left.t if len(a_shape) == len(b_shape) == 1 else left, right)
+    # To [M, K] @ [K, F]; a vector on the left is [1, K], on the right [K, 1].
+    if len(a_shape) == 2 and tuple(a_axes) == (0,):
+        left = left.t
+    if len(b_shape) == 1 or tuple(b_axes) == (1,):
+        right = right.t
+    (m, _), (_, f) = left.shape, right.shape
+    if (m, f) == (1, 1):
+        product = t.mul(left, right.t)
+        return t.reduce(AluOp.ADD, product, 1)
+    result = t.emit("dot", [left, right], (m, f))
+    # A matrix times a vector is a vector: [M, 1] is its column.
+    return result.t if len(a_shape) == 2 and len(b_shape) == 1 else result
+
+
+def trace(
+    closed: Any, names: Sequence[str]
+) -> Graph:
+    """Lowers a whole step.
+
+    Parameters
+    ----------
+    closed : what `jax.make_jaxpr` returned
+    names : of its arguments, for messages
+
+    Raises
+    ------
+    UnsupportedError : names the primitive, the shapes and the user's source line
+    """
+    tracer = Tracer()
+    inputs = [
+        tracer.input(var.aval.shape, var.aval.dtype, name)
+        for var, name in zip(closed.jaxpr.invars, names, strict=True)
+    ]
+    results = tracer.run(closed.jaxpr, closed.consts, inputs)
+    for ref, atom in zip(results, closed.jaxpr.outvars, strict=True):
+        aval = atom.aval
+        if len(aval.shape) > 2 or 0 in aval.shape or np.dtype(aval.dtype).name not in _DTYPES:
+            raise UnsupportedError(
+                f"an output is {describe(aval)}; outputs are float32, bfloat16 or bool, of rank "
+                "0 to 2, and not empty"
+            )
+        tracer.graph.outputs.append(tracer.full(ref, canonical(aval.shape)))
+    return tracer.graph

@@ -1,0 +1,124 @@
+"""Everything Systolith raises on purpose. Each message says what, where and what was allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SystolithError(Exception):
+    """Base of every error below."""
+
+
+class KernelError(SystolithError):
+    """A kernel asks for something the core would refuse.
+
+    Attributes
+    ----------
+    source : ``file:line`` of the caller's statement, or None when it is not known
+    """
+
+    def __init__(self, message: str, *, source: str | None = None) -> None:
+        super().__init__(f"{source}: {message}" if source else message)
+        self.source = source
+
+
+class ProgramError(SystolithError):
+    """A program or program file is damaged, of another version, or inconsistent."""
+
+
+class CompileError(SystolithError):
+    """A function cannot be compiled."""
+
+
+class UnsupportedError(CompileError):
+    """A function uses something the compiler cannot lower."""
+
+
+class TensorError(SystolithError, ValueError):
+    """An array does not have the shape or type of the tensor it is meant for."""
+
+
+class BackendError(SystolithError):
+    """A device could not be opened or built."""
+
+
+class DeviceError(SystolithError):
+    """The device refused or failed."""
+
+
+class ConfigMismatch(DeviceError):
+    """A program was made for another core than the one it is loaded on.
+
+    Attributes
+    ----------
+    differences : one line for each field that differs
+    """
+
+    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+        super().__init__("\n  ".join([message, *differences]))
+        self.differences = tuple(differences)
+
+
+class OutOfMemory(DeviceError):
+    """Device DRAM has no free block large enough.
+
+    Attributes
+    ----------
+    requested, largest, free, size : bytes
+    """
+
+    def __init__(self, what: str, *, requested: int, largest: int, free: int, size: int) -> None:
+        super().__init__(
+            f"no room for {what}: {requested} bytes wanted, the largest free block has {largest} "
+            f"({free} of {size} bytes free)"
+        )
+        self.requested = requested
+        self.largest = largest
+        self.free = free
+        self.size = size
+
+
+class DeviceFault(DeviceError):
+    """An engine stopped at an instruction it could not execute. The device has been reset.
+
+    Attributes
+    ----------
+    engine : name of the engine
+    pc : index of the instruction in the engine's stream
+    cause : name of the `systolith_hdl.isa.FaultCause`
+    address : the fault's address, signed; its meaning depends on the cause
+    instruction : disassembled text, or None when it could not be read
+    source : ``file:line`` of the statement that made the instruction, or None
+    label : label given to it by whoever built the program, or None
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: str,
+        pc: int,
+        cause: str,
+        address: int,
+        instruction: str | None = None,
+        source: str | None = None,
+        label: str | None = None,
+    ) -> None:
+        lines = [f"{engine} stopped at instruction {pc}: {cause}, address {address} ({address:#x})"]
+        if instruction is not None:
+            lines.append(f"instruction: {instruction}")
+        if source is not None:
+            lines.append(f"source: {source}" + (f" ({label})" if label else ""))
+        elif label is not None:
+            lines.append(f"label: {label}")
+        super().__init__("\n  ".join(lines))
+        self.engine = engine
+        self.pc = pc
+        self.cause = cause
+        self.address = address
+        self.instruction = instruction
+        self.source = source
+        self.label = label
+
+
+class DeviceTimeout(DeviceError):
+    """A program did not end within the cycles it was given. The device has been reset."""

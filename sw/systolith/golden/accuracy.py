@@ -1,0 +1,189 @@
+"""Measures the scalar engine's functions against float64: ``python -m systolith.golden.accuracy``.
+
+Every binade of both signs is sampled: its first and last numbers, the neighbourhood of every
+segment boundary of the tables, and evenly spread numbers with random low bits. One ULP is the
+spacing of FP32 numbers at the true value (2**-149 among the subnormals); a correctly rounded
+result is at most 0.5 ULP off. Writes ``docs/activation-accuracy.md`` when run in a checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+from systolith_hdl.isa import Function
+
+from .activation import Bits, evaluate
+
+Doubles = npt.NDArray[np.float64]
+
+
+def _density(y: Doubles) -> Doubles:
+    return np.exp(-y * y / 2) / np.sqrt(2 * np.pi)
+
+
+def _gelu(y: Doubles) -> Doubles:
+    # the limit: -inf * 0 would be NaN
+    return np.where(np.isneginf(y), -0.0, y * special.ndtr(y))
+
+
+def _gelu_dx(y: Doubles) -> Doubles:
+    slope = special.ndtr(y) + np.where(np.isinf(y), 0.0, y) * _density(y)
+    # Phi and y * phi cancel next to the zero: Taylor around it (all derivatives are polynomials
+    # times the density) keeps the relative accuracy.
+    zero = -0.7517915246935645  # nearest double
+    d = (y - zero) - 1.4956759177009838e-17  # what the double is off by
+    first = _density(np.float64(zero)) * (2 - zero**2)
+    second = _density(np.float64(zero)) * (zero**3 - 4 * zero)
+    third = _density(np.float64(zero)) * (-(zero**4) + 7 * zero**2 - 4)
+    series = d * (first + d * (second / 2 + d * third / 6))
+    return np.where(np.abs(d) < 1e-5, series, slope)
+
+
+#: What each function should be, in float64.
+TRUTH: dict[Function, Callable[[Doubles], Doubles]] = {
+    Function.IDENTITY: lambda y: y,
+    Function.EXP: np.exp,
+    Function.LOG: np.log,
+    Function.TANH: np.tanh,
+    Function.RECIPROCAL: np.reciprocal,
+    Function.RSQRT: lambda y: 1 / np.sqrt(y),
+    Function.SQRT: np.sqrt,
+    Function.GELU: _gelu,
+    Function.GELU_DX: _gelu_dx,
+    Function.SIGMOID: special.expit,
+    Function.ERF: special.erf,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """What was measured of one function.
+
+    Parameters
+    ----------
+    count : numbers evaluated
+    max_ulp : largest error in ULP
+    at : FP32 number at which it was met
+    correct : share of correctly rounded results
+    max_absolute : largest absolute error among the results of magnitude 16 or less
+    """
+
+    function: Function
+    count: int
+    max_ulp: float
+    at: float
+    correct: float
+    max_absolute: float
+
+
+def samples(per_binade: int, seed: int = 1) -> Bits:
+    """Returns FP32 bit patterns: all special values, and about `per_binade` of each binade."""
+    rng = np.random.default_rng(seed)
+    edges = np.arange(0, 1 << 23, 1 << 15, dtype=np.int64)  # 256 segments is the most there are
+    near = (edges[:, None] + np.arange(-2, 3)).reshape(-1) & 0x7FFFFF
+    spread = np.linspace(0, 1 << 23, per_binade, endpoint=False).astype(np.int64)
+    chunks = []
+    for sign in (0, 1):
+        for exponent in range(256):
+            jitter = rng.integers(0, max(1, (1 << 23) // per_binade), per_binade)
+            mantissa = np.concatenate([near, spread + jitter])
+            if exponent == 255:
+                mantissa = np.array([0, 1, 1 << 22, (1 << 23) - 1])
+            chunks.append(sign << 31 | exponent << 23 | mantissa)
+    tiny = np.arange(1024)
+    one, zero = np.array([1.0, 0.75179154], np.float32).view(np.int32)
+    centers = [center + np.arange(-4096, 4096) for center in (one, zero)]
+    extra = np.concatenate([tiny, *centers])
+    return np.concatenate([*chunks, extra, extra | 1 << 31]).astype(np.uint32)
+
+
+def errors(got: Bits, want: Doubles) -> Doubles:
+    """Errors in ULP. Infinities and NaNs must match (0.0), or the error is infinite; -0 and +0
+    are taken for equal."""
+    value = got.view(np.float32).astype(np.float64)
+    with np.errstate(all="ignore"):
+        rounded = want.astype(np.float32)
+        exponent = np.frexp(want)[1]
+        ulp = np.ldexp(1.0, np.clip(exponent - 24, -149, 104))
+        error = np.abs(value - want) / ulp
+        # what rounds to infinity counts as 2**128 for those that stop short of it
+        special_value = ~np.isfinite(value) | ~np.isfinite(rounded)
+        same = (np.isnan(value) & np.isnan(rounded)) | (value == rounded)
+        beyond = np.where(np.isfinite(value), value, np.copysign(2.0**128, value))
+        limit = np.where(np.isfinite(want), want, np.copysign(2.0**128, want))
+        off = np.abs(beyond - limit) / 2.0**104
+    off = np.where(np.isnan(value) | np.isnan(want), np.inf, off)
+    return np.where(special_value, np.where(same, 0.0, off), error)
+
+
+def measure(function: Function, y: Bits) -> Accuracy:
+    """Compares a function with its truth at the given numbers."""
+    with np.errstate(all="ignore"):
+        want = TRUTH[function](y.view(np.float32).astype(np.float64))
+    got = evaluate(function, y)
+    error = errors(got, want)
+    worst = int(np.argmax(error))
+    with np.errstate(all="ignore"):
+        small = np.abs(want) <= 16
+        absolute = np.abs(got.view(np.float32).astype(np.float64) - want)[small]
+        correct = got.view(np.float32) == want.astype(np.float32)
+    correct |= np.isnan(want) & np.isnan(got.view(np.float32))
+    return Accuracy(
+        function=function,
+        count=y.size,
+        max_ulp=float(error[worst]),
+        at=float(y.view(np.float32)[worst]),
+        correct=float(np.mean(correct)),
+        max_absolute=float(np.nanmax(absolute)),
+    )
+
+
+_PAGE = """# Accuracy of the scalar engine's functions
+
+Measured by `python -m systolith.golden.accuracy`, which writes this page. The golden model, to
+which the chip is equal bit for bit, is compared with float64 over every binade of FP32, both
+signs, subnormals, infinities and NaN included, with the neighbourhoods of all segment boundaries.
+0.5 ULP is a correctly rounded result; one ULP is the spacing of FP32 numbers at the true value.
+Overflow, infinities and NaN agree with C99 everywhere, or the error would read `inf`. The largest
+absolute error is taken among results of magnitude 16 or less. Subnormals are neither read nor
+written as zero.
+
+| function | max ULP | at y = | correctly rounded | max absolute error | numbers |
+|---|---|---|---|---|---|
+"""
+
+
+def page(results: list[Accuracy]) -> str:
+    """Formats the documentation page."""
+    lines = [
+        f"| {r.function.name} | {r.max_ulp:.3f} | {r.at:.9g} | {100 * r.correct:.2f} % "
+        f"| {r.max_absolute:.2e} | {r.count} |"
+        for r in results
+    ]
+    return _PAGE + "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--per-binade", type=int, default=8192, help="numbers of each binade")
+    parser.add_argument("--output", type=Path, help="page to write; default: the docs folder")
+    options = parser.parse_args(argv)
+    y = samples(options.per_binade)
+    text = page([measure(function, y) for function in Function])
+    print(text)
+    output = options.output
+    docs = Path(__file__).parents[3] / "docs"
+    if output is None and docs.is_dir():
+        output = docs / "activation-accuracy.md"
+    if output is not None:
+        output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Golden model of the scalar engine's functions.
+
+The definition is the procedure in `systolith_hdl.scalar.tables`; this is that procedure on numpy
+arrays of int64. No intermediate exceeds 63 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import numpy.typing as npt
+from systolith_hdl.formats import CANONICAL_NAN
+from systolith_hdl.isa import Function
+from systolith_hdl.scalar import tables as T
+
+Bits = npt.NDArray[np.uint32]
+Ints = npt.NDArray[np.int64]
+
+_CHUNK = 1 << 16  #: elements evaluated at a time, so that the intermediates stay in the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    segment: dict[str, Ints]
+    entry: dict[str, Ints]
+    exp2: dict[str, Ints]
+
+
+def _columns(layout: object, words: tuple[int, ...]) -> dict[str, Ints]:
+    rows = [T.field_bits(layout, word) for word in words]  # type: ignore[arg-type]
+    return {name: np.array([row[name] for row in rows], np.int64) for name in rows[0]}
+
+
+@functools.cache
+def _fields() -> _Fields:
+    data = T.tables()
+    return _Fields(
+        segment=_columns(T.SEGMENT, data.segments),
+        entry=_columns(T.ENTRY, data.directory),
+        exp2=_columns(T.EXP2_ENTRY, data.exp2),
+    )
+
+
+@functools.cache
+def _control(function: Function) -> tuple[dict[str, int], Ints]:
+    word = T.tables().controls[function]
+    control = T.field_bits(T.CONTROL, word)
+    pages = T.CONTROL["pages"].shape
+    width = pages.elem_shape.width
+    bases = [control["pages"] >> i * width & (1 << width) - 1 for i in range(pages.length)]
+    return control, np.array(bases, np.int64)
+
+
+def _top_bit(x: Ints) -> Ints:
+    """Number of the highest bit set, 0 <= x < 2**53; -1 for 0."""
+    return np.frexp(x.astype(np.float64))[1].astype(np.int64) - 1
+
+
+def evaluate(function: Function, y: Bits) -> Bits:
+    """Applies a function of the scalar engine to FP32 bit patterns, bit for bit as the chip does.
+
+    `y` has any shape; so has the result. `y` is what is left after scale and bias.
+    """
+    y = np.asarray(y, np.uint32)
+    flat = y.reshape(-1)
+    out = np.empty_like(flat)
+    for start in range(0, flat.size, _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        out[piece] = _evaluate(function, flat[piece].astype(np.int64))
+    return out.reshape(y.shape)
+
+
+def _evaluate(function: Function, y: Ints) -> Ints:
+    control, pages = _control(function)
+    fields = _fields()
+
+    # 1. Reduce
+    sign, biased, fraction = y >> 31, y >> 23 & 255, y & 0x7FFFFF
+    center_bits = np.where(sign, control["center_negative"], control["center_positive"])
+    centered = ((biased == 126) & (center_bits & 1 != 0)) | ((biased == 127) & (center_bits >= 2))
+    hidden = np.where(biased == 0, 0, 1 << T.MANTISSA)
+    # 25 bits, the top one worth 2**exponent
+    magnitude = (fraction | hidden) << 1
+    exponent = np.maximum(biased, 1) - 127
+    difference = np.where(biased == 127, magnitude, magnitude >> 1) - control["center"]
+    below = centered & (difference < 0)
+    magnitude = np.where(centered, np.abs(difference), magnitude)
+    exponent = np.where(centered, 0, exponent)
+    top = _top_bit(magnitude)
+    k = exponent + top - T.CENTER_FRACTION
+    m = (magnitude << T.CENTER_FRACTION - np.maximum(top, 0)) >> 1 & (1 << T.MANTISSA) - 1
+
+    # 2. Directory
+    column = k & 1 if control["parity"] else k
+    low, span = control["low"], control["span"]
+    row = np.clip(column - low + T.ROW_LOW, T.ROW_UNDER, T.ROW_LOW + span)
+    row = np.where(magnitude == 0, T.ROW_ZERO, row)
+    row = np.where(biased == 255, T.ROW_LOW + span + 1, row)
+    page = np.where(centered, 2 + below, sign)
+    address = np.where((biased == 255) & (fraction != 0), T.NAN_ADDRESS, pages[page] + row)
+    log2_count = fields.entry["log2_count"][address]
+    index = fields.entry["base"][address] + (m >> T.MANTISSA - log2_count)
+    t = m << log2_count & (1 << T.MANTISSA) - 1
+
+    # 3. Polynomial
+    segment = {name: values[index] for name, values in fields.segment.items()}
+    p2 = segment["c2"] + (segment["c3"] * (t >> 5) >> 18)
+    p1 = segment["c1"] + (p2 * t >> T.MANTISSA)
+    p0 = segment["c0"] + (p1 * t >> T.MANTISSA) + np.where(segment["log"], k * T.LN2, 0)
+
+    # 4. Result
+    f = p0 & (1 << T.FIXED) - 1
+    low_bits = T.FIXED - T.EXP2_SEGMENTS_LOG2
+    u = f & (1 << low_bits) - 1
+    exp2 = {name: values[f >> low_bits] for name, values in fields.exp2.items()}
+    square = (u >> 8) * (u >> 8) >> 12
+    power = (1 << T.FIXED) + exp2["c0"] + (exp2["c1"] * u + (exp2["c2"] * square << 7) >> low_bits)
+    is_power = segment["exp2"] != 0
+    value = np.where(is_power, power, np.abs(p0))
+    unit = np.where(is_power, (p0 >> T.FIXED) - T.FIXED, 0) + segment["exponent"]
+    scaling = (k, -k, k >> 1, -(k >> 1))[control["scaling"]]
+    unit += np.where(segment["relative"], scaling, 0)
+    negative = segment["negate"] ^ (~is_power & (p0 < 0)) ^ (sign & control["odd"])
+    bits = _round(value, unit) | negative << 31
+    return np.where(segment["nan"], CANONICAL_NAN, bits)
+
+
+def _round(value: Ints, unit: Ints) -> Ints:
+    """Returns the FP32 bits, without sign, of value * 2**unit, value < 2**36, to nearest even."""
+    top = _top_bit(value)
+    # the least significant bit kept: 24 bits, or the subnormal grid
+    drop = np.maximum(top - 23, -149 - unit)
+    wide = value << np.clip(-drop, 0, 26)
+    drop = np.clip(drop, 0, 40)
+    kept = wide >> drop
+    rest = wide & (np.int64(1) << drop) - 1
+    half = np.int64(1) << drop >> 1
+    kept += (drop > 0) & ((rest > half) | ((rest == half) & (kept & 1 == 1)))
+    # kept has its hidden bit worth 1 in the exponent field; 0 if subnormal
+    biased = np.maximum(top + unit + 126, 0)
+    return np.where(value == 0, 0, np.minimum((np.minimum(biased, 255) << 23) + kept, 0x7F800000))

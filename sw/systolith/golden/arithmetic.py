@@ -1,0 +1,194 @@
+"""FP32 arithmetic as the core does it, on numpy arrays of 32-bit words.
+
+Every function takes and returns ``uint32`` arrays that hold the bits of FP32 values. Rounding
+is to nearest even, subnormals are kept, overflow gives infinity, and whatever is NaN comes out as
+`CANONICAL_NAN`. Only BYPASS and the bitwise operations pass words on as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from systolith_hdl.formats import CANONICAL_NAN
+from systolith_hdl.isa import REDUCE_ACCUMULATORS, REDUCTIONS, AluOp
+
+Words = np.ndarray[Any, np.dtype[np.uint32]]
+
+_ABS = np.uint32(0x7FFFFFFF)
+_INFINITY = np.uint32(0x7F800000)
+_NAN = np.uint32(CANONICAL_NAN)
+_ONE = np.uint32(0x3F800000)
+_ZERO = np.uint32(0)
+
+
+def _quiet(function: Callable[..., Words]) -> Callable[..., Words]:
+    """IEEE-754 flags are not kept, so numpy should not warn of them."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Words:
+        with np.errstate(all="ignore"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def floats(words: Words) -> np.ndarray:
+    """The same bits as float32."""
+    return words.view(np.float32)
+
+
+def is_nan(words: Words) -> np.ndarray:
+    """Which words hold a NaN."""
+    return (words & _ABS) > _INFINITY
+
+
+def canonical(values: np.ndarray) -> Words:
+    """Bits of a float32 array, every NaN replaced by the canonical one."""
+    nan = values != values
+    words = np.asarray(values).view(np.uint32)
+    return np.where(nan, _NAN, words) if nan.any() else words
+
+
+def round_bf16(words: Words) -> Words:
+    """Rounds FP32 to bfloat16 and returns that value as FP32 again."""
+    with np.errstate(all="ignore"):
+        rounded = floats(words).astype(ml_dtypes.bfloat16).astype(np.float32)
+    return canonical(rounded)
+
+
+@_quiet
+def add(a: Words, b: Words) -> Words:
+    return canonical(floats(a) + floats(b))
+
+
+@_quiet
+def sub(a: Words, b: Words) -> Words:
+    return canonical(floats(a) - floats(b))
+
+
+@_quiet
+def mul(a: Words, b: Words) -> Words:
+    return canonical(floats(a) * floats(b))
+
+
+def _key(words: Words) -> np.ndarray:
+    """Signed integers in the order of the values, -0 just below +0."""
+    signed = words.view(np.int32)
+    return signed ^ ((signed >> 31) & 0x7FFFFFFF)
+
+
+def _either_nan(a: Words, b: Words, result: Words) -> Words:
+    return np.where(is_nan(a) | is_nan(b), _NAN, result)
+
+
+def maximum(a: Words, b: Words) -> Words:
+    """The larger; +0 is larger than -0."""
+    return _either_nan(a, b, np.where(_key(a) >= _key(b), a, b))
+
+
+def minimum(a: Words, b: Words) -> Words:
+    """The smaller; -0 is smaller than +0."""
+    return _either_nan(a, b, np.where(_key(a) <= _key(b), a, b))
+
+
+def abs_max(a: Words, b: Words) -> Words:
+    """The larger of the absolute values."""
+    return _either_nan(a, b, np.maximum(a & _ABS, b & _ABS))
+
+
+def truth(condition: np.ndarray) -> Words:
+    """1.0 where true, 0.0 elsewhere."""
+    return np.where(condition, _ONE, _ZERO)
+
+
+def nonzero(words: Words) -> np.ndarray:
+    """Which words are neither +0 nor -0; NaN is not zero."""
+    return (words & _ABS) != 0
+
+
+#: what `a op b` is, for every operation
+ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
+    AluOp.BYPASS: lambda a, b: a,
+    AluOp.ADD: add,
+    AluOp.SUB: sub,
+    AluOp.RSUB: lambda a, b: sub(b, a),
+    AluOp.MUL: mul,
+    AluOp.MAX: maximum,
+    AluOp.MIN: minimum,
+    AluOp.ABS_MAX: abs_max,
+    AluOp.EQ: lambda a, b: truth(floats(a) == floats(b)),
+    AluOp.NE: lambda a, b: truth(floats(a) != floats(b)),
+    AluOp.LT: lambda a, b: truth(floats(a) < floats(b)),
+    AluOp.LE: lambda a, b: truth(floats(a) <= floats(b)),
+    AluOp.GT: lambda a, b: truth(floats(a) > floats(b)),
+    AluOp.GE: lambda a, b: truth(floats(a) >= floats(b)),
+    AluOp.LOGICAL_AND: lambda a, b: truth(nonzero(a) & nonzero(b)),
+    AluOp.LOGICAL_OR: lambda a, b: truth(nonzero(a) | nonzero(b)),
+    AluOp.LOGICAL_XOR: lambda a, b: truth(nonzero(a) ^ nonzero(b)),
+    AluOp.BIT_AND: lambda a, b: a & b,
+    AluOp.BIT_OR: lambda a, b: a | b,
+    AluOp.BIT_XOR: lambda a, b: a ^ b,
+}
+
+
+def alu(operation: AluOp, a: Words, b: Words) -> Words:
+    """`a operation b`, element by element; the arrays broadcast."""
+    with np.errstate(all="ignore"):
+        return ALU[operation](a, b)
+
+
+def reduce_last(operation: AluOp, words: Words) -> Words:
+    """Reduces the last axis the way REDUCE does; the axis is dropped.
+
+    Element i goes to accumulator i mod 4, in order; the result is
+    (acc0 op acc1) op (acc2 op acc3).
+    """
+    accumulators = np.full(
+        (*words.shape[:-1], REDUCE_ACCUMULATORS), REDUCTIONS[operation], np.uint32
+    )
+    step = ALU[operation]
+    count = words.shape[-1]
+    with np.errstate(all="ignore"):
+        for start in range(0, count, REDUCE_ACCUMULATORS):
+            part = words[..., start : start + REDUCE_ACCUMULATORS]
+            used = part.shape[-1]
+            accumulators[..., :used] = step(accumulators[..., :used], part)
+        even = step(accumulators[..., 0], accumulators[..., 1])
+        return step(even, step(accumulators[..., 2], accumulators[..., 3]))
+
+
+def _safe(words: Words) -> bool:
+    """True if all values are zero or within 2**-62 to 2**63: products of two are exact in FP32."""
+    exponent = (words >> 23) & 0xFF
+    return bool((((exponent >= 65) & (exponent <= 189)) | ((words & _ABS) == 0)).all())
+
+
+@_quiet
+def matmul(stationary: Words, moving: Words) -> Words:
+    """One tile: out[m, f] is the chain ``acc = fp32(acc + stationary[k, m] * moving[k, f])`` in
+    the order of k, from +0.0, each product exact and each step rounded once.
+
+    Parameters
+    ----------
+    stationary : [K, M] FP32 words that hold bfloat16 values
+    moving : [K, F], likewise
+    """
+    w, x = floats(stationary), floats(moving)
+    if _safe(stationary) and _safe(moving):
+        # The products have 16 significant bits and are normal, so FP32 holds them exactly.
+        products = w[:, :, None] * x[:, None, :]
+        total = np.zeros(products.shape[1:], np.float32)
+        for product in products:
+            total += product
+        return canonical(total)
+    # FP64 holds every product exactly. Its sum with an FP32 number rounds to 53 bits first, which
+    # is innocuous: at least 2 * 24 + 2 bits.
+    acc = np.zeros((w.shape[1], x.shape[1]), np.float32)
+    for k in range(w.shape[0]):
+        exact = w[k].astype(np.float64)[:, None] * x[k].astype(np.float64)[None, :]
+        acc = (acc.astype(np.float64) + exact).astype(np.float32)
+    return canonical(acc)

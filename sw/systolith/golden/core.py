@@ -1,0 +1,490 @@
+"""The golden core: every instruction in numpy, without a clock.
+
+An engine executes an instruction whole, at the moment its waits are satisfied; engines take turns.
+Any order that the semaphores allow is a legal one, and `Core` can be told to draw it at random.
+When an engine faults, the others stop where they are.
+
+An instruction reads all of its sources before it writes. The chip overlaps the two, so a
+destination may be a source element for element (in place); any other overlap of the two is
+undefined there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
+from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.isa import (
+    MAX_WAITS,
+    AluOp,
+    FaultCause,
+    Function,
+    Opcode,
+    Space,
+    WaitMode,
+    decode,
+    engine_kind,
+)
+
+from systolith.errors import BackendError
+
+from . import arithmetic, dma
+from .activation import evaluate
+from .arithmetic import Words
+from .checker import Fault, check, operand_counts, operand_strides
+
+MAX_SEMAPHORE = (1 << 16) - 1
+#: words one operand may visit here; the chip has no limit, but no useful instruction is near it
+MAX_WORDS = 1 << 28
+_CACHE_LIMIT = 1 << 18  #: prepared instructions kept
+
+
+@dataclasses.dataclass(frozen=True)
+class FaultRecord:
+    """First fault since the start. `engine` is a number, `pc` an index into its stream."""
+
+    engine: int
+    pc: int
+    cause: FaultCause
+    address: int
+
+
+@dataclasses.dataclass(slots=True)
+class _Prepared:
+    """An instruction ready to execute.
+
+    `run` performs it; it returns a Fault when the bus refuses. None for NOP and END.
+    """
+
+    fault: Fault | None = None
+    waits: tuple[tuple[int, WaitMode, int], ...] = ()
+    signal: tuple[int, int] | None = None  #: (semaphore, amount)
+    run: Callable[[], Fault | None] | None = None
+    macs: int = 0
+    end: bool = False
+
+
+def _repeats(counts: Sequence[int], strides: Sequence[int], width: int = 1) -> bool:
+    """Whether two steps of a pattern may touch the same unit, each step covering `width`.
+
+    False is certain; True is when the strides do not nest.
+    """
+    reach = width - 1
+    for stride, count in sorted((abs(s), n) for s, n in zip(strides, counts, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (count - 1)
+    return False
+
+
+class _Pattern:
+    """The words one operand visits: reads and writes arrays of shape (lanes, *counts)."""
+
+    def __init__(
+        self, memory: Words, base: int, counts: list[int], strides: list[int], lanes: int
+    ) -> None:
+        if math.prod(counts) * lanes > MAX_WORDS:
+            raise BackendError(f"an instruction of counts {counts} is too large for this device")
+        depth = memory.shape[1]
+        used = [4 * s if n > 1 else 0 for s, n in zip(strides, counts, strict=True)]
+        self._memory = memory
+        self._lanes = lanes
+        self._window: Words = np.ndarray(
+            (lanes, *counts),
+            np.uint32,
+            buffer=memory.data,
+            offset=4 * base,
+            strides=(4 * depth, *used),
+        )
+        #: word addresses in order if some repeat: numpy may write a window in any order
+        self.repeated: np.ndarray | None = None
+        if _repeats(counts, strides):
+            addresses = np.full((), base, np.int64)
+            for n, s in zip(counts, strides, strict=True):
+                addresses = addresses[..., None] + np.arange(n) * s
+            if np.unique(addresses).size != addresses.size:
+                self.repeated = addresses.ravel()
+
+    def read(self) -> Words:
+        """A copy of the words."""
+        return self._window.copy()
+
+    def write(self, words: Words, where: np.ndarray | None = None) -> None:
+        """Writes the words (those where `where` is set); the last of a repeated one stays."""
+        if self.repeated is None:
+            if where is None:
+                self._window[...] = words
+            else:
+                np.copyto(self._window, words, where=where)
+            return
+        words = np.broadcast_to(words, self._window.shape).reshape(self._lanes, -1)
+        for lane in range(self._lanes):
+            chosen = slice(None) if where is None else where.reshape(self._lanes, -1)[lane]
+            self._memory[lane, self.repeated[chosen]] = words[lane, chosen]
+
+
+class Core:
+    """State and execution of one core.
+
+    Parameters
+    ----------
+    config : sizes
+    dram : uint8, used as is, not copied
+    scheduler : draws the next engine; None lets them take turns
+
+    Members
+    -------
+    sbuf, psum : uint32 [lanes, depth]; zero at first, kept over runs and resets
+    stationary : uint32 [K, M] of the tensor engine; rows and columns that the last
+        LOAD_STATIONARY did not cover are zero
+    semaphores, pc, instructions, macs : counts since the start
+    running, fault : state
+    """
+
+    def __init__(
+        self, config: CoreConfig, dram: np.ndarray, *, scheduler: random.Random | None = None
+    ) -> None:
+        self.config = config
+        self.dram = dram
+        self.scheduler = scheduler
+        self.sbuf: Words = np.zeros((config.lanes, config.sbuf_depth), np.uint32)
+        self.psum: Words = np.zeros((config.lanes, config.psum_depth), np.uint32)
+        self._kinds = [engine_kind(engine) for engine in config.engines]
+        #: (engine kind, 64 bytes) -> what they do to this core
+        self._cache: dict[tuple[object, bytes], _Prepared] = {}
+        self.reset()
+
+    # -- control -------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Stops everything; memories keep their values, all other state is as after power-on."""
+        engines = len(self.config.engines)
+        self.stationary: Words = np.zeros((self.config.lanes,) * 2, np.uint32)
+        self.running = False
+        self.fault: FaultRecord | None = None
+        self._bases = [0] * engines
+        self._clear()
+
+    def _clear(self) -> None:
+        engines = len(self.config.engines)
+        self.semaphores = [0] * self.config.semaphores
+        self.pc = [0] * engines
+        self.instructions = [0] * engines
+        self.macs = 0
+        self._ended = [False] * engines
+        self._next: list[_Prepared | None] = [None] * engines
+        self._slot = [0] * engines  # wait slots of the next instruction that have held already
+
+    def start(self, bases: list[int]) -> None:
+        """Starts every engine at its byte address; zeroes semaphores and counters."""
+        self._bases = [base & ~(INSTRUCTION_BYTES - 1) for base in bases]
+        self._clear()
+        self.fault = None
+        self.running = True
+
+    def run(self, max_steps: int | None = None, *, watchdog: bool = True) -> int:
+        """Executes until every engine ended, one faulted, or `max_steps` instructions are done.
+
+        When no engine can go on, the lowest-numbered one that has not ended gets a WATCHDOG
+        fault, or, without `watchdog`, everything just stays as it is. Returns the number of
+        instructions executed.
+        """
+        steps = 0
+        while self.running and (max_steps is None or steps < max_steps):
+            moved = False
+            for engine in self._turns():
+                if self._ended[engine] or not self.running:
+                    continue
+                if max_steps is not None and steps >= max_steps:
+                    return steps
+                if self._step(engine):
+                    moved = True
+                    steps += 1
+            if all(self._ended):
+                self.running = False
+            elif not moved and self.running:
+                if not watchdog:
+                    break
+                self._stop(self._ended.index(False), Fault(FaultCause.WATCHDOG))
+        return steps
+
+    def _turns(self) -> list[int]:
+        engines = list(range(len(self._ended)))
+        if self.scheduler is not None:
+            # Bursts of one engine, with the others in random order, reach more interleavings.
+            self.scheduler.shuffle(engines)
+            engines = [engines[0]] * self.scheduler.randrange(4) + engines
+        return engines
+
+    def _stop(self, engine: int, fault: Fault) -> None:
+        """Records the fault and stops every engine where it is."""
+        self.fault = FaultRecord(engine, self.pc[engine], fault.cause, fault.address)
+        self.running = False
+
+    def _step(self, engine: int) -> bool:
+        """Executes the next instruction of an engine; False if it still has to wait."""
+        prepared = self._next[engine]
+        if prepared is None:
+            address = self._bases[engine] + INSTRUCTION_BYTES * self.pc[engine]
+            if address + INSTRUCTION_BYTES > len(self.dram):
+                self._stop(engine, Fault(FaultCause.FETCH_ERROR, address))
+                return True
+            raw = self.dram[address : address + INSTRUCTION_BYTES].tobytes()
+            prepared = self._next[engine] = self._lookup(engine, raw)
+        if prepared.fault is not None:
+            self._stop(engine, prepared.fault)
+            return True
+        semaphores = self.semaphores
+        while self._slot[engine] < len(prepared.waits):
+            sem, mode, value = prepared.waits[self._slot[engine]]
+            if semaphores[sem] < value:
+                return False
+            if mode is WaitMode.ACQUIRE:
+                semaphores[sem] -= value
+            self._slot[engine] += 1
+        if prepared.run is not None:
+            fault = prepared.run()
+            if fault is not None:
+                self._stop(engine, fault)
+                return True
+        self.macs += prepared.macs
+        self.instructions[engine] += 1
+        if prepared.signal is not None:
+            sem, amount = prepared.signal
+            if semaphores[sem] + amount > MAX_SEMAPHORE:
+                self._stop(engine, Fault(FaultCause.SEMAPHORE_OVERFLOW, sem))
+                return True
+            semaphores[sem] += amount
+        self.pc[engine] += 1
+        self._slot[engine] = 0
+        self._next[engine] = None
+        self._ended[engine] = prepared.end
+        return True
+
+    def execute(self, raw: bytes, engine: str) -> Fault | None:
+        """Executes one instruction at once, without its waits and signal; returns its fault.
+
+        For comparing a single engine with this model; counts nothing.
+        """
+        prepared = self._lookup(self.config.engines.index(engine), raw)
+        if prepared.fault is not None or prepared.run is None:
+            return prepared.fault
+        return prepared.run()
+
+    # -- instructions --------------------------------------------------------------------------
+
+    def _lookup(self, engine: int, raw: bytes) -> _Prepared:
+        key = (self._kinds[engine], raw)
+        prepared = self._cache.get(key)
+        if prepared is None:
+            if len(self._cache) >= _CACHE_LIMIT:
+                self._cache.clear()
+            prepared = self._cache[key] = self._prepare(engine, raw)
+        return prepared
+
+    def _prepare(self, engine: int, raw: bytes) -> _Prepared:
+        fault = check(raw, self._kinds[engine], self.config)
+        if fault is not None:
+            return _Prepared(fault=fault)
+        opcode, fields = decode(raw)
+        prepared = _Prepared(end=opcode is Opcode.END)
+        slots = (
+            tuple(fields[f"wait.{i}.{part}"] for part in ("sem", "mode", "value"))
+            for i in range(MAX_WAITS)
+        )
+        prepared.waits = tuple((sem, WaitMode(mode), value) for sem, mode, value in slots if mode)
+        if fields["signal.amount"]:
+            prepared.signal = (fields["signal.sem"], fields["signal.amount"])
+        if opcode in (Opcode.NOP, Opcode.END):
+            return prepared
+        maker = _MAKERS[opcode]
+        prepared.run = maker(self, opcode, fields)
+        if opcode is Opcode.MATMUL:
+            columns = math.prod(fields[f"counts.{i}"] for i in range(4))
+            prepared.macs = fields["lanes"] * fields["columns"] * columns
+        return prepared
+
+    def _pattern(
+        self, opcode: Opcode, name: str, fields: dict[str, int], lanes: int | None = None
+    ) -> _Pattern:
+        memory = self.psum if fields[f"{name}.space"] == Space.PSUM.value else self.sbuf
+        return _Pattern(
+            memory,
+            fields[f"{name}.base"],
+            operand_counts(opcode, name, fields),
+            operand_strides(name, fields),
+            fields["lanes"] if lanes is None else lanes,
+        )
+
+    def _writer(self, opcode: Opcode, fields: dict[str, int]) -> Callable[..., None]:
+        """Writes words to dst in its type."""
+        pattern = self._pattern(opcode, "dst", fields)
+        if fields["dst.dtype"] == DType.FP32.value:
+            return pattern.write
+
+        def write(words: Words, where: np.ndarray | None = None) -> None:
+            pattern.write(arithmetic.round_bf16(words), where)
+
+        return write
+
+    def _load_stationary(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+
+        def run() -> None:
+            words = arithmetic.round_bf16(source.read())
+            words = words.reshape(len(words), -1)
+            self.stationary[:] = 0
+            self.stationary[: words.shape[0], : words.shape[1]] = words
+
+        return run
+
+    def _matmul(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        rows, columns = fields["lanes"], fields["columns"]
+        moving = self._pattern(opcode, "src0", fields)
+        dst = self._pattern(opcode, "dst", fields, lanes=columns)
+        shape = (columns, *operand_counts(opcode, "dst", fields))
+        accumulate = bool(fields["accumulate"])
+
+        def run() -> None:
+            words = arithmetic.round_bf16(moving.read()).reshape(rows, -1)
+            tile = arithmetic.matmul(self.stationary[:rows, :columns], words)
+            if not accumulate:
+                dst.write(tile.reshape(shape))
+            elif dst.repeated is None:
+                dst.write(arithmetic.add(dst.read(), tile.reshape(shape)))
+            else:
+                for step, address in enumerate(dst.repeated):
+                    word = self.psum[:columns, address]
+                    self.psum[:columns, address] = arithmetic.add(word, tile[:, step])
+
+        return run
+
+    def _first_stage(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], Words]:
+        """src0 op0 imm0 of the vector engine."""
+        source = self._pattern(opcode, "src0", fields)
+        operation = AluOp(fields["op0"])
+        immediate = np.full(1, fields["imm0"], np.uint32)
+        if operation is AluOp.BYPASS:
+            return source.read
+        return lambda: arithmetic.alu(operation, source.read(), immediate)
+
+    def _tensor_tensor(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        first = self._first_stage(opcode, fields)
+        second = self._pattern(opcode, "src1", fields)
+        operation = AluOp(fields["op1"])
+        write = self._writer(opcode, fields)
+        return lambda: write(arithmetic.alu(operation, first(), second.read()))
+
+    def _tensor_scalar(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        first = self._first_stage(opcode, fields)
+        operation = AluOp(fields["op1"])
+        immediate = np.full(1, fields["imm1"], np.uint32)
+        write = self._writer(opcode, fields)
+        return lambda: write(arithmetic.alu(operation, first(), immediate))
+
+    def _reduce(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        first = self._first_stage(opcode, fields)
+        operation = AluOp(fields["op1"])
+        write = self._writer(opcode, fields)
+        return lambda: write(arithmetic.reduce_last(operation, first())[..., None])
+
+    def _memset(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        value = np.full(1, fields["imm0"], np.uint32)
+        write = self._writer(opcode, fields)
+        return lambda: write(value)
+
+    def _copy_predicated(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        mask = self._pattern(opcode, "src0", fields)
+        source = self._pattern(opcode, "src1", fields)
+        write = self._writer(opcode, fields)
+        return lambda: write(source.read(), arithmetic.nonzero(mask.read()))
+
+    def _activate(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        scale = np.full(1, fields["imm0"], np.uint32)
+        function = Function(fields["op0"])
+        write = self._writer(opcode, fields)
+        if opcode is Opcode.ACTIVATE:
+            immediate = np.full(1, fields["imm1"], np.uint32)
+            bias: Callable[[], Words] = lambda: immediate  # noqa: E731
+        else:
+            bias = self._pattern(opcode, "src1", fields).read
+
+        def run() -> None:
+            y = arithmetic.add(arithmetic.mul(source.read(), scale), bias())
+            write(evaluate(function, y))
+
+        return run
+
+    def _dma(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], Fault | None]:
+        load = opcode is Opcode.DMA_LOAD
+        local = self._pattern(opcode, "local", fields)
+        dtype = DType(fields["dram_dtype"])
+        size = FORMATS[dtype].bytes
+        counts = [fields["lanes"], *operand_counts(opcode, "local", fields)]
+        strides = [fields["lane_stride"], *(fields[f"dram_strides.{i}"] for i in range(4))]
+        base = low = high = fields["dram_base"]
+        for count, stride in zip(counts, strides, strict=True):
+            reach = (count - 1) * stride
+            low, high = low + min(reach, 0), high + max(reach, 0)
+        if (
+            low < 0
+            or high + size > len(self.dram)
+            or any(value % 2 for value in (base, *strides))
+            or (local.repeated is not None if load else _repeats(counts, strides, size))
+        ):
+            return self._dma_by_definition(opcode, fields)
+
+        # The same with strided windows: no index arrays.
+        window = np.ndarray(
+            counts,
+            np.dtype("<u4" if size == 4 else "<u2"),
+            buffer=self.dram.data,
+            offset=base,
+            strides=strides,
+        )
+
+        def run() -> None:
+            if load:
+                words = window if size == 4 else window.astype(np.uint32) << np.uint32(16)
+                local.write(words)
+            elif size == 4:
+                window[...] = local.read()
+            else:
+                window[...] = arithmetic.round_bf16(local.read()) >> 16
+
+        return run
+
+    def _dma_by_definition(
+        self, opcode: Opcode, fields: dict[str, int]
+    ) -> Callable[[], Fault | None]:
+        transfer = dma.dma_load if opcode is Opcode.DMA_LOAD else dma.dma_store
+
+        def run() -> Fault | None:
+            try:
+                transfer(self.dram, self.sbuf, fields)
+            except dma.DmaFault as fault:
+                return Fault(fault.cause, fault.address)
+            return None
+
+        return run
+
+
+_MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Fault | None]]] = {
+    Opcode.LOAD_STATIONARY: Core._load_stationary,
+    Opcode.MATMUL: Core._matmul,
+    Opcode.TENSOR_TENSOR: Core._tensor_tensor,
+    Opcode.TENSOR_SCALAR: Core._tensor_scalar,
+    Opcode.REDUCE: Core._reduce,
+    Opcode.MEMSET: Core._memset,
+    Opcode.COPY_PREDICATED: Core._copy_predicated,
+    Opcode.ACTIVATE: Core._activate,
+    Opcode.ACTIVATE_TENSOR_BIAS: Core._activate,
+    Opcode.DMA_LOAD: Core._dma,
+    Opcode.DMA_STORE: Core._dma,
+}

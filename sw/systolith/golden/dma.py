@@ -1,0 +1,160 @@
+"""DMA_LOAD and DMA_STORE in numpy: the definition of both instructions.
+
+Element (i0, i1, i2, i3) of lane l lies at DRAM byte
+``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride`` modulo 2**48, bit 0 of which is
+ignored. Elements that coincide are written in the order (i0, i1, i2, i3, l), the last index
+changing fastest, so the last of them stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+from systolith_hdl.config import axi_bytes
+from systolith_hdl.formats import CANONICAL_NAN, FORMATS, DType
+from systolith_hdl.isa import FaultCause
+
+_ADDRESSES = 1 << 48
+
+
+class DmaFault(Exception):
+    """DRAM answered a burst with an error.
+
+    Attributes
+    ----------
+    cause : AXI_READ_ERROR or AXI_WRITE_ERROR
+    address : byte address of the first such burst
+    """
+
+    def __init__(self, cause: FaultCause, address: int) -> None:
+        super().__init__(f"{cause.name} at {address:#x}")
+        self.cause = cause
+        self.address = address
+
+
+def _walk(base: int, strides: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+    """Returns base + sum(i[d] * strides[d]) for all indices, flattened, the last index fastest."""
+    total = np.array([base], np.int64)
+    for stride, count in zip(strides, counts, strict=True):
+        total = (total[:, None] + stride * np.arange(count, dtype=np.int64)).reshape(-1)
+    return total
+
+
+def _counts(fields: Mapping[str, int]) -> list[int]:
+    return [fields[f"counts.{d}"] for d in range(4)]
+
+
+def _columns(fields: Mapping[str, int]) -> np.ndarray:
+    """Word addresses of the columns [steps]."""
+    strides = [fields[f"local.strides.{d}"] for d in range(4)]
+    return _walk(fields["local.base"], strides, _counts(fields))
+
+
+def _elements(fields: Mapping[str, int]) -> np.ndarray:
+    """Byte addresses of the elements [steps, lanes]."""
+    strides = [*(fields[f"dram_strides.{d}"] for d in range(4)), fields["lane_stride"]]
+    address = _walk(fields["dram_base"], strides, [*_counts(fields), fields["lanes"]])
+    return ((address % _ADDRESSES) & ~1).reshape(-1, fields["lanes"])
+
+
+def _element_bytes(fields: Mapping[str, int]) -> int:
+    return FORMATS[DType(fields["dram_dtype"])].bytes
+
+
+def first_bad_burst(
+    fields: Mapping[str, int], dram_bytes: int, lanes: int, *, store: bool
+) -> int | None:
+    """Returns the address of the first burst that reaches past the end of DRAM, in the order in
+    which the hardware issues them (`systolith_hdl.dma.queue.DmaQueue`), or None if none does.
+
+    Parameters
+    ----------
+    fields : as `isa.decode` gives them
+    dram_bytes : a multiple of 16 beats, so that no burst lies partly inside
+    lanes : N of the core
+    """
+    size = _element_bytes(fields)
+    low = high = fields["dram_base"]
+    used, lane_stride = fields["lanes"], fields["lane_stride"]
+    counts = _counts(fields)
+    for d, count in enumerate([*counts, used]):
+        reach = (count - 1) * (lane_stride if d == 4 else fields[f"dram_strides.{d}"])
+        low, high = low + min(reach, 0), high + max(reach, 0)
+    if low >= 0 and high + size <= dram_bytes:
+        return None
+
+    element = _elements(fields)
+    inner, inner_stride = counts[3], fields["dram_strides.3"]
+    if lane_stride == size or used == 1:
+        starts = element[:, 0]
+        lengths = np.full(starts.size, used * size)
+        if inner_stride == used * size:
+            starts, lengths = starts[::inner], lengths[::inner] * inner
+    else:
+        rows = 1 if lane_stride == 0 and not store else used
+        turned = inner_stride == size and (not store or abs(lane_stride) >= lanes * size)
+        width = lanes if turned else 1
+        # [outer steps, inner steps, lanes]
+        starts = element.reshape(-1, inner, used)[:, ::width, :rows]
+        columns = np.minimum(width, inner - np.arange(0, inner, width))
+        lengths = np.broadcast_to(columns[None, :, None] * size, starts.shape).reshape(-1)
+        starts = starts.reshape(-1)
+    bad = starts + lengths > dram_bytes
+    if not bad.any():
+        return None
+    beat = axi_bytes(lanes)
+    # The run's first burst, unless that still lies inside: then one begins where DRAM ends.
+    return max(int(starts[np.argmax(bad)]) // beat * beat, dram_bytes)
+
+
+def _check(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int], *, store: bool) -> None:
+    bad = first_bad_burst(fields, dram.size, sbuf.shape[0], store=store)
+    if bad is not None:
+        cause = FaultCause.AXI_WRITE_ERROR if store else FaultCause.AXI_READ_ERROR
+        raise DmaFault(cause, bad)
+
+
+def dma_load(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> None:
+    """Executes DMA_LOAD.
+
+    Parameters
+    ----------
+    dram : uint8 [bytes], contiguous, a multiple of 16 beats long
+    sbuf : uint32 [N, depth], changed in place
+    fields : as `isa.decode` gives them
+
+    Raises DmaFault, having changed nothing, when an element lies past the end of DRAM.
+    """
+    _check(dram, sbuf, fields, store=False)
+    element = _elements(fields)
+    size = _element_bytes(fields)
+    packed = np.dtype(f"<u{size}")
+    if (element % size).any():
+        words = dram[element[..., None] + np.arange(size)].view(packed)[..., 0]
+    else:
+        words = dram.view(packed)[element // size]
+    if size == 2:
+        words = words.astype(np.uint32) << np.uint32(16)
+    # numpy assigns in order, so of the steps that meet in one column the last one stays.
+    sbuf[: fields["lanes"], _columns(fields)] = words.T
+
+
+def dma_store(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> None:
+    """Executes DMA_STORE; parameters and faults as `dma_load`, but `dram` is changed in place."""
+    _check(dram, sbuf, fields, store=True)
+    element = _elements(fields)
+    size = _element_bytes(fields)
+    words = np.ascontiguousarray(sbuf[: fields["lanes"], _columns(fields)].T)
+    if size == 2:
+        with np.errstate(all="ignore"):
+            rounded = words.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+        nan = (words & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        words = np.where(nan, np.uint16(CANONICAL_NAN >> 16), rounded)
+    # numpy assigns in order, so of the elements that meet the last one stays.
+    if (element % size).any():
+        raw = np.ascontiguousarray(words[..., None]).view(np.uint8)
+        dram[element[..., None] + np.arange(size)] = raw
+    else:
+        dram.view(np.dtype(f"<u{size}"))[element // size] = words

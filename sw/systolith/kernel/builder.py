@@ -1,0 +1,837 @@
+"""The kernel builder: instructions as Python calls, with every check at build time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from systolith_hdl.config import CoreConfig, get_config
+from systolith_hdl.formats import FORMATS, DType, dtype_of
+from systolith_hdl.isa import (
+    DMA_TYPES,
+    MAX_WAITS,
+    REDUCTIONS,
+    AluOp,
+    EncodeError,
+    Function,
+    Opcode,
+    Space,
+    WaitMode,
+    encode,
+)
+
+from systolith.assembly import float_to_bits
+from systolith.errors import KernelError
+from systolith.memory import FreeList
+from systolith.program import DRAM_ALIGN, DebugInfo, Program, Relocation, TensorInfo, align_up
+
+from .dependencies import Clocks, IntervalMap, Stream
+from .source import refuse, user_source
+from .tensors import (
+    MAX_DIMS,
+    TENSOR_KINDS,
+    DramTensor,
+    TensorKind,
+    Tile,
+    View,
+    broadcast_strides,
+    c_strides,
+    extent,
+)
+
+MAX_SEMAPHORE = (1 << 16) - 1
+
+_BITWISE = frozenset({AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR})
+_FP32_OR_BF16 = (DType.FP32, DType.BF16)
+
+
+@dataclasses.dataclass
+class _Pending:
+    """An instruction whose semaphores are not numbered yet."""
+
+    opcode: Opcode
+    fields: dict[str, Any]
+    waits: list[tuple[int, int]]
+    source: str
+    label: str | None
+    tensor: int | None = None
+    #: among the signalling instructions of its progress stream, from 1; 0 does not signal
+    signal: bool = False
+    node: tuple[int, int] = (-1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Access:
+    """Words of a local memory that an instruction touches."""
+
+    space: Space
+    low: int
+    high: int
+    write: bool
+
+
+class _Memory:
+    """Allocator of SBUF or PSUM tiles."""
+
+    def __init__(self, builder: KernelBuilder, space: Space, depth: int) -> None:
+        self._builder = builder
+        self._space = space
+        self._free = FreeList(depth)
+        self._live: dict[int, Tile] = {}
+        self._made = 0
+        self.high_water = 0  #: highest address ever handed out, plus one
+
+    @property
+    def free_columns(self) -> int:
+        """Columns not in any tile."""
+        return self._free.free_units
+
+    @property
+    def largest_free(self) -> int:
+        """Columns of the largest tile that can be made."""
+        return self._free.largest
+
+    def tile(self, columns: int, name: str | None = None) -> Tile:
+        """Reserves `columns` consecutive words in every partition."""
+        self._builder._check_open()
+        columns = int(columns)
+        if columns < 1:
+            refuse(f"a tile must have at least one column, not {columns}")
+        base = self._free.allocate(columns)
+        if base is None:
+            biggest = sorted(self._live.values(), key=lambda tile: -tile.columns)[:4]
+            names = ", ".join(f"{tile.name} ({tile.columns})" for tile in biggest)
+            refuse(
+                f"{self._space.name} is full: {columns} columns wanted, the largest free block has "
+                f"{self._free.largest} ({self._free.free_units} of {self._free.size} free)"
+                + (f"; the largest of {len(self._live)} live tiles: {names}" if names else "")
+            )
+        name = name or f"{self._space.name.lower()}{self._made}"
+        self._made += 1
+        tile = Tile(self._builder.config, self._space, base, columns, name)
+        self._live[base] = tile
+        self.high_water = max(self.high_water, base + columns)
+        return tile
+
+    def free(self, tile: Tile) -> None:
+        """Gives a tile's words back; later tiles may reuse them, ordered by semaphores."""
+        if self._live.get(tile.base) is not tile:
+            refuse(
+                f"{tile} is already free" if tile.freed else f"{tile} is not of this {self._space}"
+            )
+        tile.freed = True
+        del self._live[tile.base]
+        self._free.free(tile.base)
+
+
+class _Dram:
+    """Tensors in device DRAM."""
+
+    def __init__(self, builder: KernelBuilder) -> None:
+        self._builder = builder
+        self.tensors: list[DramTensor] = []
+
+    def tensor(
+        self,
+        name: str,
+        shape: Sequence[int] | int | None = None,
+        dtype: DType | Any = None,
+        kind: TensorKind = "input",
+        data: np.ndarray | None = None,
+    ) -> DramTensor:
+        """Declares a tensor.
+
+        Parameters
+        ----------
+        name : unique in the program
+        shape, dtype : default to those of `data`; `dtype` may be a numpy dtype
+        kind : "input", "output", "scratch", or "constant", which needs `data`
+        """
+        self._builder._check_open()
+        if kind not in TENSOR_KINDS:
+            refuse(f"tensor {name!r}: kind must be one of {', '.join(TENSOR_KINDS)}, not {kind!r}")
+        if (kind == "constant") != (data is not None):
+            refuse(f"tensor {name!r}: a constant has data, and nothing else has")
+        if data is not None:
+            data = np.ascontiguousarray(data) if np.ndim(data) else np.asarray(data)
+            shape = data.shape if shape is None else shape
+            dtype = data.dtype if dtype is None else dtype
+        if shape is None or dtype is None:
+            refuse(f"tensor {name!r} needs a shape and a type")
+        if not isinstance(dtype, DType):
+            try:
+                dtype = dtype_of(dtype)
+            except TypeError as error:
+                refuse(f"tensor {name!r}: {error}")
+        shape = (shape,) if isinstance(shape, int) else shape
+        shape = tuple(int(n) for n in shape)
+        if any(n < 1 for n in shape):
+            refuse(f"tensor {name!r}: every dimension must be at least 1: shape {shape}")
+        if any(tensor.name == name for tensor in self.tensors):
+            refuse(f"there is a tensor {name!r} already")
+        if data is not None and (data.shape != shape or data.dtype != FORMATS[dtype].numpy):
+            refuse(
+                f"tensor {name!r}: its data is {data.dtype.name} {data.shape}, not "
+                f"{dtype.name} {shape}"
+            )
+        tensor = DramTensor(name, shape, dtype, kind, len(self.tensors), data)
+        self.tensors.append(tensor)
+        self._builder._dram_maps.append(IntervalMap())
+        return tensor
+
+
+class _Engine:
+    """A namespace of the builder for one engine."""
+
+    def __init__(self, builder: KernelBuilder) -> None:
+        self._builder = builder
+
+    def _operand(self, what: str, view: View, spaces: tuple[Space, ...], dtypes: Any) -> None:
+        if not isinstance(view, View):
+            refuse(f"{what} must be a view, not {type(view).__name__}")
+        if view.tile.config is not self._builder.config:
+            refuse(f"{what} belongs to another builder")
+        if view.tile.freed:
+            refuse(f"{what} is a view of {view.tile}, which was freed")
+        if view.space not in spaces:
+            allowed = " or ".join(space.name for space in spaces)
+            refuse(f"{what} must lie in {allowed}: {view}")
+        if view.dtype not in dtypes:
+            allowed = " or ".join(dtype.name for dtype in dtypes)
+            refuse(f"{what} must be {allowed}, not {view.dtype.name}: {view}")
+
+    def _pad(self, what: str, view: View, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Strides of `view` over the iteration space `shape`, as four numbers."""
+        strides = broadcast_strides(view, shape)
+        if strides is None:
+            refuse(
+                f"shape mismatch: {what} has shape {view.shape}, the instruction walks {shape}: "
+                f"{view}"
+            )
+        # The stride of a dimension of one element is never used: zero always fits its field.
+        strides = tuple(s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
+        return (0,) * (MAX_DIMS - len(strides)) + strides
+
+    @staticmethod
+    def _distinct(dst: View) -> None:
+        """Refuses a destination that visits a column twice."""
+        reach = 0
+        for stride, count in sorted(
+            (abs(s), n) for s, n in zip(dst.strides, dst.shape, strict=True) if n > 1
+        ):
+            if stride <= reach:  # may or may not repeat an address: look at all of them
+                if np.unique(dst.addresses()).size != dst.size:
+                    refuse(f"dst writes a column more than once: {dst}")
+                return
+            reach += stride * (count - 1)
+
+    @staticmethod
+    def _counts(shape: tuple[int, ...]) -> dict[str, int]:
+        padded = (1,) * (MAX_DIMS - len(shape)) + shape
+        return {f"counts.{i}": n for i, n in enumerate(padded)}
+
+    @staticmethod
+    def _encode_operand(
+        name: str, view: View, strides: tuple[int, ...], dtype: DType
+    ) -> dict[str, Any]:
+        return {
+            f"{name}.base": view.base,
+            f"{name}.space": view.space.value,
+            f"{name}.dtype": dtype.value,
+            **{f"{name}.strides.{i}": s for i, s in enumerate(strides) if s},
+        }
+
+    @staticmethod
+    def _access(view: View, write: bool) -> _Access:
+        low, high = view.span
+        return _Access(view.space, low, high, write)
+
+
+class _Elementwise(_Engine):
+    """What the vector and scalar engines share."""
+
+    _BOTH = (Space.SBUF, Space.PSUM)
+
+    def _operation(
+        self, what: str, operation: AluOp | Function, kind: Any, allowed: Any = None
+    ) -> int:
+        if not isinstance(operation, kind):
+            refuse(f"{what} must be of {kind.__name__}, not {operation!r}")
+        if allowed is not None and operation not in allowed:
+            names = ", ".join(op.name for op in allowed)
+            refuse(f"{what} must be one of {names}, not {operation.name}")
+        return operation.value
+
+    def _immediate(self, what: str, value: Any, operation: AluOp | None = None) -> int:
+        """The word of an immediate: for bitwise operations an int is the word itself."""
+        if operation in _BITWISE and isinstance(value, int | np.integer):
+            if not -(1 << 31) <= value < 1 << 32:
+                refuse(f"{what} = {value} does not fit 32 bits")
+            return int(value) & 0xFFFFFFFF
+        try:
+            return float_to_bits(float(value))
+        except (TypeError, ValueError):
+            refuse(f"{what} must be a number, not {value!r}")
+
+    def _check_overlap(
+        self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...]
+    ) -> None:
+        """A destination may be a source, element for element; else they must be disjoint."""
+        low, high = dst.span
+        for what, source in sources.items():
+            if source.space is not dst.space or source.span[0] > high or source.span[1] < low:
+                continue
+            if source.base == dst.base and dst.shape == shape:
+                if self._pad("dst", dst, shape) == self._pad(what, source, shape):
+                    continue
+            if np.intersect1d(source.addresses(), dst.addresses()).size:
+                refuse(
+                    f"dst and {what} overlap without being the same elements, which leaves the "
+                    f"result undefined: {dst} and {source}"
+                )
+
+    def _emit(
+        self,
+        opcode: Opcode,
+        dst: View,
+        sources: dict[str, tuple[str, View]],
+        fields: dict[str, Any],
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        """Checks operands and appends the instruction.
+
+        `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
+        space, that of `dst` unless given.
+        """
+        self._operand("dst", dst, self._BOTH, _FP32_OR_BF16)
+        for what, view in sources.values():
+            # A view that rounds as a destination holds FP32 words all the same.
+            self._operand(what, view, self._BOTH, _FP32_OR_BF16)
+            if view.lanes != dst.lanes:
+                refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
+        self._distinct(dst)
+        shape = dst.shape if shape is None else shape
+        encoded = {
+            "lanes": dst.lanes,
+            **self._counts(shape),
+            **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), dst.dtype),
+        }
+        for name, (what, view) in sources.items():
+            strides = self._pad(what, view, shape)
+            encoded.update(self._encode_operand(name, view, strides, DType.FP32))
+        self._check_overlap(dst, dict(sources.values()), shape)
+        accesses = [self._access(view, False) for _, view in sources.values()]
+        accesses.append(self._access(dst, True))
+        self._builder._append(self._stream, opcode, {**encoded, **fields}, accesses)
+
+    @property
+    def _stream(self) -> int:
+        raise NotImplementedError
+
+
+class _Vector(_Elementwise):
+    """Instructions of the vector engine."""
+
+    @property
+    def _stream(self) -> int:
+        return self._builder._vector
+
+    def tensor_tensor(
+        self,
+        dst: View,
+        src0: View,
+        op1: AluOp,
+        src1: View,
+        op0: AluOp = AluOp.BYPASS,
+        imm0: float | int = 0.0,
+    ) -> None:
+        """dst = (src0 op0 imm0) op1 src1; sources broadcast to the shape of dst."""
+        self._emit(
+            Opcode.TENSOR_TENSOR,
+            dst,
+            {"src0": ("src0", src0), "src1": ("src1", src1)},
+            {
+                "op0": self._operation("op0", op0, AluOp),
+                "op1": self._operation("op1", op1, AluOp),
+                "imm0": self._immediate("imm0", imm0, op0),
+            },
+        )
+
+    def tensor_scalar(
+        self,
+        dst: View,
+        src0: View,
+        op0: AluOp,
+        imm0: float | int = 0.0,
+        op1: AluOp = AluOp.BYPASS,
+        imm1: float | int = 0.0,
+    ) -> None:
+        """dst = (src0 op0 imm0) op1 imm1."""
+        self._emit(
+            Opcode.TENSOR_SCALAR,
+            dst,
+            {"src0": ("src0", src0)},
+            {
+                "op0": self._operation("op0", op0, AluOp),
+                "op1": self._operation("op1", op1, AluOp),
+                "imm0": self._immediate("imm0", imm0, op0),
+                "imm1": self._immediate("imm1", imm1, op1),
+            },
+        )
+
+    def copy(self, dst: View, src: View) -> None:
+        """dst = src, bits untouched unless dst is BF16."""
+        self.tensor_scalar(dst, src, AluOp.BYPASS)
+
+    def reduce(
+        self,
+        dst: View,
+        src0: View,
+        op1: AluOp,
+        op0: AluOp = AluOp.BYPASS,
+        imm0: float | int = 0.0,
+    ) -> None:
+        """dst = op1-reduction over the innermost dimension of (src0 op0 imm0).
+
+        dst has the shape of src0 with an innermost dimension of 1.
+        """
+        fields = {
+            "op0": self._operation("op0", op0, AluOp),
+            "op1": self._operation("op1", op1, AluOp, REDUCTIONS),
+            "imm0": self._immediate("imm0", imm0, op0),
+        }
+        self._operand("src0", src0, self._BOTH, _FP32_OR_BF16)
+        if not src0.shape or dst.shape != (*src0.shape[:-1], 1):
+            refuse(
+                f"shape mismatch: the reduction of shape {src0.shape} needs a dst of shape "
+                f"{(*src0.shape[:-1], 1)}, not {dst.shape}"
+            )
+        self._emit(Opcode.REDUCE, dst, {"src0": ("src0", src0)}, fields, src0.shape)
+
+    def memset(self, dst: View, value: float | int) -> None:
+        """dst = value."""
+        self._emit(Opcode.MEMSET, dst, {}, {"imm0": self._immediate("value", value)})
+
+    def copy_predicated(self, dst: View, mask: View, src: View) -> None:
+        """dst = src where mask is not zero (NaN is not zero); elsewhere dst keeps its value."""
+        self._emit(Opcode.COPY_PREDICATED, dst, {"src0": ("mask", mask), "src1": ("src", src)}, {})
+
+
+class _Scalar(_Elementwise):
+    """Instructions of the scalar engine."""
+
+    @property
+    def _stream(self) -> int:
+        return self._builder._scalar
+
+    def activate(
+        self,
+        dst: View,
+        src: View,
+        function: Function,
+        scale: float = 1.0,
+        bias: float | View = 0.0,
+    ) -> None:
+        """dst = function(src * scale + bias); bias is a number or a view that broadcasts."""
+        fields = {
+            "op0": self._operation("function", function, Function),
+            "imm0": self._immediate("scale", scale),
+        }
+        if isinstance(bias, View):
+            sources = {"src0": ("src", src), "src1": ("bias", bias)}
+            self._emit(Opcode.ACTIVATE_TENSOR_BIAS, dst, sources, fields)
+        else:
+            fields["imm1"] = self._immediate("bias", bias)
+            self._emit(Opcode.ACTIVATE, dst, {"src0": ("src", src)}, fields)
+
+
+class _Tensor(_Engine):
+    """Instructions of the tensor engine."""
+
+    def __init__(self, builder: KernelBuilder) -> None:
+        super().__init__(builder)
+        self._stationary: tuple[int, int] | None = None  #: (K, M) of what was loaded last
+
+    def load_stationary(self, view: View) -> None:
+        """stationary[k, m] = bf16 of lane k of column m of `view`.
+
+        `view.lanes` is K; the view has M columns in all, at most as many as the core has lanes,
+        at one constant stride. What the array holds beyond K rows and M columns is zero.
+        """
+        self._operand("the stationary operand", view, (Space.SBUF,), _FP32_OR_BF16)
+        if view.size > self._builder.config.lanes:
+            refuse(
+                f"the stationary operand has {view.size} columns, the array "
+                f"{self._builder.config.lanes}: {view}"
+            )
+        flat = view.flatten()
+        if flat is None:
+            refuse(f"the columns of the stationary operand must lie at one stride: {view}")
+        self._stationary = (flat.lanes, flat.size)
+        self._builder._append(
+            self._builder._loads,
+            Opcode.LOAD_STATIONARY,
+            {
+                "lanes": flat.lanes,
+                **self._counts(flat.shape),
+                **self._encode_operand(
+                    "src0", flat, self._pad("view", flat, flat.shape), DType.BF16
+                ),
+            },
+            [self._access(flat, False)],
+        )
+
+    def matmul(self, dst: View, moving: View, accumulate: bool = False) -> None:
+        """dst[m, f] (+)= sum over k of stationary[k, m] * bf16(moving[k, f]).
+
+        `moving.lanes` must be the K and `dst.lanes` the M of the stationary operand; both views
+        have the same shape, F columns in all. With `accumulate` the sum is added to dst.
+        """
+        self._operand("dst", dst, (Space.PSUM,), (DType.FP32,))
+        self._operand("the moving operand", moving, (Space.SBUF,), _FP32_OR_BF16)
+        if self._stationary is None:
+            refuse("matmul before any load_stationary")
+        rows, columns = self._stationary
+        if moving.lanes != rows:
+            refuse(
+                f"the moving operand has {moving.lanes} lanes, the stationary operand {rows} (K)"
+            )
+        if dst.lanes != columns:
+            refuse(f"dst has {dst.lanes} lanes, the stationary operand {columns} columns (M)")
+        if moving.shape != dst.shape:
+            refuse(f"shape mismatch: dst has shape {dst.shape}, the moving operand {moving.shape}")
+        self._distinct(dst)
+        self._builder._append(
+            self._builder._matmuls,
+            Opcode.MATMUL,
+            {
+                "lanes": rows,
+                "columns": columns,
+                "accumulate": int(bool(accumulate)),
+                **self._counts(dst.shape),
+                **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), DType.FP32),
+                **self._encode_operand(
+                    "src0", moving, self._pad("moving", moving, dst.shape), DType.BF16
+                ),
+            },
+            [
+                self._access(moving, False),
+                *([self._access(dst, False)] if accumulate else []),
+                self._access(dst, True),
+            ],
+        )
+
+
+class _Dma(_Engine):
+    """Instructions of the DMA queues."""
+
+    def __init__(self, builder: KernelBuilder) -> None:
+        super().__init__(builder)
+        self._queued = [0] * builder.config.dma_queues  #: bytes given to each queue
+
+    def _queue(self, queue: int | None, store: bool, nbytes: int) -> int:
+        count = len(self._queued)
+        if queue is None:
+            # Stores wait for results; kept off the other queues, they do not hold loads back.
+            choice = [count - 1] if store or count == 1 else range(count - 1)
+            queue = min(choice, key=lambda q: self._queued[q])
+        elif not 0 <= queue < count:
+            refuse(f"queue must be 0 to {count - 1}, not {queue}")
+        self._queued[queue] += nbytes
+        return queue
+
+    def load(
+        self,
+        view: View,
+        dram: DramTensor,
+        base_offset_bytes: int = 0,
+        dram_strides: Sequence[int] | None = None,
+        lane_stride: int = 0,
+        queue: int | None = None,
+    ) -> None:
+        """view <- dram, converted to FP32 words.
+
+        Parameters
+        ----------
+        base_offset_bytes : of element (0, ..., 0) of lane 0, from the start of the tensor
+        dram_strides : bytes, one for each dimension of the view; default: dense
+        lane_stride : bytes from one lane to the next
+        queue : number of the DMA queue; default: the least loaded of those kept for loads
+        """
+        self._transfer(
+            Opcode.DMA_LOAD, view, dram, base_offset_bytes, dram_strides, lane_stride, queue
+        )
+
+    def store(
+        self,
+        view: View,
+        dram: DramTensor,
+        base_offset_bytes: int = 0,
+        dram_strides: Sequence[int] | None = None,
+        lane_stride: int = 0,
+        queue: int | None = None,
+    ) -> None:
+        """dram <- view, rounded to the type of the tensor; parameters as for `load`."""
+        self._transfer(
+            Opcode.DMA_STORE, view, dram, base_offset_bytes, dram_strides, lane_stride, queue
+        )
+
+    def _transfer(
+        self,
+        opcode: Opcode,
+        view: View,
+        dram: DramTensor,
+        offset: int,
+        strides: Sequence[int] | None,
+        lane_stride: int,
+        queue: int | None,
+    ) -> None:
+        store = opcode is Opcode.DMA_STORE
+        self._operand("the local operand", view, (Space.SBUF,), _FP32_OR_BF16)
+        if not isinstance(dram, DramTensor):
+            refuse(f"dram must be a DRAM tensor, not {type(dram).__name__}")
+        if dram.dtype not in DMA_TYPES:
+            allowed = " and ".join(sorted(dtype.name for dtype in DMA_TYPES))
+            refuse(f"DMA moves {allowed} tensors: {dram}")
+        if store and dram.kind == "constant":
+            refuse(f"{dram} is a constant and cannot be stored to")
+        tensors = self._builder.dram.tensors
+        if dram.index >= len(tensors) or tensors[dram.index] is not dram:
+            refuse(f"{dram} belongs to another builder")
+        item = dram.itemsize
+        if strides is None:
+            strides = tuple(item * step for step in c_strides(view.shape))
+        strides = tuple(int(s) if n > 1 else 0 for s, n in zip(strides, view.shape, strict=False))
+        if len(strides) != len(view.shape):
+            refuse(f"{len(strides)} DRAM strides for a view of shape {view.shape}")
+        lane_stride = int(lane_stride) if view.lanes > 1 else 0
+        for what, value in (
+            ("base_offset_bytes", int(offset)),
+            ("lane_stride", lane_stride),
+            *(("a DRAM stride", s) for s in strides),
+        ):
+            if value % item:
+                refuse(f"{what} = {value} is not a multiple of the {item} bytes of an element")
+            if not -(1 << 31) <= value < 1 << 31 and what != "base_offset_bytes":
+                refuse(f"{what} = {value} does not fit 32 bits")
+        low, high = extent((*view.shape, view.lanes), (*strides, lane_stride))
+        low += int(offset)
+        high += int(offset) + item - 1
+        if low < 0 or high >= dram.nbytes:
+            refuse(
+                f"the transfer reaches bytes {low} to {high} of the {dram.nbytes} of {dram}: "
+                f"view shape {view.shape}, strides {strides}, offset {offset}, "
+                f"lane_stride {lane_stride}"
+            )
+        queue = self._queue(queue, store, view.size * view.lanes * item)
+        padded = (0,) * (MAX_DIMS - len(strides)) + strides
+        self._builder._append(
+            self._builder._queues[queue],
+            opcode,
+            {
+                "lanes": view.lanes,
+                **self._counts(view.shape),
+                **self._encode_operand(
+                    "local", view, self._pad("view", view, view.shape), DType.FP32
+                ),
+                "dram_base": int(offset),
+                **{f"dram_strides.{i}": s for i, s in enumerate(padded) if s},
+                "lane_stride": lane_stride,
+                "dram_dtype": dram.dtype.value,
+            },
+            [self._access(view, not store)],
+            dram=(dram.index, low, high, store),
+        )
+
+
+class KernelBuilder:
+    """Builds a program call by call, in the order a single engine would run it.
+
+    The result computes what executing the calls one after the other would: semaphores are
+    inserted where instructions of different engines touch the same words or DRAM bytes, judged
+    by the range between the lowest and the highest address of each operand.
+
+    Parameters
+    ----------
+    config : preset name or `CoreConfig`
+    name : of the program
+
+    Members
+    -------
+    sbuf, psum : allocators; ``tile(columns)`` and ``free(tile)``
+    dram : ``tensor(name, shape, dtype, kind, data)``
+    tensor, vector, scalar, dma : the engines' instructions
+    """
+
+    def __init__(self, config: str | CoreConfig, name: str = "kernel") -> None:
+        self.config = get_config(config)
+        self.name = name
+        queues = self.config.dma_queues
+        first_dma = self.config.engines.index("dma0")
+        self._loads, self._matmuls, self._vector, self._scalar = range(4)
+        self._queues = [4 + q for q in range(queues)]
+        engines = self.config.engines
+        self._streams = (
+            Stream("tensor loads", engines.index("tensor")),
+            Stream("tensor matmuls", engines.index("tensor"), implies=self._loads),
+            Stream("vector", engines.index("vector")),
+            Stream("scalar", engines.index("scalar")),
+            *(Stream(f"dma{q}", first_dma + q) for q in range(queues)),
+        )
+        self._clocks = Clocks(self._streams)
+        self._maps = {Space.SBUF: IntervalMap(), Space.PSUM: IntervalMap()}
+        self._dram_maps: list[IntervalMap] = []
+        self._pending: list[list[_Pending]] = [[] for _ in engines]
+        self._nodes: list[list[_Pending]] = [[] for _ in self._streams]
+        self._label: str | None = None
+        self._source: str | None = None
+        self._finished = False
+
+        self.sbuf = _Memory(self, Space.SBUF, self.config.sbuf_depth)
+        self.psum = _Memory(self, Space.PSUM, self.config.psum_depth)
+        self.dram = _Dram(self)
+        self.tensor = _Tensor(self)
+        self.vector = _Vector(self)
+        self.scalar = _Scalar(self)
+        self.dma = _Dma(self)
+
+    @contextlib.contextmanager
+    def label(self, text: str | None = None, *, source: str | None = None) -> Iterator[None]:
+        """Labels the instructions made inside, in the debug map.
+
+        `source` (``file:line``) replaces the caller's statement: a compiler names its user's.
+        """
+        saved = self._label, self._source
+        self._label = saved[0] if text is None else text
+        self._source = saved[1] if source is None else source
+        try:
+            yield
+        finally:
+            self._label, self._source = saved
+
+    def _check_open(self) -> None:
+        if self._finished:
+            refuse(f"program {self.name!r} is finished")
+
+    def _append(
+        self,
+        stream: int,
+        opcode: Opcode,
+        fields: dict[str, Any],
+        accesses: list[_Access],
+        dram: tuple[int, int, int, bool] | None = None,
+    ) -> None:
+        """Adds an instruction to a progress stream and finds what it waits for.
+
+        `dram` is (tensor index, lowest byte, highest byte, is a write).
+        """
+        self._check_open()
+        node = self._clocks.next_node(stream)
+        needed: dict[int, int] = {}
+        for access in accesses:
+            self._maps[access.space].access(access.low, access.high, node, access.write, needed)
+        if dram is not None:
+            index, low, high, write = dram
+            self._dram_maps[index].access(low, high, node, write, needed)
+        waits = self._clocks.add(stream, needed)
+        for other, at in waits:
+            self._nodes[other][at].signal = True
+        pending = _Pending(
+            opcode,
+            fields,
+            waits,
+            self._source or user_source(),
+            self._label,
+            tensor=None if dram is None else dram[0],
+            node=node,
+        )
+        self._nodes[stream].append(pending)
+        self._pending[self._streams[stream].engine].append(pending)
+
+    def _semaphore_values(self) -> list[list[int]]:
+        """For each stream and index the semaphore's count once that instruction is complete."""
+        values = []
+        for stream, nodes in zip(self._streams, self._nodes, strict=True):
+            count = 0
+            counts = []
+            for node in nodes:
+                count += node.signal
+                if count > MAX_SEMAPHORE:
+                    raise KernelError(
+                        f"the semaphore of {stream.name} would pass {MAX_SEMAPHORE}: split the "
+                        "program",
+                        source=node.source,
+                    )
+                counts.append(count)
+            values.append(counts)
+        return values
+
+    def finish(self, metadata: Mapping[str, Any] | None = None) -> Program:
+        """Ends every stream and returns the program; the builder takes no more calls."""
+        self._check_open()
+        values = self._semaphore_values()
+        self._finished = True
+
+        tensors: list[TensorInfo] = []
+        address = 0
+        for tensor in self.dram.tensors:
+            tensors.append(
+                TensorInfo(tensor.name, tensor.shape, tensor.dtype, tensor.kind, address)
+            )
+            address += align_up(tensor.nbytes, DRAM_ALIGN)
+
+        streams: dict[str, bytes] = {}
+        debug: dict[str, tuple[DebugInfo, ...]] = {}
+        relocations: list[Relocation] = []
+        cached: dict[tuple[str | None, str | None], DebugInfo] = {}
+        for engine, instructions in zip(self.config.engines, self._pending, strict=True):
+            raw: list[bytes] = []
+            entries: list[DebugInfo] = []
+            for pending in instructions:
+                info = cached.setdefault(
+                    (pending.source, pending.label), DebugInfo(pending.source, pending.label)
+                )
+                waits = [(stream, values[stream][index]) for stream, index in pending.waits]
+                while len(waits) > MAX_WAITS:
+                    raw.append(encode(Opcode.NOP, _wait_fields(waits[:MAX_WAITS])))
+                    entries.append(info)
+                    waits = waits[MAX_WAITS:]
+                fields = {**pending.fields, **_wait_fields(waits)}
+                if pending.signal:
+                    fields["signal.sem"] = pending.node[0]
+                    fields["signal.amount"] = 1
+                if pending.tensor is not None:
+                    relocations.append(Relocation(engine, len(raw), pending.tensor))
+                    fields["dram_base"] += tensors[pending.tensor].address
+                try:
+                    raw.append(encode(pending.opcode, fields))
+                except EncodeError as error:
+                    raise KernelError(str(error), source=pending.source) from error
+                entries.append(info)
+            raw.append(encode(Opcode.END, {}))
+            entries.append(DebugInfo(None))
+            streams[engine] = b"".join(raw)
+            debug[engine] = tuple(entries)
+        return Program(
+            name=self.name,
+            config=self.config,
+            streams=streams,
+            tensors=tuple(tensors),
+            relocations=tuple(relocations),
+            constants={t.name: t.data.tobytes() for t in self.dram.tensors if t.data is not None},
+            debug=debug,
+            metadata=dict(metadata or {}),
+        )
+
+
+def _wait_fields(waits: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """The wait slots of an instruction: (semaphore, count) each."""
+    fields: dict[str, int] = {}
+    for slot, (sem, value) in enumerate(waits):
+        fields[f"wait.{slot}.sem"] = sem
+        fields[f"wait.{slot}.mode"] = WaitMode.AT_LEAST.value
+        fields[f"wait.{slot}.value"] = value
+    return fields

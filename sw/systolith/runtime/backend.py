@@ -1,0 +1,53 @@
+"""The interface between the driver and a device, and how to open one."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from systolith_hdl.config import CoreConfig
+
+from systolith.errors import BackendError
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A device: host registers, DRAM, and a way to let it run.
+
+    Members
+    -------
+    config : of its core
+    dram : uint8, the whole DRAM, shared with the device without copies
+    """
+
+    config: CoreConfig
+    dram: np.ndarray
+
+    def read_register(self, address: int) -> int:
+        """Reads the 32-bit register at a byte address."""
+
+    def write_register(self, address: int, value: int) -> None:
+        """Writes the 32-bit register at a byte address."""
+
+    def run(self, max_cycles: int | None) -> bool:
+        """Lets the device run until its interrupt line is high, at most `max_cycles` cycles;
+        returns whether it is."""
+
+    def close(self) -> None:
+        """Releases the device."""
+
+
+#: name -> "module:class"; the class takes (config, **options)
+BACKENDS: dict[str, str] = {
+    "golden": "systolith.golden.device:GoldenDevice",
+}
+
+
+def open_backend(name: str, config: str | CoreConfig, **options: Any) -> Backend:
+    """Opens a device by name; `options` are those of its class."""
+    if name not in BACKENDS:
+        raise BackendError(f"unknown device {name!r}; the devices are {', '.join(BACKENDS)}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)(config, **options)
+    return backend

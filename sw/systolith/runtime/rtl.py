@@ -1,0 +1,192 @@
+"""The `rtl` device: the chip's Verilog as a shared library, built by Verilator and cached."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from systolith_hdl.config import CoreConfig
+from systolith_hdl.core import Chip
+from systolith_hdl.emit import to_verilog
+from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, cxx, verilator_env
+
+from ..errors import DeviceTimeout
+
+_HARNESS = Path(__file__).with_name("rtl.cpp")
+_LIBRARY = "libchip.so"
+
+#: Units that Verilator keeps as functions instead of copying into every place they are used:
+#: builds stay short and the code stays in the processor's caches.
+_KEEP = ("pe_row*", "vector_lane*", "scalar_lane*")
+
+Progress = Callable[[str], None]
+
+
+def _verilator_args(config: CoreConfig) -> list[str]:
+    return [
+        "--cc",
+        "--exe",
+        "--build",
+        "-j",
+        "2",
+        "--top-module",
+        "chip",
+        "-O3",
+        "--x-assign",
+        "fast",
+        "--x-initial",
+        "fast",
+        "--no-timing",
+        "--noassert",
+        "--output-split",
+        "20000",
+        "-Wno-fatal",
+        "-Wno-lint",
+        "-CFLAGS",
+        f"-O2 -fPIC -DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
+        "-LDFLAGS",
+        "-shared",
+        "-o",
+        _LIBRARY,
+    ]
+
+
+def build(config: CoreConfig, progress: Progress = lambda message: None) -> Path:
+    """Builds the shared library of a config, or finds it in the cache; returns its path.
+
+    The cache key is the Verilog, the harness, the flags and the tools, so an unchanged design is
+    never built twice. Raises ToolError naming a missing tool, or the log of a failed build.
+    """
+    binary, environment, flags = verilator_env()
+    progress("emitting Verilog")
+    verilog = to_verilog(Chip(config), "chip")
+    keep = "`verilator_config\n" + "".join(f'no_inline -module "{name}"\n' for name in _KEEP)
+    arguments = _verilator_args(config) + flags
+    key = content_hash(verilog, keep, _HARNESS.read_text(), repr(arguments), binary, cxx())
+    folder = cache_dir() / f"chip-{config.name}-{key}"
+    library = folder / "obj" / _LIBRARY
+    if library.exists():
+        progress("using the cached simulator")
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
+        (folder / "chip.v").write_text(verilog)
+        (folder / "keep.vlt").write_text(keep)
+        log = folder / "build.log"
+        progress(f"building the simulator of {config.name}")
+        unfinished = folder / "unfinished"
+        command = [binary, *arguments, "--Mdir", str(unfinished), "keep.vlt", "chip.v"]
+        with open(log, "w") as out:
+            done = subprocess.run(
+                [*command, str(_HARNESS)],
+                cwd=folder,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            tail = "\n".join(log.read_text().splitlines()[-15:])
+            raise ToolError(f"Verilator failed (log: {log}):\n{tail}")
+        # Renamed only when whole: an interrupted build is never taken for a finished one.
+        unfinished.rename(folder / "obj")
+    return library
+
+
+class RtlBackend:
+    """The chip in all gates, behind the device interface.
+
+    Parameters
+    ----------
+    config : the core
+    dram_bytes : size of the device DRAM
+    dram_latency : cycles from an accepted burst to its first beat
+    dram_bytes_per_cycle : bandwidth of each direction; 2 per lane if None
+    progress : called with a line of text when a long step begins
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        *,
+        dram_bytes: int = 1 << 26,
+        dram_latency: int = 20,
+        dram_bytes_per_cycle: int | None = None,
+        progress: Progress = lambda message: None,
+    ) -> None:
+        if dram_bytes_per_cycle is None:
+            dram_bytes_per_cycle = 2 * config.lanes
+        if dram_latency < 0:
+            raise ValueError(f"dram_latency must not be negative, not {dram_latency}")
+        if dram_bytes_per_cycle < 1:
+            raise ValueError(f"dram_bytes_per_cycle must be positive, not {dram_bytes_per_cycle}")
+        self.config = config
+        self.dram = np.zeros(dram_bytes, np.uint8)
+        library = ctypes.CDLL(str(build(config, progress)))
+        u32, u64, handle = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
+        for name, result, arguments in (
+            ("sim_create", handle, [handle, u64, u64, u64]),
+            ("sim_destroy", None, [handle]),
+            ("sim_cycles", u64, [handle]),
+            ("sim_read_bytes", u64, [handle]),
+            ("sim_written_bytes", u64, [handle]),
+            ("sim_run", ctypes.c_int, [handle, u64]),
+            ("sim_write", ctypes.c_int, [handle, u32, u32]),
+            ("sim_read", ctypes.c_int, [handle, u32, ctypes.POINTER(u32)]),
+        ):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        self._library = library
+        self._sim = library.sim_create(
+            self.dram.ctypes.data, dram_bytes, dram_latency, dram_bytes_per_cycle
+        )
+
+    @staticmethod
+    def _answered(response: int, what: str) -> None:
+        if response < 0:
+            raise DeviceTimeout(f"the host port did not answer a {what}")
+        if response != 0:
+            raise ValueError(f"the host port refused a {what} (AXI response {response})")
+
+    def read_register(self, address: int) -> int:
+        """Reads a 32-bit register over AXI4-Lite."""
+        value = ctypes.c_uint32()
+        response = self._library.sim_read(self._sim, address, ctypes.byref(value))
+        self._answered(response, f"read of {address:#x}")
+        return value.value
+
+    def write_register(self, address: int, value: int) -> None:
+        """Writes a 32-bit register over AXI4-Lite."""
+        response = self._library.sim_write(self._sim, address, value)
+        self._answered(response, f"write of {address:#x}")
+
+    def run(self, max_cycles: int | None) -> bool:
+        """Runs until the interrupt is high; returns False if `max_cycles` passed before."""
+        limit = (1 << 63) if max_cycles is None else max_cycles
+        return bool(self._library.sim_run(self._sim, limit))
+
+    @property
+    def simulated_cycles(self) -> int:
+        """Clock cycles since the simulation began, host accesses included."""
+        return int(self._library.sim_cycles(self._sim))
+
+    @property
+    def dram_traffic(self) -> tuple[int, int]:
+        """Bytes read from and written to DRAM since the simulation began, fetches included."""
+        return (
+            int(self._library.sim_read_bytes(self._sim)),
+            int(self._library.sim_written_bytes(self._sim)),
+        )
+
+    def close(self) -> None:
+        """Ends the simulation; harmless if done before."""
+        if self._sim:
+            self._library.sim_destroy(self._sim)
+            self._sim = None

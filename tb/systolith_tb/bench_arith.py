@@ -1,0 +1,180 @@
+"""Bench of the floating-point cells: many copies side by side, compared with numpy and SoftFloat."""
+
+import os
+import random
+from collections import deque
+
+import cocotb
+import ml_dtypes
+import numpy as np
+import softfloatpy
+from amaranth.hdl import Module, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+from cocotb.clock import Clock
+from cocotb.triggers import FallingEdge
+from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul, round_bf16
+from systolith_hdl.emit import Once
+from systolith_hdl.formats import CANONICAL_NAN
+
+#: Copies of each cell: this many vectors in a cycle.
+COPIES = 16
+
+#: Bit patterns of the corners, signs apart: zero, smallest and largest subnormals, the binades
+#: around them, one and its neighbours, ties, the largest numbers, infinity, quiet and signaling NaN.
+_MAGNITUDES = [
+    *(0x00000000, 0x00000001, 0x00000002, 0x00000003, 0x003FFFFF, 0x00400000, 0x007FFFFF),
+    *(0x00800000, 0x00800001, 0x00FFFFFF, 0x01000000, 0x01800000, 0x0BFFFFFF, 0x0C000000),
+    *(0x1F800000, 0x20000000, 0x33000000, 0x33800000, 0x33800001, 0x34000000, 0x337FFFFF),
+    *(0x3F000000, 0x3F7FFFFF, 0x3F800000, 0x3F800001, 0x3F808000, 0x3F818000, 0x3FFFFFFF),
+    *(0x40000000, 0x40490FDB, 0x4B000000, 0x4B7FFFFF, 0x4B800000, 0x5F000000, 0x5F7FFFFF),
+    *(0x72800000, 0x73000000, 0x7E800000, 0x7EFFFFFF, 0x7F000000, 0x7F7FFFFE, 0x7F7FFFFF),
+    *(0x7F7F7FFF, 0x7F7F8000, 0x7F800000, 0x7F800001, 0x7FA00000, 0x7FC00000, 0x7FFFFFFF),
+]
+CORNERS = np.array([m | s for m in _MAGNITUDES for s in (0, 1 << 31)], np.uint32)
+
+
+class ArithBench(wiring.Component):
+    """`COPIES` adders, multipliers and bf16 rounders fed with the same vectors.
+
+    Members
+    -------
+    en : In(1)
+    a, b : In, one FP32 word for each copy
+    total, product : Out, `FP32_LATENCY` enabled cycles later
+    rounded : Out, bf16 of `a`, combinational
+    """
+
+    en: In(1)
+    a: In(data.ArrayLayout(unsigned(32), COPIES))
+    b: In(data.ArrayLayout(unsigned(32), COPIES))
+    total: Out(data.ArrayLayout(unsigned(32), COPIES))
+    product: Out(data.ArrayLayout(unsigned(32), COPIES))
+    rounded: Out(data.ArrayLayout(unsigned(16), COPIES))
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        for i in range(COPIES):
+            for cell, output in (
+                (Once(Fp32Add(), "fp32_add"), self.total),
+                (Once(Fp32Mul(), "fp32_mul"), self.product),
+            ):
+                m.submodules += cell
+                m.d.comb += [
+                    cell.en.eq(self.en),
+                    cell.a.eq(self.a[i]),
+                    cell.b.eq(self.b[i]),
+                    output[i].eq(cell.o),
+                ]
+            m.d.comb += self.rounded[i].eq(round_bf16(self.a[i]))
+        return m
+
+
+def canonical(words: np.ndarray) -> np.ndarray:
+    """Returns uint32 FP32 words with every NaN made the canonical one."""
+    return np.where((words & 0x7FFFFFFF) > 0x7F800000, np.uint32(CANONICAL_NAN), words)
+
+
+def random_words(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Random FP32 bit patterns: uniform bits, few exponents, few significant bits, corners."""
+    uniform = rng.integers(0, 1 << 32, count, dtype=np.uint32)
+    sign = uniform & np.uint32(1 << 31)
+    near = (rng.integers(120, 134, count, dtype=np.uint32) << 23) | (uniform & 0x807FFFFF)
+    low = (rng.integers(0, 30, count, dtype=np.uint32) << 23) | (uniform & 0x807FFFFF)
+    high = (rng.integers(225, 256, count, dtype=np.uint32) << 23) | (uniform & 0x807FFFFF)
+    mask = np.uint32(0xFFFFFFFF) << rng.integers(0, 24, count, dtype=np.uint32)
+    corner = rng.choice(CORNERS, count)
+    kinds = [uniform, near, low, high, corner, near & mask, uniform & mask, sign | (uniform >> 9)]
+    return np.choose(rng.integers(0, len(kinds), count), kinds).astype(np.uint32)
+
+
+def random_pairs(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random operands, a quarter of which nearly cancel, and all pairs of corners before them."""
+    a, b = random_words(rng, count), random_words(rng, count)
+    close = rng.integers(0, 4, count) == 0
+    step = rng.integers(-3, 4, count).astype(np.uint32)
+    b = np.where(close, (a + step) ^ np.uint32(1 << 31), b)
+    cross_a, cross_b = (grid.ravel() for grid in np.meshgrid(CORNERS, CORNERS))
+    return np.concatenate([cross_a, a]), np.concatenate([cross_b, b])
+
+
+def softfloat(operation: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Berkeley SoftFloat's result for each pair of words, NaNs made canonical."""
+    function = getattr(softfloatpy, operation)
+    make = softfloatpy.Float32.from_bytes
+    to_words = [
+        int.from_bytes(function(make(x), make(y)).to_bytes(), "big")
+        for x, y in zip(
+            (x.to_bytes(4, "big") for x in a.tolist()),
+            (y.to_bytes(4, "big") for y in b.tolist()),
+            strict=True,
+        )
+    ]
+    return canonical(np.array(to_words, np.uint32))
+
+
+def _pack(words: np.ndarray) -> int:
+    return int.from_bytes(words.tobytes(), "little")
+
+
+def _unpack(handle: object, dtype: type) -> np.ndarray:
+    value = int(handle.value)  # type: ignore[attr-defined]
+    return np.frombuffer(value.to_bytes(COPIES * np.dtype(dtype).itemsize, "little"), dtype)
+
+
+def _check(what: str, a: np.ndarray, b: np.ndarray, got: np.ndarray, wanted: np.ndarray) -> None:
+    wrong = np.flatnonzero(got != wanted)
+    if len(wrong):
+        i = wrong[0]
+        raise AssertionError(
+            f"{what}: {len(wrong)} of {len(got)} wrong, first a={a[i]:08x} b={b[i]:08x}: "
+            f"got {got[i]:x}, wanted {wanted[i]:x}"
+        )
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
+async def cells(dut) -> None:
+    """Sums, products and roundings of $SYSTOLITH_VECTORS random pairs and all pairs of corners,
+    with `en` going low at random."""
+    rng = np.random.default_rng(random.getrandbits(32))
+    a, b = random_pairs(rng, int(os.environ.get("SYSTOLITH_VECTORS", "100000")))
+    pad = -len(a) % COPIES
+    a, b = np.pad(a, (0, pad)), np.pad(b, (0, pad))
+
+    Clock(dut.clk, 10, unit="ns").start()
+    dut.rst.value = 0
+    totals, products, rounded = [], [], []
+    pipeline: deque[bool] = deque([False] * FP32_LATENCY)
+    sent, batches = 0, len(a) // COPIES
+    while len(totals) < batches:
+        await FallingEdge(dut.clk)
+        # What was driven half a cycle after the previous rising edge has now been sampled once.
+        enable = random.random() < 0.9
+        dut.en.value = enable
+        if sent < batches:
+            chunk = slice(sent * COPIES, (sent + 1) * COPIES)
+            dut.a.value = _pack(a[chunk])
+            dut.b.value = _pack(b[chunk])
+        if pipeline[0] and enable:
+            totals.append(_unpack(dut.total, np.uint32))
+            products.append(_unpack(dut.product, np.uint32))
+        if enable:
+            pipeline.popleft()
+            pipeline.append(sent < batches)
+            if sent < batches:
+                await cocotb.triggers.ReadOnly()
+                rounded.append(_unpack(dut.rounded, np.uint16))
+            sent += 1
+    assert len(rounded) == batches
+    total, product = np.concatenate(totals), np.concatenate(products)
+
+    with np.errstate(all="ignore"):
+        fa, fb = a.view(np.float32), b.view(np.float32)
+        _check("sum, numpy", a, b, total, canonical((fa + fb).view(np.uint32)))
+        _check("product, numpy", a, b, product, canonical((fa * fb).view(np.uint32)))
+        narrow = fa.astype(ml_dtypes.bfloat16).view(np.uint16)
+    narrow = np.where((a & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FC0), narrow)
+    _check("bf16", a, b, np.concatenate(rounded), narrow)
+    _check("sum, SoftFloat", a, b, total, softfloat("f32_add", a, b))
+    _check("product, SoftFloat", a, b, product, softfloat("f32_mul", a, b))
+    cocotb.log.info("compared %d vectors", len(a))

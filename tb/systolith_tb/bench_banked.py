@@ -1,0 +1,163 @@
+"""The banked memory and its controller: contents, order, latency, fairness and throughput.
+
+The design under test has 4 read and 3 write ports; port 0 of each has priority if
+``SYSTOLITH_BENCH_PRIORITY`` is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import deque
+from typing import Any
+
+import cocotb
+import numpy as np
+from cocotb.clock import Clock
+from cocotb.triggers import ClockCycles, RisingEdge
+from systolith_hdl.banked import BANKS
+from systolith_hdl.config import get_config
+from systolith_hdl.ports import READ_LATENCY
+
+CONFIG = get_config("nano")
+N = CONFIG.lanes
+DEPTH = 128
+READS, WRITES = 4, 3
+PRIORITY = os.environ.get("SYSTOLITH_BENCH_PRIORITY") == "1"
+ADDRESS_BITS = (DEPTH - 1).bit_length()
+#: What the memory holds: kept over resets, so over the tests of one simulation as well.
+WORDS = np.zeros((DEPTH, N), np.uint64)
+
+
+class Scoreboard:
+    """Drives every port and holds each answer against a plain array."""
+
+    def __init__(self, dut: Any) -> None:
+        self.dut = dut
+        self.words = WORDS
+        self.expected: list[deque[tuple[int, int]]] = [deque() for _ in range(READS)]
+        self.compared = 0
+        self.written = 0
+        self.waits: list[int] = []
+        self.cycle = 0
+
+    async def reset(self) -> None:
+        Clock(self.dut.clk, 10, unit="ns").start()
+        self.dut.rst.value = 1
+        for index in range(READS):
+            getattr(self.dut, f"read__{index}__request__valid").value = 0
+        for index in range(WRITES):
+            getattr(self.dut, f"write__{index}__request__valid").value = 0
+        await ClockCycles(self.dut.clk, 3)
+        self.dut.rst.value = 0
+
+    async def run(self, cycles: int, idle: float, addresses: Any) -> None:
+        """Keeps every port requesting with probability 1 - idle; an offered request stays."""
+        dut = self.dut
+        reading: list[int | None] = [None] * READS
+        writing: list[int | None] = [None] * WRITES
+        age = [0] * (READS + WRITES)
+        for step in range(cycles + 50):
+            for index in range(READS):
+                if reading[index] is None and step < cycles and random.random() >= idle:
+                    reading[index] = addresses()
+                port = f"read__{index}__request__"
+                getattr(dut, port + "valid").value = int(reading[index] is not None)
+                getattr(dut, port + "payload").value = reading[index] or 0
+            for index in range(WRITES):
+                if writing[index] is None and step < cycles and random.random() >= idle:
+                    payload = random.getrandbits(32 * N + N) << ADDRESS_BITS
+                    writing[index] = payload | addresses()
+                port = f"write__{index}__request__"
+                getattr(dut, port + "valid").value = int(writing[index] is not None)
+                getattr(dut, port + "payload").value = writing[index] or 0
+            await RisingEdge(dut.clk)
+            self.cycle += 1
+            for index in range(READS):
+                port = f"read__{index}__"
+                if getattr(dut, port + "response__valid").value == 1:
+                    assert self.expected[index], f"read port {index} answers what was not asked"
+                    due, value = self.expected[index].popleft()
+                    assert self.cycle == due, f"answer {self.cycle - due} cycles late"
+                    assert int(getattr(dut, port + "response__payload").value) == value
+                    self.compared += 1
+                elif self.expected[index]:
+                    assert self.expected[index][0][0] > self.cycle, f"read port {index} lost one"
+                if reading[index] is None:
+                    continue
+                if getattr(dut, port + "request__ready").value == 1:
+                    column = self.words[reading[index]]
+                    value = sum(int(word) << (32 * lane) for lane, word in enumerate(column))
+                    self.expected[index].append((self.cycle + READ_LATENCY, value))
+                    reading[index] = None
+                    self.waits.append(age[index])
+                    age[index] = 0
+                else:
+                    age[index] += 1
+                    assert not (PRIORITY and index == 0), "the priority port was held back"
+            for index in range(WRITES):
+                request = writing[index]
+                if request is None:
+                    continue
+                if getattr(dut, f"write__{index}__request__ready").value == 1:
+                    data = request >> ADDRESS_BITS
+                    for lane in range(N):
+                        if data >> (32 * N + lane) & 1:
+                            self.words[request % DEPTH, lane] = data >> (32 * lane) & 0xFFFFFFFF
+                    self.written += 1
+                    writing[index] = None
+                    self.waits.append(age[READS + index])
+                    age[READS + index] = 0
+                else:
+                    age[READS + index] += 1
+                    assert not (PRIORITY and index == 0), "the priority port was held back"
+        assert not any(self.expected), "requests without an answer"
+        assert all(r is None for r in (*reading, *writing)), "requests never accepted"
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
+async def random_traffic(dut: Any) -> None:
+    board = Scoreboard(dut)
+    await board.reset()
+    for idle in (0.0, 0.5, 0.9):
+        await board.run(1500, idle, lambda: random.randrange(DEPTH))
+    assert board.compared > 3000 and board.written > 2000
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
+async def one_bank_is_shared_fairly(dut: Any) -> None:
+    board = Scoreboard(dut)
+    await board.reset()
+    bank = random.randrange(BANKS)
+    idle = 0.5 if PRIORITY else 0.0  # a priority port that never pauses starves the rest, on purpose
+    await board.run(1000, idle, lambda: bank + BANKS * random.randrange(DEPTH // BANKS))
+    assert board.compared > 400
+    if not PRIORITY:
+        assert max(board.waits) <= max(READS, WRITES) - 1, "a port waited longer than a round"
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
+async def streams_run_together_at_full_rate(dut: Any) -> None:
+    """Every port walks consecutive words: after the first conflicts none is ever held back."""
+    board = Scoreboard(dut)
+    await board.reset()
+    cycles = 400
+    accepted = 0
+    position = [0] * (READS + WRITES)
+    for step in range(cycles):
+        for index in range(READS):
+            getattr(dut, f"read__{index}__request__valid").value = 1
+            getattr(dut, f"read__{index}__request__payload").value = position[index] % DEPTH
+        for index in range(WRITES):
+            getattr(dut, f"write__{index}__request__valid").value = 1
+            address = position[READS + index] % DEPTH
+            getattr(dut, f"write__{index}__request__payload").value = address
+        await RisingEdge(dut.clk)
+        for index in range(READS + WRITES):
+            name = f"read__{index}" if index < READS else f"write__{index - READS}"
+            if getattr(dut, f"{name}__request__ready").value == 1:
+                position[index] += 1
+                accepted += 1
+            else:
+                assert step < 2 * (READS + WRITES), f"{name} held back in cycle {step}"
+    assert accepted >= (READS + WRITES) * (cycles - READS)

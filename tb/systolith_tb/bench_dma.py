@@ -1,0 +1,619 @@
+"""Two DMA queues and a fetcher behind the AXI arbiters, against `systolith.golden.dma`.
+
+DRAM is cocotbext-axi's slave over a numpy array (any pauses, error responses past its end), or, to
+measure throughput, a pipelined model with a fixed latency.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections import Counter, deque
+from typing import Any
+
+import cocotb
+import numpy as np
+from cocotb.clock import Clock
+from cocotb.triggers import ClockCycles, RisingEdge
+from cocotbext.axi import AxiBus, AxiSlave
+from systolith.golden.dma import dma_load, dma_store, first_bad_burst
+from systolith_hdl.config import get_config
+from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.isa import FaultCause, Opcode, decode, encode
+from systolith_hdl.ports import READ_LATENCY
+
+CONFIG = get_config(os.environ.get("SYSTOLITH_BENCH_CONFIG", "nano"))
+N = CONFIG.lanes
+BEAT = CONFIG.axi_bytes
+DEPTH = CONFIG.sbuf_depth
+QUEUES = 2
+REGION = 6 * 4096  #: bytes of DRAM that each queue has to itself
+FETCHED = QUEUES * REGION  #: a page that only the fetcher reads
+DRAM_BYTES = FETCHED + 4096
+#: Cycles from an instruction's acceptance to `done` beside the beats and the memory's latency.
+OVERHEAD = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Stalls:
+    """Probabilities that a DRAM channel pauses, and that SBUF holds a request back, in a cycle."""
+
+    source: float = 0.0
+    sink: float = 0.0
+    sbuf: float = 0.0
+
+
+STALLS = {
+    "none": Stalls(),
+    "idle": Stalls(source=0.5),
+    "backpressure": Stalls(sink=0.5, sbuf=0.5),
+    "both": Stalls(source=0.3, sink=0.3, sbuf=0.3),
+}
+
+
+def random_words(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random bits with the corners of rounding among them."""
+    words = rng.integers(0, 1 << 32, shape, dtype=np.uint32)
+    corners = np.array(
+        [
+            0, 0x80000000, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFC00000, 0x7F7FFFFF,
+            0x7F7F7FFF, 0x7F7F8000, 0x00008000, 0x00018000, 0x00007FFF, 0x3F808000, 0x3F818000,
+        ],
+        np.uint32,
+    )  # fmt: skip
+    return np.where(rng.random(shape) < 0.1, rng.choice(corners, shape), words)
+
+
+class Dram:
+    """Memory behind cocotbext-axi's slave; an access past its end is answered with an error."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.bytes = random_words(rng, (DRAM_BYTES // 4,)).view(np.uint8)
+
+    async def read(self, address: int, length: int) -> bytes:
+        if address + length > DRAM_BYTES:
+            raise IndexError(address)
+        return self.bytes[address : address + length].tobytes()
+
+    async def write(self, address: int, data: bytes) -> None:
+        if address + len(data) > DRAM_BYTES:
+            raise IndexError(address)
+        self.bytes[address : address + len(data)] = np.frombuffer(data, np.uint8)
+
+
+class PipelinedDram:
+    """DRAM that takes a burst per cycle and answers it `latency` cycles later, a beat per cycle.
+
+    Counts its data beats and the bursts by length.
+    """
+
+    def __init__(self, dut: Any, memory: np.ndarray, *, latency: int) -> None:
+        self.dut = dut
+        self.memory = memory
+        self.latency = latency
+        self.beats = 0
+        self.bursts: Counter[int] = Counter()
+        cocotb.start_soon(self._run())
+
+    async def _run(self) -> None:
+        dut = self.dut
+        reads: deque[tuple[int, int, int, bool]] = deque()  # due, id, address, last
+        writes: deque[tuple[int, int, int]] = deque()
+        answers: deque[tuple[int, int]] = deque()
+        offered = answering = False
+        cycle = written = 0
+        for name in ("awready", "wready", "arready"):
+            getattr(dut, f"m_axi__{name}").value = 1
+        dut.m_axi__rvalid.value = 0
+        dut.m_axi__bvalid.value = 0
+        dut.m_axi__rresp.value = 0
+        dut.m_axi__bresp.value = 0
+        while True:
+            await RisingEdge(dut.clk)
+            cycle += 1
+            if offered and int(dut.m_axi__rready.value):
+                reads.popleft()
+                self.beats += 1
+            if answering and int(dut.m_axi__bready.value):
+                answers.popleft()
+            if int(dut.m_axi__arvalid.value):
+                number, length = int(dut.m_axi__arid.value), int(dut.m_axi__arlen.value) + 1
+                address = int(dut.m_axi__araddr.value)
+                self.bursts[length] += 1
+                due = cycle + self.latency
+                reads.extend(
+                    (due, number, address + i * BEAT, i == length - 1) for i in range(length)
+                )
+            if int(dut.m_axi__awvalid.value):
+                length = int(dut.m_axi__awlen.value) + 1
+                self.bursts[length] += 1
+                writes.append((int(dut.m_axi__awid.value), int(dut.m_axi__awaddr.value), length))
+            if int(dut.m_axi__wvalid.value):
+                self.beats += 1
+                number, address, length = writes[0]
+                data = int(dut.m_axi__wdata.value).to_bytes(BEAT, "little")
+                strobe = int(dut.m_axi__wstrb.value)
+                for lane in range(BEAT):
+                    if strobe >> lane & 1:
+                        self.memory[address + written * BEAT + lane] = data[lane]
+                written += 1
+                assert int(dut.m_axi__wlast.value) == (written == length)
+                if written == length:
+                    written = 0
+                    writes.popleft()
+                    answers.append((cycle + self.latency, number))
+            offered = bool(reads) and reads[0][0] <= cycle
+            dut.m_axi__rvalid.value = int(offered)
+            if offered:
+                _, number, address, last = reads[0]
+                dut.m_axi__rid.value = number
+                dut.m_axi__rlast.value = int(last)
+                dut.m_axi__rdata.value = int.from_bytes(
+                    self.memory[address : address + BEAT].tobytes(), "little"
+                )
+            answering = bool(answers) and answers[0][0] <= cycle
+            dut.m_axi__bvalid.value = int(answering)
+            if answering:
+                dut.m_axi__bid.value = answers[0][1]
+
+
+class Queue:
+    """One queue's sequencer and SBUF."""
+
+    def __init__(self, dut: Any, number: int, rng: np.random.Generator) -> None:
+        self.dut = dut
+        self.number = number
+        self.words = random_words(rng, (N, DEPTH))
+        self.stall = 0.0
+        self.done = 0
+        for name in ("issue__instruction__valid", "stop", "read__response__valid"):
+            self.pin(name).value = 0
+        for name in ("read__request__ready", "write__request__ready"):
+            self.pin(name).value = 0
+        cocotb.start_soon(self._memory())
+
+    def pin(self, name: str) -> Any:
+        first, _, rest = name.partition("__")
+        return getattr(self.dut, f"{first}__{self.number}" + (f"__{rest}" if rest else ""))
+
+    async def _memory(self) -> None:
+        read_valid, read_ready = self.pin("read__request__valid"), self.pin("read__request__ready")
+        read_address = self.pin("read__request__payload")
+        response_valid, response = (
+            self.pin("read__response__valid"),
+            self.pin("read__response__payload"),
+        )
+        write_valid = self.pin("write__request__valid")
+        write_ready = self.pin("write__request__ready")
+        write_payload = self.pin("write__request__payload")
+        done = self.pin("issue__done")
+        address_bits = (DEPTH - 1).bit_length()
+        may_read = may_write = False
+        pipe: deque[bytes | None] = deque([None] * (READ_LATENCY - 1))
+        while True:
+            await RisingEdge(self.dut.clk)
+            self.done += int(done.value)
+            taken = None
+            if may_read and int(read_valid.value):
+                taken = self.words[:, int(read_address.value)].tobytes()
+            if may_write and int(write_valid.value):
+                payload = int(write_payload.value)
+                address = payload & ((1 << address_bits) - 1)
+                column = payload >> address_bits
+                for lane in range(N):
+                    if column >> (32 * N + lane) & 1:
+                        self.words[lane, address] = column >> (32 * lane) & 0xFFFFFFFF
+            pipe.append(taken)
+            arriving = pipe.popleft()
+            response_valid.value = int(arriving is not None)
+            if arriving is not None:
+                response.value = int.from_bytes(arriving, "little")
+            may_read = random.random() >= self.stall
+            may_write = random.random() >= self.stall
+            read_ready.value = int(may_read)
+            write_ready.value = int(may_write)
+
+    async def offer(self, raw: bytes) -> None:
+        """Has one instruction taken."""
+        self.pin("issue__instruction__payload").value = int.from_bytes(raw, "little")
+        self.pin("issue__instruction__valid").value = 1
+        while True:
+            await RisingEdge(self.dut.clk)
+            if int(self.pin("issue__instruction__ready").value):
+                break
+        self.pin("issue__instruction__valid").value = 0
+
+    async def execute(self, raw: bytes) -> int:
+        """Executes one instruction; returns cycles from the one after acceptance to `done`."""
+        before = self.done
+        await self.offer(raw)
+        cycles = 0
+        while self.done == before:
+            await RisingEdge(self.dut.clk)
+            cycles += 1
+        assert self.done == before + 1
+        return cycles
+
+
+async def start(dut: Any, *, slave: bool = True, stalls: Stalls = STALLS["none"]) -> tuple:
+    """Starts clock and models, resets; returns (dram, queues, slave)."""
+    rng = np.random.default_rng(random.getrandbits(32))
+    Clock(dut.clk, 10, unit="ns").start()
+    dut.rst.value = 1
+    dut.fetch__ar__valid.value = 0
+    dut.fetch__r__ready.value = 0
+    for pin in ("awready", "wready", "arready", "rvalid", "bvalid"):
+        getattr(dut, f"m_axi__{pin}").value = 0
+    dram = Dram(rng)
+    queues = [Queue(dut, number, rng) for number in range(QUEUES)]
+    axi = None
+    if slave:
+        axi = AxiSlave(AxiBus.from_prefix(dut, "m_axi_"), dut.clk, dut.rst, target=dram)
+        for channel in (axi.write_if.b_channel, axi.read_if.r_channel):
+            channel.set_pause_generator(_pauses(stalls.source))
+        for channel in (axi.write_if.aw_channel, axi.write_if.w_channel, axi.read_if.ar_channel):
+            channel.set_pause_generator(_pauses(stalls.sink))
+        for interface in (axi.write_if, axi.read_if):
+            interface.log.setLevel("ERROR")
+        for channel in (
+            axi.write_if.aw_channel,
+            axi.write_if.w_channel,
+            axi.write_if.b_channel,
+            axi.read_if.ar_channel,
+            axi.read_if.r_channel,
+        ):
+            channel.log.setLevel("ERROR")
+    for queue in queues:
+        queue.stall = stalls.sbuf
+    await ClockCycles(dut.clk, 4)
+    dut.rst.value = 0
+    await RisingEdge(dut.clk)
+    return dram, queues, axi
+
+
+def _pauses(probability: float) -> Any:
+    while True:
+        yield random.random() < probability
+
+
+MODES = (
+    "merged",
+    "columns",
+    "turned",
+    "single",
+    "broadcast",
+    "broadcast_single",
+    "overlapping",
+    "one_lane",
+    "anything",
+)
+
+
+def make(
+    mode: str, *, low: int, high: int, columns: int = 200, opcode: Opcode | None = None
+) -> tuple[Opcode, dict[str, Any]]:
+    """Draws an instruction of a mode whose elements lie in bytes low to high - 1."""
+    while True:
+        size_of = random.choice([DType.FP32, DType.BF16])
+        size = FORMATS[size_of].bytes
+        lanes = random.choice([N, N, random.randint(1, N)])
+        if mode == "one_lane":
+            lanes = 1
+        inner = random.choice([1, 2, N, 2 * N, random.randint(1, columns)])
+        counts = [1, 1, 1, inner]
+        for d in random.sample(range(3), 3):
+            counts[d] = random.randint(1, max(1, min(4, columns // int(np.prod(counts)))))
+        if random.random() < 0.05:
+            counts = [1, 1, 1, 1]
+
+        # A stride of anything: mostly of whole elements, sometimes only of halfwords, or odd.
+        def anything(size: int = size) -> int:
+            unit = random.choice([size, size, size, 2, 1])
+            return random.randint(-300 // unit, 300 // unit) * unit
+
+        strides = [anything() for _ in range(4)]
+        lane_stride = anything()
+        if mode in ("merged", "columns", "one_lane"):
+            lane_stride = size if mode != "one_lane" else lane_stride
+            if mode != "columns":
+                strides[3] = lanes * size
+        elif mode in ("turned", "broadcast"):
+            strides[3] = size
+            lane_stride = random.choice([-1, 1]) * random.choice(
+                [N * size, inner * size, inner * size + 2, 3 * N * size, 1000]
+            )
+        elif mode == "overlapping":
+            strides[3] = size
+            lane_stride = random.choice([-1, 1]) * random.randint(0, N) * size
+        if mode.startswith("broadcast"):
+            lane_stride = 0
+        if mode == "merged" and random.random() < 0.5:
+            # Passes follow each other too.
+            strides[2] = counts[3] * strides[3]
+
+        reach = [
+            (c - 1) * s for c, s in zip([*counts, lanes], [*strides, lane_stride], strict=True)
+        ]
+        before = -sum(min(r, 0) for r in reach)
+        after = sum(max(r, 0) for r in reach) + size
+        if before + after > high - low:
+            continue
+        base = random.randint(low + before, high - after)
+        base &= ~1 if random.random() < 0.1 else -size
+        if base < low + before:
+            continue
+
+        local = [0, 0, 0, random.choice([1, 1, 2, 3, -1])]
+        for d in (2, 1, 0):
+            local[d] = local[d + 1] * counts[d + 1]
+        if random.random() < 0.2:
+            local = [random.randint(-5, 5) for _ in range(4)]
+        reach = [(c - 1) * s for c, s in zip(counts, local, strict=True)]
+        before = -sum(min(r, 0) for r in reach)
+        after = sum(max(r, 0) for r in reach) + 1
+        if before + after > DEPTH:
+            continue
+        fields: dict[str, Any] = {
+            "lanes": lanes,
+            "local.base": random.randint(before, DEPTH - after),
+            "dram_base": base,
+            "lane_stride": lane_stride,
+            "dram_dtype": size_of,
+        }
+        for d in range(4):
+            fields |= {
+                f"counts.{d}": counts[d],
+                f"local.strides.{d}": local[d],
+                f"dram_strides.{d}": strides[d],
+            }
+        return opcode or random.choice([Opcode.DMA_LOAD, Opcode.DMA_STORE]), fields
+
+
+async def check(queue: Queue, dram: Dram, opcode: Opcode, fields: dict[str, Any]) -> int:
+    """Executes an instruction and compares SBUF and the queue's part of DRAM with golden."""
+    raw = encode(opcode, fields)
+    low, high = queue.number * REGION, (queue.number + 1) * REGION
+    memory, words = dram.bytes.copy(), queue.words.copy()
+    (dma_load if opcode is Opcode.DMA_LOAD else dma_store)(memory, words, decode(raw)[1])
+    cycles = await queue.execute(raw)
+    bad = np.argwhere(queue.words != words)
+    assert not len(bad), f"{opcode.name} {fields}: SBUF differs at (lane, address) {bad[:4]}"
+    bad = np.flatnonzero(dram.bytes[low:high] != memory[low:high]) + low
+    assert not len(bad), f"{opcode.name} {fields}: DRAM differs at bytes {bad[:4]}"
+    return cycles
+
+
+async def fetch(dut: Any, dram: Dram, stop: list[bool]) -> int:
+    """Fetches 64 bytes over and over through the arbiter and compares them; returns how often."""
+    fetched = 0
+    while not stop:
+        address = FETCHED + random.randrange(4096 // 64) * 64
+        length, size = 64 // BEAT - 1, BEAT.bit_length() - 1
+        dut.fetch__ar__payload.value = address | length << 48 | size << 56 | 1 << 59
+        dut.fetch__ar__valid.value = 1
+        while True:
+            await RisingEdge(dut.clk)
+            if int(dut.fetch__ar__ready.value):
+                break
+        dut.fetch__ar__valid.value = 0
+        dut.fetch__r__ready.value = 1
+        data = b""
+        last = 0
+        while not last:
+            await RisingEdge(dut.clk)
+            if int(dut.fetch__r__valid.value):
+                beat = int(dut.fetch__r__payload.value)
+                data += (beat & ((1 << 8 * BEAT) - 1)).to_bytes(BEAT, "little")
+                last = beat >> (8 * BEAT + 2)
+        dut.fetch__r__ready.value = 0
+        assert data == dram.bytes[address : address + 64].tobytes()
+        fetched += 1
+        await ClockCycles(dut.clk, random.randint(1, 20))
+    return fetched
+
+
+@cocotb.test(timeout_time=20_000, timeout_unit="us")
+@cocotb.parametrize(stall=list(STALLS))
+async def random_instructions(dut: Any, stall: str) -> None:
+    """Both queues and the fetcher at once, every mode, against golden after each instruction."""
+    dram, queues, axi = await start(dut, stalls=STALLS[stall])
+    compared: Counter[tuple[str, str]] = Counter()
+
+    async def work(queue: Queue) -> None:
+        low = queue.number * REGION
+        for mode in [*MODES, *random.choices(MODES, k=5)]:
+            for opcode in (Opcode.DMA_LOAD, Opcode.DMA_STORE):
+                _, fields = make(mode, low=low, high=low + REGION, columns=40, opcode=opcode)
+                await check(queue, dram, opcode, fields)
+                compared[mode, opcode.name] += 1
+
+    stop: list[bool] = []
+    fetcher = cocotb.start_soon(fetch(dut, dram, stop))
+    workers = [cocotb.start_soon(work(queue)) for queue in queues]
+    for worker in workers:
+        await worker
+    stop.append(True)
+    assert await fetcher > 10
+    await ClockCycles(dut.clk, 20)
+    assert set(compared) == {(m, o) for m in MODES for o in ("DMA_LOAD", "DMA_STORE")}
+    assert [queue.done for queue in queues] == [compared.total() // QUEUES] * QUEUES
+    for queue in queues:
+        assert not int(queue.pin("issue__busy").value) and not int(queue.pin("active").value)
+        assert not int(queue.pin("fault__valid").value)
+    assert not int(dut.outstanding_reads.value) and not int(dut.outstanding_writes.value)
+    channels = (axi.write_if.aw_channel, axi.write_if.w_channel, axi.read_if.ar_channel)
+    assert all(channel.empty() for channel in channels)
+
+
+def _fields(mode: str, dtype: DType, columns: int, base: int) -> dict[str, Any]:
+    """A well-formed copy of `columns` columns of N lanes; `base` may be unaligned."""
+    size = FORMATS[dtype].bytes
+    strides = {
+        "merged": (N * size, size),
+        "columns": (N * size + 4 * BEAT, size),
+        "turned": (size, columns * size),
+        "single": (2 * size, columns * 2 * size),
+    }[mode]
+    return {
+        "lanes": N,
+        "counts.0": 1,
+        "counts.1": 1,
+        "counts.2": 1,
+        "counts.3": columns,
+        "local.base": 0,
+        "local.strides.3": 1,
+        "dram_base": base,
+        "dram_strides.3": strides[0],
+        "lane_stride": strides[1],
+        "dram_dtype": dtype,
+    }
+
+
+def run_beats(mode: str, dtype: DType, columns: int, base: int) -> int:
+    """Beats that the runs of `_fields` touch: the cycles its data takes at least."""
+    size = FORMATS[dtype].bytes
+    fields = _fields(mode, dtype, columns, base)
+    step, lane = fields["dram_strides.3"], fields["lane_stride"]
+    if mode == "merged":
+        runs = [(base, columns * N * size)]
+    elif mode == "columns":
+        runs = [(base + c * step, N * size) for c in range(columns)]
+    elif mode == "turned":
+        runs = [
+            (base + c * size + row * lane, min(N, columns - c) * size)
+            for c in range(0, columns, N)
+            for row in range(N)
+        ]
+    else:
+        runs = [(base + c * step + row * lane, size) for c in range(columns) for row in range(N)]
+    return sum((a + n - 1) // BEAT - a // BEAT + 1 for a, n in runs)
+
+
+@cocotb.test(timeout_time=20_000, timeout_unit="us")
+@cocotb.parametrize(latency=[10, 100])
+async def throughput(dut: Any, latency: int) -> None:
+    """One beat per cycle, in every mode and at any alignment, through the memory's latency."""
+    dram, queues, _ = await start(dut, slave=False)
+    model = PipelinedDram(dut, dram.bytes, latency=latency)
+    queue = queues[0]
+    checked = 0
+    for mode in ("merged", "columns", "turned", "single"):
+        for dtype in (DType.FP32, DType.BF16):
+            for base in (0, 2 * FORMATS[dtype].bytes + 2):
+                for opcode in (Opcode.DMA_LOAD, Opcode.DMA_STORE):
+                    columns = 32 * N if mode != "single" else 8 * N
+                    columns = min(columns, 20_000 // (12 * N))
+                    fields = _fields(mode, dtype, columns, base)
+                    beats = run_beats(mode, dtype, columns, base)
+                    model.beats = 0
+                    model.bursts.clear()
+                    cycles = await check(queue, dram, opcode, fields)
+                    assert model.beats == beats
+                    # What 64 bursts in flight can move in one round trip; 2 cycles per arbiter
+                    # stage and the queue's own registers come on top of the latency.
+                    bursts = model.bursts.total()
+                    limit = max(beats, bursts * (latency + 14) / 64)
+                    dut._log.info(
+                        f"{mode} {dtype.name} {opcode.name} at {base}, latency {latency}: "
+                        f"{cycles} cycles, {beats} beats, {bursts} bursts, limit {limit:.0f}"
+                    )
+                    fill = 2 * N  # a tile is filled before it is drained
+                    assert cycles <= limit * 1.03 + latency + OVERHEAD + fill
+                    if mode == "merged" and base == 0:
+                        assert model.bursts[16] == beats // 16
+                    checked += 1
+    assert checked == 32
+
+
+@cocotb.test(timeout_time=20_000, timeout_unit="us")
+@cocotb.parametrize(opcode=["DMA_LOAD", "DMA_STORE"], stall=["none", "both"])
+async def error_responses(dut: Any, opcode: str, stall: str) -> None:
+    """Accesses that leave DRAM: fault record as golden, bursts finished, no more done."""
+    operation = Opcode[opcode]
+    for mode in MODES:
+        dram, queues, _ = await _restart(dut, STALLS[stall])
+        queue, other = queues
+        while True:
+            # Half of the room past the end; what must not be written is the fetcher's page.
+            _, fields = make(
+                mode,
+                low=DRAM_BYTES - REGION,
+                high=DRAM_BYTES + REGION,
+                columns=60,
+                opcode=operation,
+            )
+            raw = encode(operation, fields)
+            store = operation is Opcode.DMA_STORE
+            address = first_bad_burst(decode(raw)[1], DRAM_BYTES, N, store=store)
+            if address is not None:
+                break
+        await queue.offer(raw)
+        for _ in range(20_000):
+            await RisingEdge(dut.clk)
+            if int(queue.pin("fault__valid").value) and not int(queue.pin("active").value):
+                break
+        else:
+            raise AssertionError("no fault, or bursts left in flight")
+        cause = FaultCause.AXI_WRITE_ERROR if store else FaultCause.AXI_READ_ERROR
+        assert int(queue.pin("fault__cause").value) == cause.value
+        assert int(queue.pin("fault__address").value) == address, fields
+        # The arbiters are idle, the queue takes nothing more, and the other one still works.
+        await ClockCycles(dut.clk, 4)
+        assert not int(dut.outstanding_reads.value) and not int(dut.outstanding_writes.value)
+        queue.pin("issue__instruction__valid").value = 1
+        opcode_, fields = make("turned", low=REGION, high=2 * REGION, columns=20)
+        await check(other, dram, opcode_, fields)
+        assert queue.done == 0 and other.done == 1
+        assert int(queue.pin("issue__busy").value)
+        assert not int(queue.pin("active").value)
+        queue.pin("issue__instruction__valid").value = 0
+
+
+_models: list[Any] = []
+
+
+async def _restart(dut: Any, stalls: Stalls) -> tuple:
+    """`start` once per test, then a reset with fresh queues' counters and memories."""
+    if not _models or _models[0] is not dut or _models[2] is not stalls:
+        _models[:] = [dut, await start(dut, stalls=stalls), stalls]
+        return _models[1]
+    dut.rst.value = 1
+    await ClockCycles(dut.clk, 4)
+    dut.rst.value = 0
+    await RisingEdge(dut.clk)
+    for queue in _models[1][1]:
+        queue.done = 0
+    return _models[1]
+
+
+@cocotb.test(timeout_time=20_000, timeout_unit="us")
+async def stops(dut: Any) -> None:
+    """`stop` lets the bursts in flight finish, issues no more, and nothing is lost."""
+    dram, queues, _ = await start(dut, stalls=STALLS["both"])
+    queue = queues[0]
+    stopped = 0
+
+    async def interrupt() -> None:
+        nonlocal stopped
+        while True:
+            await ClockCycles(dut.clk, random.randint(5, 60))
+            queue.pin("stop").value = 1
+            await ClockCycles(dut.clk, 2)
+            for _ in range(2000):
+                if not int(queue.pin("active").value):
+                    break
+                await RisingEdge(dut.clk)
+            else:
+                raise AssertionError("bursts left in flight")
+            await ClockCycles(dut.clk, 10)
+            assert not int(dut.outstanding_reads.value) and not int(dut.outstanding_writes.value)
+            stopped += 1
+            queue.pin("stop").value = 0
+
+    task = cocotb.start_soon(interrupt())
+    for mode in MODES:
+        opcode, fields = make(mode, low=0, high=REGION, columns=60)
+        await check(queue, dram, opcode, fields)
+    task.cancel()
+    assert queue.done == len(MODES) and stopped > 10

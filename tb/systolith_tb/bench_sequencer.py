@@ -1,0 +1,313 @@
+"""Sequencers and semaphores: order, waits, signals and every fault, against golden's checker."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from typing import Any
+
+import cocotb
+import numpy as np
+from cocotb.clock import Clock
+from cocotb.triggers import ClockCycles, FallingEdge, RisingEdge
+from cocotbext.axi import AxiReadBus, AxiSlaveRead
+from systolith.golden.checker import check
+from systolith_hdl.config import INSTRUCTION_BYTES, get_config
+from systolith_hdl.isa import FaultCause, Opcode, WaitMode, decode, encode, engine_kind
+
+from .stimulus import random_raw
+
+CONFIG = get_config("nano")
+KINDS = [engine_kind(name) for name in CONFIG.engines]
+COUNT = len(KINDS)
+STREAM_BYTES = 1 << 14
+
+
+class Memory:
+    """DRAM with the streams; a read past its end is answered with an error."""
+
+    def __init__(self) -> None:
+        self.bytes = np.zeros(STREAM_BYTES * COUNT, np.uint8)
+
+    async def read(self, address: int, length: int) -> bytes:
+        if address + length > len(self.bytes):
+            raise IndexError(address)
+        return self.bytes[address : address + length].tobytes()
+
+
+class Bench:
+    """The sequencers with engines that take instructions and finish them after a while."""
+
+    def __init__(self, dut: Any, *, pause: float = 0.0, delay: int = 0) -> None:
+        self.dut = dut
+        self.memory = Memory()
+        self.delay = delay
+        self.pause = pause
+        self.issued: list[list[bytes]] = [[] for _ in range(COUNT)]
+        self.completed = [0] * COUNT
+        self.signalled: Counter[int] = Counter()
+        self.taken: Counter[int] = Counter()
+        self.bases = [STREAM_BYTES * e for e in range(COUNT)]
+
+    async def reset(self) -> None:
+        dut = self.dut
+        dut.start.value = 0
+        dut.halt.value = 0
+        for e in range(COUNT):
+            getattr(dut, f"finished__{e}").value = 0
+            getattr(dut, f"done_load__{e}").value = 0
+            getattr(dut, f"instruction__{e}__ready").value = 0
+        Clock(dut.clk, 10, unit="ns").start()
+        slave = AxiSlaveRead(AxiReadBus.from_prefix(dut, "m_axi"), dut.clk, dut.rst, target=self.memory)
+        slave.log.setLevel("WARNING")
+        slave.ar_channel.set_pause_generator(self._pauses())
+        slave.r_channel.set_pause_generator(self._pauses())
+        await self.pulse_reset()
+        for e in range(COUNT):
+            cocotb.start_soon(self._engine(e))
+        cocotb.start_soon(self._count())
+
+    def _pauses(self) -> Any:
+        while True:
+            yield int(random.random() < self.pause)
+
+    async def pulse_reset(self) -> None:
+        self.dut.rst.value = 1
+        await ClockCycles(self.dut.clk, 3)
+        self.dut.rst.value = 0
+
+    async def _count(self) -> None:
+        while True:
+            await RisingEdge(self.dut.clk)
+            for e in range(COUNT):
+                self.completed[e] += int(getattr(self.dut, f"completed__{e}").value).bit_count()
+
+    async def _engine(self, e: int) -> None:
+        """Takes instructions, at most 4 at once, and finishes each class in order."""
+        dut = self.dut
+        pending: dict[str, deque[tuple[int, bytes]]] = {"finished": deque(), "done_load": deque()}
+        cycle = 0
+        while True:
+            await FallingEdge(dut.clk)
+            room = sum(map(len, pending.values())) < 4
+            getattr(dut, f"instruction__{e}__ready").value = int(
+                room and random.random() >= self.pause
+            )
+            for name, queue in pending.items():
+                finish = bool(queue) and cycle >= queue[0][0]
+                getattr(dut, f"{name}__{e}").value = int(finish)
+                if finish:
+                    self.signal(queue.popleft()[1])
+            await RisingEdge(dut.clk)
+            cycle += 1
+            if (
+                getattr(dut, f"instruction__{e}__valid").value == 1
+                and getattr(dut, f"instruction__{e}__ready").value == 1
+            ):
+                raw = int(getattr(dut, f"instruction__{e}__payload").value).to_bytes(64, "little")
+                self._issue(e, raw)
+                name = "done_load" if raw[0] == Opcode.LOAD_STATIONARY.value else "finished"
+                pending[name].append((cycle + random.randint(0, self.delay), raw))
+
+    def _issue(self, e: int, raw: bytes) -> None:
+        """An instruction may be issued only once what it waits for was signalled."""
+        self.issued[e].append(raw)
+        _, fields = decode(raw)
+        for slot in range(3):
+            mode = fields[f"wait.{slot}.mode"]
+            sem, value = fields[f"wait.{slot}.sem"], fields[f"wait.{slot}.value"]
+            if mode == WaitMode.ACQUIRE.value:
+                self.taken[sem] += value
+                assert self.signalled[sem] >= self.taken[sem], f"semaphore {sem} taken too early"
+            elif mode == WaitMode.AT_LEAST.value:
+                assert self.signalled[sem] >= value, f"issued before semaphore {sem} was {value}"
+
+    def signal(self, raw: bytes) -> None:
+        _, fields = decode(raw)
+        self.signalled[fields["signal.sem"]] += fields["signal.amount"]
+
+    def load(self, streams: list[list[bytes]]) -> None:
+        for e, stream in enumerate(streams):
+            raw = np.frombuffer(b"".join(stream), np.uint8)
+            # Behind the end lies rubbish: it is prefetched and must do nothing.
+            area = self.memory.bytes[STREAM_BYTES * e : STREAM_BYTES * (e + 1)]
+            area[:] = 0xA5
+            area[: len(raw)] = raw
+
+    async def start(self) -> None:
+        for e in range(COUNT):
+            getattr(self.dut, f"base__{e}").value = self.bases[e]
+            self.issued[e].clear()
+            self.completed[e] = 0
+        self.signalled.clear()
+        self.taken.clear()
+        self.dut.start.value = 1
+        await RisingEdge(self.dut.clk)
+        self.dut.start.value = 0
+        await RisingEdge(self.dut.clk)
+
+    def high(self, name: str, e: int) -> bool:
+        return bool(getattr(self.dut, f"{name}__{e}").value == 1)
+
+
+def sync_fields(e: int, totals: Counter[int], pools: Counter[int]) -> dict[str, Any]:
+    """Random waits that hold once everything before in the global order is done, and a signal.
+
+    Semaphores 0 to 7 only grow; semaphores 8 + e are taken from by engine e alone.
+    """
+    fields: dict[str, Any] = {}
+    for slot in range(3):
+        if random.random() < 0.4:
+            if random.random() < 0.3 and pools[8 + e]:
+                value = random.randint(0, pools[8 + e])
+                pools[8 + e] -= value
+                sem, mode = 8 + e, WaitMode.ACQUIRE
+            else:
+                sem, mode = random.randrange(8), WaitMode.AT_LEAST
+                value = random.randint(0, totals[sem])
+            fields |= {f"wait.{slot}.sem": sem, f"wait.{slot}.mode": mode}
+            fields[f"wait.{slot}.value"] = value
+    if random.random() < 0.7:
+        amount = random.randint(1, 9)
+        if random.random() < 0.5:
+            sem = random.randrange(8)
+            totals[sem] += amount
+        else:
+            sem = 8 + random.randrange(COUNT)
+            pools[sem] += amount
+        fields |= {"signal.sem": sem, "signal.amount": amount}
+    return fields
+
+
+async def random_programs(dut: Any, *, pause: float, delay: int, programs: int) -> None:
+    bench = Bench(dut, pause=pause, delay=delay)
+    await bench.reset()
+    total = 0
+    for _ in range(programs):
+        streams: list[list[bytes]] = [[] for _ in range(COUNT)]
+        totals: Counter[int] = Counter()
+        pools: Counter[int] = Counter()
+        for _ in range(120):
+            e = random.randrange(COUNT)
+            while True:
+                raw = random_raw(KINDS[e], CONFIG, mutate=False)
+                if check(raw, KINDS[e], CONFIG) is None:
+                    break
+            opcode, fields = decode(raw)
+            fields |= sync_fields(e, totals, pools)
+            streams[e].append(encode(opcode, fields))
+        for e in range(COUNT):
+            streams[e].append(encode(Opcode.END, {}))
+        bench.load(streams)
+        await bench.start()
+        # When a NOP signals cannot be seen from outside: counted as if at once.
+        for stream in streams:
+            for raw in stream:
+                if raw[0] == Opcode.NOP.value:
+                    bench.signal(raw)
+        for _ in range(60_000):
+            await RisingEdge(dut.clk)
+            if all(bench.high("ended", e) and bench.high("idle", e) for e in range(COUNT)):
+                break
+        else:
+            raise AssertionError("the program did not end")
+        await ClockCycles(dut.clk, 3)
+        for e in range(COUNT):
+            assert not bench.high("fault", e)
+            internal = (Opcode.NOP.value, Opcode.END.value)
+            assert bench.issued[e] == [raw for raw in streams[e] if raw[0] not in internal]
+            assert bench.completed[e] == len(streams[e])
+            total += len(bench.issued[e])
+        for sem in range(CONFIG.semaphores):
+            expected = totals[sem] + pools[sem]
+            assert int(getattr(dut, f"values__{sem}").value) == expected, f"semaphore {sem}"
+    assert total > 50 * programs
+
+
+@cocotb.test(timeout_time=20, timeout_unit="ms")
+async def programs_without_stalls(dut: Any) -> None:
+    await random_programs(dut, pause=0.0, delay=0, programs=4)
+
+
+@cocotb.test(timeout_time=20, timeout_unit="ms")
+async def programs_with_stalls(dut: Any) -> None:
+    await random_programs(dut, pause=0.4, delay=40, programs=4)
+
+
+@cocotb.test(timeout_time=50, timeout_unit="ms")
+async def every_fault_as_golden_finds_it(dut: Any) -> None:
+    """Random damaged instructions: same cause, place and address as golden's checker, and
+    neither the faulty instruction nor anything after it is issued."""
+    bench = Bench(dut)
+    await bench.reset()
+    seen: Counter[str] = Counter()
+    for _ in range(150):
+        streams = []
+        for kind in KINDS:
+            stream = [random_raw(kind, CONFIG) for _ in range(6)]
+            streams.append([*stream, encode(Opcode.END, {})])
+        bench.load(streams)
+        await bench.start()
+        for _ in range(3000):
+            await RisingEdge(dut.clk)
+            if all(bench.high("ended", e) or bench.high("fault", e) for e in range(COUNT)):
+                break
+        else:
+            raise AssertionError("an engine neither ended nor faulted")
+        await ClockCycles(dut.clk, 20)
+        for e, kind in enumerate(KINDS):
+            issued = 0
+            for pc, raw in enumerate(streams[e]):
+                fault = check(raw, kind, CONFIG)
+                if fault is not None:
+                    assert bench.high("fault", e), f"golden faults at {pc}: {fault}"
+                    cause = FaultCause(int(getattr(dut, f"cause__{e}").value))
+                    assert cause is fault.cause, f"{cause}, golden {fault} at {pc} {decode_safe(raw)}"
+                    assert int(getattr(dut, f"pc__{e}").value) == pc
+                    address = getattr(dut, f"address__{e}").value.to_signed()
+                    assert address == fault.address, f"{address}, golden {fault}"
+                    seen[fault.cause.name] += 1
+                    break
+                if raw[0] == Opcode.END.value:
+                    assert bench.high("ended", e)
+                    break
+                issued += raw[0] != Opcode.NOP.value
+            assert len(bench.issued[e]) == issued
+        await bench.pulse_reset()
+    dut._log.info("faults seen: %s", dict(seen))
+    for cause in list(FaultCause)[1:9]:
+        assert seen[cause.name] >= 5, f"{cause.name} seen {seen[cause.name]} times"
+
+
+def decode_safe(raw: bytes) -> object:
+    try:
+        return decode(raw)
+    except ValueError:
+        return raw.hex()
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
+async def overflow_and_fetch_error(dut: Any) -> None:
+    bench = Bench(dut)
+    await bench.reset()
+    end = encode(Opcode.END, {})
+    full = encode(Opcode.NOP, {"signal.sem": 3, "signal.amount": 255})
+    stream = [full] * 257 + [encode(Opcode.NOP, {"signal.sem": 3, "signal.amount": 1}), end]
+    bench.memory.bytes = np.zeros(1 << 17, np.uint8)
+    bench.memory.bytes[: 64 * len(stream)] = np.frombuffer(b"".join(stream), np.uint8)
+    bench.memory.bytes[-64:] = np.frombuffer(full, np.uint8)
+    # Engine 1 runs off the end of DRAM after one instruction; the others end at once.
+    at_end = (1 << 17) - 64
+    empty = 64 * (len(stream) - 1)
+    bench.bases = [0, at_end] + [empty] * (COUNT - 2)
+    await bench.start()
+    for _ in range(30_000):
+        await RisingEdge(dut.clk)
+        if bench.high("fault", 0) and bench.high("fault", 1):
+            break
+    cause = [FaultCause(int(getattr(dut, f"cause__{e}").value)) for e in (0, 1)]
+    assert cause == [FaultCause.SEMAPHORE_OVERFLOW, FaultCause.FETCH_ERROR]
+    # 255 from engine 1, so the 256 additions that fit end one earlier on engine 0.
+    assert int(dut.pc__0.value) == 256 and int(dut.address__0.value) == 3
+    assert int(dut.pc__1.value) == 1 and int(dut.address__1.value) == at_end + INSTRUCTION_BYTES
+    assert int(dut.values__3.value) == 65535

@@ -1,0 +1,206 @@
+"""The vector engine against golden: random instructions, special values, stalls, cycle counts."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from typing import Any
+
+import cocotb
+import numpy as np
+from cocotb.clock import Clock
+from cocotb.triggers import ClockCycles, RisingEdge
+from systolith.golden.core import Core
+from systolith_hdl.config import get_config
+from systolith_hdl.formats import DType
+from systolith_hdl.isa import REDUCTIONS, AluOp, Opcode, Space, encode
+from systolith_hdl.vector.engine import FIXED_CYCLES, REDUCE_CYCLES
+
+from .memory import MemoryModel
+from .stimulus import CORNERS, golden_run, operand_fields, random_counts, random_words
+
+CONFIG = get_config(os.environ.get("SYSTOLITH_BENCH_CONFIG", "nano"))
+N = CONFIG.lanes
+ENGINE = CONFIG.engines.index("vector")
+READS = ("src0_sbuf", "src1_sbuf")
+PSUM_READS = ("src0_psum", "src1_psum")
+
+
+class Bench:
+    """The engine, its memories and a golden core that starts from the same words."""
+
+    def __init__(self, dut: Any, stall: float) -> None:
+        self.dut = dut
+        rng = np.random.default_rng(random.getrandbits(32))
+        self.golden = Core(CONFIG, np.zeros(1 << 20, np.uint8))
+        self.golden.sbuf[:] = random_words(rng, self.golden.sbuf.shape)
+        self.golden.psum[:] = random_words(rng, self.golden.psum.shape)
+        self.sbuf = MemoryModel(
+            dut, self.golden.sbuf.copy(), reads=list(READS), writes=["dst_sbuf"], stall=stall
+        )
+        self.psum = MemoryModel(
+            dut, self.golden.psum.copy(), reads=list(PSUM_READS), writes=["dst_psum"], stall=stall
+        )
+        self.done = 0
+
+    async def reset(self) -> None:
+        Clock(self.dut.clk, 10, unit="ns").start()
+        self.dut.issue__instruction__valid.value = 0
+        self.dut.rst.value = 1
+        await ClockCycles(self.dut.clk, 3)
+        self.dut.rst.value = 0
+
+    async def run(self, instructions: list[bytes], idle: float = 0.0) -> list[int]:
+        """Issues instructions one after the other; returns the cycles each took, from being
+        taken to `done`."""
+        dut = self.dut
+        queue = list(instructions)
+        taken: list[int] = []
+        took: list[int] = []
+        cycle = 0
+        while len(took) < len(instructions):
+            offer = bool(queue) and random.random() >= idle
+            dut.issue__instruction__valid.value = int(offer)
+            if offer:
+                dut.issue__instruction__payload.value = int.from_bytes(queue[0], "little")
+            await RisingEdge(dut.clk)
+            cycle += 1
+            if dut.issue__done.value == 1:
+                took.append(cycle - taken[len(took)])
+            if offer and dut.issue__instruction__ready.value == 1:
+                taken.append(cycle)
+                queue.pop(0)
+        dut.issue__instruction__valid.value = 0
+        for _ in range(20):
+            await RisingEdge(dut.clk)
+            assert dut.issue__done.value == 0, "more instructions done than were issued"
+        assert dut.issue__busy.value == 0
+        golden_run(self.golden, ENGINE, instructions)
+        self.done += len(instructions)
+        return took
+
+    def compare(self) -> None:
+        for name, mine, golden in (
+            ("SBUF", self.sbuf.words, self.golden.sbuf),
+            ("PSUM", self.psum.words, self.golden.psum),
+        ):
+            wrong = np.argwhere(mine != golden)
+            if len(wrong):
+                lane, word = wrong[0]
+                raise AssertionError(
+                    f"{name}[{lane}, {word}] is {mine[lane, word]:#010x}, golden "
+                    f"{golden[lane, word]:#010x}; {len(wrong)} words differ"
+                )
+
+
+def random_instruction() -> bytes:
+    """A legal vector instruction whose destination does not overlap its sources."""
+    opcode = random.choice(
+        [
+            Opcode.TENSOR_TENSOR, Opcode.TENSOR_SCALAR, Opcode.REDUCE, Opcode.MEMSET,
+            Opcode.COPY_PREDICATED,
+        ]
+    )  # fmt: skip
+    counts = random_counts(60)
+    fields: dict[str, Any] = {f"counts.{d}": counts[d] for d in range(4)}
+    fields["lanes"] = random.randint(1, N)
+    half, psum_half = CONFIG.sbuf_depth // 2, CONFIG.psum_depth // 2
+    sources = {Space.SBUF: (half, 2 * half), Space.PSUM: (psum_half, 2 * psum_half)}
+    targets = {Space.SBUF: (0, half), Space.PSUM: (0, psum_half)}
+    fields["dst.dtype"] = random.choice([DType.FP32, DType.FP32, DType.BF16])
+
+    def immediate() -> int:
+        rng = np.random.default_rng(random.getrandbits(32))
+        return int(random_words(rng, (1,))[0])
+
+    dst_counts = [*counts[:3], 1] if opcode is Opcode.REDUCE else counts
+    dst = operand_fields(CONFIG, "dst", dst_counts, regions=targets, nested=True)
+    if opcode is Opcode.REDUCE:
+        del dst["dst.strides.3"]
+    fields |= dst
+    if opcode is not Opcode.MEMSET:
+        fields |= operand_fields(CONFIG, "src0", counts, regions=sources)
+    if opcode in (Opcode.TENSOR_TENSOR, Opcode.COPY_PREDICATED):
+        fields |= operand_fields(CONFIG, "src1", counts, regions=sources)
+    if opcode is not Opcode.COPY_PREDICATED:
+        fields["imm0"] = immediate()
+    if opcode in (Opcode.TENSOR_TENSOR, Opcode.TENSOR_SCALAR):
+        fields |= {"op0": random.choice(list(AluOp)), "op1": random.choice(list(AluOp))}
+    if opcode is Opcode.TENSOR_SCALAR:
+        fields["imm1"] = immediate()
+    if opcode is Opcode.REDUCE:
+        fields |= {"op0": random.choice(list(AluOp)), "op1": random.choice(list(REDUCTIONS))}
+    return encode(opcode, fields)
+
+
+async def random_instructions(dut: Any, count: int, stall: float, idle: float) -> None:
+    bench = Bench(dut, stall)
+    await bench.reset()
+    for _ in range(count // 10):
+        await bench.run([random_instruction() for _ in range(10)], idle)
+        bench.compare()
+    assert bench.done == count
+    assert bench.sbuf.writes_done + bench.psum.writes_done > count
+
+
+@cocotb.test(timeout_time=20, timeout_unit="ms")
+async def without_stalls(dut: Any) -> None:
+    await random_instructions(dut, 200, 0.0, 0.0)
+
+
+@cocotb.test(timeout_time=20, timeout_unit="ms")
+async def with_idle(dut: Any) -> None:
+    await random_instructions(dut, 100, 0.0, 0.9)
+
+
+@cocotb.test(timeout_time=20, timeout_unit="ms")
+async def with_stalls(dut: Any) -> None:
+    await random_instructions(dut, 150, 0.4, 0.3)
+
+
+@cocotb.test(timeout_time=20, timeout_unit="ms")
+async def every_operation_on_every_pair_of_corners(dut: Any) -> None:
+    bench = Bench(dut, 0.0)
+    await bench.reset()
+    n = len(CORNERS)
+    a, b = (x.ravel() for x in np.meshgrid(CORNERS, CORNERS))
+    for words in (bench.sbuf.words, bench.golden.sbuf):
+        words[:, : n * n] = a
+        words[:, n * n : 2 * n * n] = b
+    half = n * n // 2
+    for op in AluOp:
+        for start in (0, half):
+            fields = {
+                "counts.0": 1, "counts.1": 1, "counts.2": 1, "counts.3": half, "lanes": N,
+                "src0.base": start, "src0.strides.3": 1,
+                "src1.base": n * n + start, "src1.strides.3": 1,
+                "dst.base": 2 * n * n, "dst.strides.3": 1,
+                "op1": op,
+            }  # fmt: skip
+            await bench.run([encode(Opcode.TENSOR_TENSOR, fields)])
+            bench.compare()
+
+
+@cocotb.test(timeout_time=20, timeout_unit="ms")
+async def cycles(dut: Any) -> None:
+    """The latencies the engine states, without stalls."""
+    bench = Bench(dut, 0.0)
+    await bench.reset()
+    compared = 0
+    for _ in range(100):
+        raw = random_instruction()
+        word = int.from_bytes(raw, "little")
+        counts = [word >> (128 + 16 * d) & 0xFFFF for d in range(4)]
+        (took,) = await bench.run([raw])
+        columns = math.prod(counts)
+        if word & 0xFF == Opcode.REDUCE.value:
+            results = columns // counts[3]
+            assert took <= columns + FIXED_CYCLES + results * REDUCE_CYCLES
+        elif word & 0xFF == Opcode.MEMSET.value:
+            assert took <= columns + FIXED_CYCLES
+        else:
+            assert took == columns + FIXED_CYCLES, f"{took} cycles for {columns} columns"
+            compared += 1
+    assert compared > 20
+    bench.compare()

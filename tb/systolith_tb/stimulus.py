@@ -1,0 +1,168 @@
+"""Random words, patterns and instructions for benches, and golden's answer to them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+from amaranth.hdl import Shape
+from systolith.golden.core import Core
+from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
+from systolith_hdl.isa import (
+    DMA_TYPES,
+    FIELDS,
+    INSTRUCTION_BITS,
+    SPECS,
+    EngineKind,
+    Opcode,
+    Space,
+    encode,
+    legal_operations,
+)
+
+#: FP32 words at which arithmetic goes wrong first.
+CORNERS = np.array(
+    [
+        0x00000000, 0x80000000,  # zeros
+        0x00000001, 0x80000001, 0x007FFFFF, 0x807FFFFF,  # subnormals
+        0x00800000, 0x80800000,  # smallest normals
+        0x3F800000, 0xBF800000, 0x3F7FFFFF, 0x3F800001,  # around one
+        0x7F7FFFFF, 0xFF7FFFFF,  # largest
+        0x7F800000, 0xFF800000,  # infinities
+        0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF,  # NaNs
+        0x3F808000, 0x3F818000, 0x7F7F8000, 0x00008000, 0x00018000,  # ties of bfloat16
+        0x4B800000, 0x33800000,  # 2^24, 2^-24
+    ],
+    np.uint32,
+)  # fmt: skip
+
+
+def random_words(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """FP32 words: plain numbers, any bits, numbers near each other, and corners."""
+    plain = rng.standard_normal(shape).astype(np.float32).view(np.uint32)
+    anything = rng.integers(0, 1 << 32, shape, dtype=np.uint32)
+    near = (np.float32(1) + rng.integers(-4, 5, shape) * np.float32(2**-22)).astype(np.float32)
+    corner = rng.choice(CORNERS, shape)
+    kind = rng.random(shape)
+    words = np.where(kind < 0.5, plain, anything)
+    words = np.where(kind > 0.75, near.view(np.uint32), words)
+    return np.where(kind > 0.85, corner, words).astype(np.uint32)
+
+
+def random_counts(limit: int) -> list[int]:
+    """Four counts whose product is at most `limit`, often with ones among them."""
+    counts = [1, 1, 1, 1]
+    budget = limit
+    for d in random.sample(range(4), 4):
+        counts[d] = random.randint(1, max(1, budget)) if random.random() < 0.6 else 1
+        budget //= counts[d]
+    return counts
+
+
+def nested_strides(counts: list[int]) -> tuple[list[int], int]:
+    """Strides by which no two steps touch the same word, and the number of words they span."""
+    strides = [0, 0, 0, 0]
+    reach = 1
+    for d in random.sample(range(4), 4):
+        strides[d] = reach + (random.randint(0, 2) if random.random() < 0.3 else 0)
+        reach += strides[d] * (counts[d] - 1)
+    return strides, reach
+
+
+def any_strides(counts: list[int]) -> list[int]:
+    """Strides of a source: broadcasts, negative and repeated ones among them."""
+    return [random.choice((0, 1, 1, 2, 3, -1, -2, n)) for n in counts]
+
+
+def place(strides: list[int], counts: list[int], low: int, high: int) -> int | None:
+    """A base from which the pattern stays inside words low to high-1, or None."""
+    ends = [s * (n - 1) for s, n in zip(strides, counts, strict=True)]
+    first = low - sum(min(0, e) for e in ends)
+    last = high - 1 - sum(max(0, e) for e in ends)
+    return random.randint(first, last) if first <= last else None
+
+
+def operand_fields(
+    config: CoreConfig, name: str, counts: list[int], *, regions: dict[Space, tuple[int, int]],
+    nested: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Fields of a random operand inside one of the word regions given by memory."""
+    while True:
+        space = random.choice(list(regions))
+        strides = nested_strides(counts)[0] if nested else any_strides(counts)
+        base = place(strides, counts, *regions[space])
+        if base is not None:
+            return {
+                f"{name}.space": space,
+                f"{name}.base": base,
+                **{f"{name}.strides.{d}": strides[d] for d in range(4)},
+            }
+
+
+def golden_run(core: Core, engine: int, instructions: list[bytes]) -> None:
+    """Runs a stream on one engine of a golden core to its end; the other engines do nothing."""
+    end = encode(Opcode.END, {})
+    stream = b"".join(instructions) + end
+    core.dram[: len(stream)] = np.frombuffer(stream, np.uint8)
+    idle = -(-len(stream) // INSTRUCTION_BYTES) * INSTRUCTION_BYTES
+    core.dram[idle : idle + INSTRUCTION_BYTES] = np.frombuffer(end, np.uint8)
+    core.start([0 if e == engine else idle for e in range(len(core.config.engines))])
+    core.run()
+    assert core.fault is None, f"golden faults: {core.fault}"
+
+
+def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> bytes:
+    """64 bytes of an instruction for an engine, without waits and signals: mostly legal, or, with
+    `mutate`, often wrong in a field or a bit."""
+    opcode = random.choice([o for o, s in SPECS.items() if s.kind is kind] + [Opcode.NOP])
+    spec = SPECS[opcode]
+    fields: dict[str, Any] = {}
+    for name, (_, shape) in FIELDS[opcode].items():
+        part = name.split(".")
+        width = Shape.cast(shape).width
+        if part[0] == "opcode" or part[0] in ("wait", "signal"):
+            continue
+        if part[0] == "counts":
+            fields[name] = random.choice((1, 1, 2, 3, 5))
+        elif part[0] in ("lanes", "columns"):
+            fields[name] = random.randint(1, config.lanes)
+        elif part[0] in ("op0", "op1"):
+            fields[name] = random.choice(sorted(legal_operations(opcode, name)))
+        elif part[0] in spec.operands:
+            spaces, types = spec.operands[part[0]]
+            space = random.choice(sorted(spaces, key=lambda s: s.value))
+            depth = config.sbuf_depth if space is Space.SBUF else config.psum_depth
+            if part[1] == "base":
+                fields[f"{part[0]}.space"] = space
+                fields[name] = random.choice(
+                    (depth // 2, depth // 2, random.randrange(depth), depth - 1, 0)
+                )
+            elif part[1] == "strides":
+                fields[name] = random.randint(-3, 3)
+            elif part[1] == "dtype":
+                fields[name] = random.choice(sorted(types, key=lambda t: t.value))
+        elif name == "dram_dtype":
+            fields[name] = random.choice(sorted(DMA_TYPES, key=lambda t: t.value))
+        elif name not in fields:
+            low = -(1 << (width - 1)) if Shape.cast(shape).signed else 0
+            fields[name] = random.randint(low, low + (1 << width) - 1)
+    if opcode is Opcode.LOAD_STATIONARY:
+        fields |= {"counts.0": 1, "counts.1": 1, "counts.2": 1}
+        fields["counts.3"] = random.randint(1, config.lanes)
+    if mutate and random.random() < 0.4:
+        name = random.choice([n for n in FIELDS[opcode] if n != "opcode"])
+        shape = Shape.cast(FIELDS[opcode][name][1])
+        low = -(1 << (shape.width - 1)) if shape.signed else 0
+        fields[name] = random.choice((0, random.randint(low, low + (1 << shape.width) - 1)))
+        if name.startswith("wait"):
+            # A wait that can hold: faults are found before waits are.
+            slot = name.split(".")[1]
+            fields[f"wait.{slot}.value"] = 0
+            fields[f"wait.{slot}.mode"] = random.choice((1, 1, 3))
+    word = int.from_bytes(encode(opcode, fields), "little")
+    if mutate and random.random() < 0.2:
+        bit = random.randrange(INSTRUCTION_BITS)
+        if not 32 <= bit < 104 and not 8 <= bit < 32:  # waits and signals are above
+            word ^= 1 << bit
+    return word.to_bytes(INSTRUCTION_BYTES, "little")

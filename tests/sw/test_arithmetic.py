@@ -1,0 +1,198 @@
+"""The golden arithmetic against Berkeley SoftFloat, ml_dtypes and plain definitions."""
+
+import math
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+import softfloatpy as sf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from systolith.golden import arithmetic
+from systolith_hdl.formats import CANONICAL_NAN
+from systolith_hdl.isa import REDUCTIONS, AluOp
+
+CORNERS = [
+    0x00000000,  # zero
+    0x00000001,  # least subnormal
+    0x007FFFFF,  # largest subnormal
+    0x00800000,  # least normal
+    0x3F800000,  # one
+    0x3F800001,
+    0x3F7FFFFF,
+    0x7F7FFFFF,  # largest
+    0x7F800000,  # infinity
+    0x7F800001,  # signalling NaN
+    0x7FC00000,  # quiet NaN
+    0x7FFFFFFF,
+]
+CORNERS += [corner | 1 << 31 for corner in CORNERS]
+#: any bits, and exponents that meet often
+WORDS = st.one_of(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(CORNERS),
+    st.builds(
+        lambda s, e, f: s << 31 | e << 23 | f,
+        st.integers(0, 1),
+        st.integers(120, 135),
+        st.integers(0, 2**23 - 1),
+    ),
+    st.builds(lambda s, f: s << 31 | f, st.integers(0, 1), st.integers(0, 2**24)),
+)
+BF16_WORDS = WORDS.map(lambda w: w & 0xFFFF0000)
+
+
+def words(values: object) -> np.ndarray:
+    return np.asarray(values, np.uint32)
+
+
+def soft(word: int) -> sf.Float32:
+    return sf.Float32.from_bytes(int(word).to_bytes(4, "big"))
+
+
+def from_soft(value: sf.Float32) -> int:
+    word = int.from_bytes(value.to_bytes(), "big")
+    return CANONICAL_NAN if word & 0x7FFFFFFF > 0x7F800000 else word
+
+
+def is_nan(word: int) -> bool:
+    return word & 0x7FFFFFFF > 0x7F800000
+
+
+def truth(value: bool) -> int:
+    return 0x3F800000 if value else 0
+
+
+def order(word: int) -> int:
+    """Position in the order of values, -0 before +0."""
+    magnitude = word & 0x7FFFFFFF
+    return -magnitude - 1 if word >> 31 else magnitude
+
+
+def extreme(choose: Callable) -> Callable[[int, int], int]:
+    def pick(a: int, b: int) -> int:
+        return CANONICAL_NAN if is_nan(a) or is_nan(b) else choose(a, b, key=order)
+
+    return pick
+
+
+def nonzero(word: int) -> bool:
+    return bool(word & 0x7FFFFFFF)
+
+
+REFERENCE: dict[AluOp, Callable[[int, int], int]] = {
+    AluOp.BYPASS: lambda a, b: a,
+    AluOp.ADD: lambda a, b: from_soft(sf.f32_add(soft(a), soft(b))),
+    AluOp.SUB: lambda a, b: from_soft(sf.f32_sub(soft(a), soft(b))),
+    AluOp.RSUB: lambda a, b: from_soft(sf.f32_sub(soft(b), soft(a))),
+    AluOp.MUL: lambda a, b: from_soft(sf.f32_mul(soft(a), soft(b))),
+    AluOp.MAX: extreme(max),
+    AluOp.MIN: extreme(min),
+    AluOp.ABS_MAX: lambda a, b: extreme(max)(a & 0x7FFFFFFF, b & 0x7FFFFFFF),
+    AluOp.EQ: lambda a, b: truth(bool(sf.f32_eq(soft(a), soft(b)))),
+    AluOp.NE: lambda a, b: truth(not sf.f32_eq(soft(a), soft(b))),
+    AluOp.LT: lambda a, b: truth(bool(sf.f32_lt(soft(a), soft(b)))),
+    AluOp.LE: lambda a, b: truth(bool(sf.f32_le(soft(a), soft(b)))),
+    AluOp.GT: lambda a, b: truth(bool(sf.f32_lt(soft(b), soft(a)))),
+    AluOp.GE: lambda a, b: truth(bool(sf.f32_le(soft(b), soft(a)))),
+    AluOp.LOGICAL_AND: lambda a, b: truth(nonzero(a) and nonzero(b)),
+    AluOp.LOGICAL_OR: lambda a, b: truth(nonzero(a) or nonzero(b)),
+    AluOp.LOGICAL_XOR: lambda a, b: truth(nonzero(a) != nonzero(b)),
+    AluOp.BIT_AND: lambda a, b: a & b,
+    AluOp.BIT_OR: lambda a, b: a | b,
+    AluOp.BIT_XOR: lambda a, b: a ^ b,
+}
+
+
+def test_every_operation_has_a_reference() -> None:
+    assert set(REFERENCE) == set(AluOp) == set(arithmetic.ALU)
+
+
+@pytest.mark.parametrize("operation", list(AluOp))
+def test_alu_corners(operation: AluOp) -> None:
+    a, b = np.meshgrid(words(CORNERS), words(CORNERS))
+    got = arithmetic.alu(operation, a, b)
+    assert got.dtype == np.uint32
+    want = [REFERENCE[operation](int(x), int(y)) for x, y in zip(a.flat, b.flat, strict=True)]
+    np.testing.assert_array_equal(got.ravel(), words(want))
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(list(AluOp)), st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=40))
+def test_alu(operation: AluOp, pairs: list[tuple[int, int]]) -> None:
+    a, b = words([p[0] for p in pairs]), words([p[1] for p in pairs])
+    want = words([REFERENCE[operation](x, y) for x, y in pairs])
+    np.testing.assert_array_equal(arithmetic.alu(operation, a, b), want)
+
+
+def test_round_bf16_every_upper_half_and_every_rounding_case() -> None:
+    """All 65536 values of the kept half with lower halves on both sides of every tie."""
+    high = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
+    low = words([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    source = (high | low).ravel()
+    got = arithmetic.round_bf16(source)
+    # By integers: add a half and the parity of the kept part.
+    wide = source.astype(np.uint64)
+    want = ((wide + 0x7FFF + ((wide >> 16) & 1)) & 0xFFFF0000).astype(np.uint32)
+    want[(source & 0x7FFFFFFF) > 0x7F800000] = CANONICAL_NAN
+    np.testing.assert_array_equal(got, want)
+    for word in source[::9973]:
+        bits = int.from_bytes(sf.f32_to_bf16(soft(int(word))).to_bytes(), "big")
+        expected = CANONICAL_NAN if is_nan(int(word)) else bits << 16
+        assert int(arithmetic.round_bf16(words([word]))[0]) == expected
+
+
+@settings(max_examples=300)
+@given(
+    operation=st.sampled_from(sorted(REDUCTIONS, key=lambda op: op.value)),
+    row=st.lists(WORDS, min_size=1, max_size=23),
+)
+def test_reduce(operation: AluOp, row: list[int]) -> None:
+    step = REFERENCE[operation]
+    acc = [REDUCTIONS[operation]] * 4
+    for i, word in enumerate(row):
+        acc[i % 4] = step(acc[i % 4], word)
+    want = step(step(acc[0], acc[1]), step(acc[2], acc[3]))
+    got = arithmetic.reduce_last(operation, words([row, row]))
+    np.testing.assert_array_equal(got, words([want, want]))
+
+
+@settings(max_examples=300)
+@given(k=st.integers(1, 6), m=st.integers(1, 3), f=st.integers(1, 3), data=st.data())
+def test_matmul_is_a_chain_of_single_roundings(k: int, m: int, f: int, data: st.DataObject) -> None:
+    w = np.array(data.draw(st.lists(BF16_WORDS, min_size=k * m, max_size=k * m)), np.uint32)
+    x = np.array(data.draw(st.lists(BF16_WORDS, min_size=k * f, max_size=k * f)), np.uint32)
+    w, x = w.reshape(k, m), x.reshape(k, f)
+    got = arithmetic.matmul(w, x)
+    for i in range(m):
+        for j in range(f):
+            acc = soft(0)
+            for step in range(k):
+                # A fused multiply-add of FP32 rounds once, and every BF16 value is an FP32 value.
+                acc = sf.f32_mul_add(soft(int(w[step, i])), soft(int(x[step, j])), acc)
+            assert int(got[i, j]) == from_soft(acc)
+
+
+def test_both_matmul_paths_agree() -> None:
+    """Values near one take the FP32 path; a single tiny one takes the whole tile off it."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        w = rng.standard_normal((16, 8)).astype(ml_dtypes.bfloat16).astype(np.float32)
+        x = rng.standard_normal((16, 5)).astype(ml_dtypes.bfloat16).astype(np.float32)
+        fast = arithmetic.matmul(w.view(np.uint32), x.view(np.uint32))
+        wide = np.concatenate([x, np.full((16, 1), 2.0**-120, np.float32)], axis=1)
+        assert not arithmetic._safe(wide.view(np.uint32))
+        slow = arithmetic.matmul(w.view(np.uint32), wide.view(np.uint32))
+        np.testing.assert_array_equal(fast, slow[:, :5])
+
+
+@given(st.lists(WORDS, min_size=1, max_size=8))
+def test_safe_products_are_exact(row: list[int]) -> None:
+    values = words(row) & np.uint32(0xFFFF0000)
+    if arithmetic._safe(values):
+        floats = arithmetic.floats(values)
+        for a in floats:
+            for b in floats:
+                exact = float(a) * float(b)
+                assert float(a * b) == exact and not math.isinf(exact)

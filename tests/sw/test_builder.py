@@ -1,0 +1,335 @@
+"""The kernel builder: what it refuses, where it points, and what it encodes."""
+
+import inspect
+import re
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from systolith.errors import KernelError
+from systolith.golden.checker import check
+from systolith.kernel import AluOp, DType, Function, KernelBuilder, View
+from systolith_hdl.isa import Opcode, decode, engine_kind
+
+
+def line() -> int:
+    """Line number of the caller."""
+    frame = inspect.currentframe()
+    assert frame is not None and frame.f_back is not None
+    return frame.f_back.f_lineno
+
+
+class Kit:
+    """A builder with a tile and tensor of each sort."""
+
+    def __init__(self) -> None:
+        self.nc = nc = KernelBuilder("nano", name="kit")
+        self.a, self.b, self.p = nc.sbuf.tile(32, "a"), nc.sbuf.tile(32, "b"), nc.psum.tile(32, "p")
+        self.x = nc.dram.tensor("x", (4, 32), DType.FP32)
+        self.h = nc.dram.tensor("h", (4, 32), DType.BF16, kind="output")
+        self.i = nc.dram.tensor("i", (4, 32), np.int32)
+        self.c = nc.dram.tensor("c", kind="constant", data=np.zeros((4, 4), np.float32))
+
+
+def _add(k: Kit, dst: View, s0: View, s1: View) -> None:
+    k.nc.vector.tensor_tensor(dst, s0, AluOp.ADD, s1)
+
+
+REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
+    # allocation
+    "sbuf full": (lambda k: k.nc.sbuf.tile(2000), r"SBUF is full: 2000 columns wanted, .* 1984 "),
+    "names the largest": (lambda k: k.nc.psum.tile(999), r"largest of 1 live tiles: p \(32\)"),
+    "no columns": (lambda k: k.nc.sbuf.tile(0), "at least one column"),
+    "double free": (lambda k: (k.nc.sbuf.free(k.a), k.nc.sbuf.free(k.a)), "already free"),
+    "free elsewhere": (lambda k: k.nc.sbuf.free(k.p), "is not of this"),
+    "use after free": (
+        lambda k: (k.nc.sbuf.free(k.a), k.nc.vector.memset(k.a.view(), 0)),
+        "'a' .* freed",
+    ),
+    # views
+    "view too long": (lambda k: k.a.view(33), "columns 0 to 32 of SBUF tile 'a'"),
+    "view before": (lambda k: k.a.view((2, 2), (-1, 1)), "columns -1 to 1"),
+    "view offset": (lambda k: k.a.view(8, offset=25), "columns 25 to 32"),
+    "five dims": (lambda k: k.a.view((1,) * 5), "at most 4 dimensions"),
+    "empty dim": (lambda k: k.a.view((2, 0)), "1 to 65535"),
+    "strides length": (lambda k: k.a.view((2, 2), (1,)), "differ in length"),
+    "lanes": (lambda k: k.a.view(4, lanes=5), "lanes must be 1 to 4, not 5"),
+    "no lanes": (lambda k: k.a.view(4, lanes=0), "lanes must be 1 to 4, not 0"),
+    "view type": (lambda k: k.a.view().astype(DType.FP16), "FP32 or BF16"),
+    "index": (lambda k: k.a.view((4, 8))[4], "index 4 is outside a dimension of 4"),
+    "reshape": (lambda k: k.a.view((4, 4), (8, 1)).reshape(16), "cannot reshape"),
+    "broadcast": (lambda k: k.a.view((4, 4)).broadcast_to(4, 5), "cannot broadcast"),
+    # operands
+    "not a view": (lambda k: k.nc.vector.memset(k.a, 0), "dst must be a view, not Tile"),
+    "another builder": (lambda k: k.nc.vector.memset(Kit().a.view(), 0), None),
+    "shape": (
+        lambda k: _add(k, k.a.view(8), k.b.view(8), k.p.view(7)),
+        r"shape mismatch: src1 has shape \(7,\), the instruction walks \(8,\)",
+    ),
+    "lanes differ": (
+        lambda k: _add(k, k.a.view(8), k.b.view(8, lanes=3), k.p.view(8)),
+        "dst has 4 lanes and src0 has 3",
+    ),
+    "overlap": (
+        lambda k: _add(k, k.a.view(8), k.a.view(8, offset=1), k.p.view(8)),
+        "dst and src0 overlap",
+    ),
+    "overlap reversed": (
+        lambda k: _add(k, k.a.view(8), k.b.view(8), k.a.view(8, (-1,), 7)),
+        "dst and src1 overlap",
+    ),
+    "repeated dst": (
+        lambda k: k.nc.vector.memset(k.a.view((4, 8), (0, 1)), 0),
+        "writes a column more than once",
+    ),
+    "operation": (
+        lambda k: k.nc.vector.tensor_scalar(k.a.view(), k.b.view(), Function.EXP, 0),
+        "op0 must be of AluOp",
+    ),
+    "function": (
+        lambda k: k.nc.scalar.activate(k.a.view(), k.b.view(), AluOp.ADD),
+        "function must be of Function",
+    ),
+    "immediate": (
+        lambda k: k.nc.vector.memset(k.a.view(), "one"),
+        "value must be a number, not 'one'",
+    ),
+    "wide bits": (
+        lambda k: k.nc.vector.tensor_scalar(k.a.view(), k.b.view(), AluOp.BIT_AND, 1 << 32),
+        "does not fit 32 bits",
+    ),
+    "reduction": (
+        lambda k: k.nc.vector.reduce(k.a.view(1), k.b.view(8), AluOp.SUB),
+        "op1 must be one of ADD, MUL, MAX, MIN, ABS_MAX, not SUB",
+    ),
+    "reduction shape": (
+        lambda k: k.nc.vector.reduce(k.a.view((4,)), k.b.view((4, 8)), AluOp.ADD),
+        r"needs a dst of shape \(4, 1\), not \(4,\)",
+    ),
+    # tensor engine
+    "no stationary": (lambda k: k.nc.tensor.matmul(k.p.view(), k.a.view()), "before any load"),
+    "wide stationary": (lambda k: k.nc.tensor.load_stationary(k.a.view(5)), "5 columns, the array"),
+    "bent stationary": (
+        lambda k: k.nc.tensor.load_stationary(k.a.view((2, 2), (8, 1))),
+        "must lie at one stride",
+    ),
+    "psum stationary": (
+        lambda k: k.nc.tensor.load_stationary(k.p.view(4)),
+        "stationary operand must lie in SBUF",
+    ),
+    "sbuf result": (
+        lambda k: (k.nc.tensor.load_stationary(k.a.view(4)), _mm(k, k.b.view(), k.a.view())),
+        "dst must lie in PSUM",
+    ),
+    "narrow result": (
+        lambda k: (
+            k.nc.tensor.load_stationary(k.a.view(4)),
+            _mm(k, k.p.view().astype(DType.BF16), k.a.view()),
+        ),
+        "dst must be FP32, not BF16",
+    ),
+    "K": (
+        lambda k: (
+            k.nc.tensor.load_stationary(k.a.view(4, lanes=3)),
+            _mm(k, k.p.view(), k.a.view()),
+        ),
+        r"moving operand has 4 lanes, the stationary operand 3 \(K\)",
+    ),
+    "M": (
+        lambda k: (k.nc.tensor.load_stationary(k.a.view(3)), _mm(k, k.p.view(), k.a.view())),
+        r"dst has 4 lanes, the stationary operand 3 columns \(M\)",
+    ),
+    "F": (
+        lambda k: (k.nc.tensor.load_stationary(k.a.view(4)), _mm(k, k.p.view(8), k.a.view(9))),
+        r"dst has shape \(8,\), the moving operand \(9,\)",
+    ),
+    # DMA
+    "dma psum": (lambda k: k.nc.dma.load(k.p.view(), k.x), "local operand must lie in SBUF"),
+    "dma type": (lambda k: k.nc.dma.load(k.a.view(), k.i), "DMA moves BF16 and FP32 tensors"),
+    "dma past": (
+        lambda k: k.nc.dma.load(k.a.view(), k.x, 4, lane_stride=128),
+        "bytes 4 to 515 of the 512",
+    ),
+    "dma before": (
+        lambda k: k.nc.dma.store(k.a.view(), k.h, 0, [-2]),
+        "bytes -62 to 1 of the 256",
+    ),
+    "dma strides": (lambda k: k.nc.dma.load(k.a.view(), k.x, 0, [4, 4]), "2 DRAM strides"),
+    "dma unaligned": (lambda k: k.nc.dma.load(k.a.view(), k.x, 2), "not a multiple of the 4 bytes"),
+    "dma constant": (lambda k: k.nc.dma.store(k.a.view(4), k.c), "cannot be stored to"),
+    "dma queue": (lambda k: k.nc.dma.load(k.a.view(), k.x, queue=2), "queue must be 0 to 1, not 2"),
+    "dma tensor": (lambda k: k.nc.dma.load(k.a.view(), "x"), "must be a DRAM tensor, not str"),
+    "dma foreign": (
+        lambda k: k.nc.dma.load(k.a.view(), Kit().x),
+        "belongs to another builder",
+    ),
+    # tensors
+    "same name": (lambda k: k.nc.dram.tensor("x", (1,), DType.FP32), "a tensor 'x' already"),
+    "kind": (lambda k: k.nc.dram.tensor("y", (1,), DType.FP32, kind="inout"), "kind must be one"),
+    "constant data": (
+        lambda k: k.nc.dram.tensor("y", (1,), DType.FP32, kind="constant"),
+        "a constant has data",
+    ),
+    "data shape": (
+        lambda k: k.nc.dram.tensor("y", (3,), kind="constant", data=np.zeros(2, np.float32)),
+        r"its data is float32 \(2,\), not FP32 \(3,\)",
+    ),
+    "numpy type": (lambda k: k.nc.dram.tensor("y", (3,), np.float64), "no type for numpy float64"),
+    "no type": (lambda k: k.nc.dram.tensor("y", (3,)), "needs a shape and a type"),
+    "empty tensor": (lambda k: k.nc.dram.tensor("y", (3, 0), DType.FP32), "at least 1"),
+    "finished": (lambda k: (k.nc.finish(), k.nc.sbuf.tile(1)), "'kit' is finished"),
+}
+
+
+def _mm(k: Kit, dst: View, moving: View) -> None:
+    k.nc.tensor.matmul(dst, moving)
+
+
+@pytest.mark.parametrize("case", [name for name, (_, match) in REFUSED.items() if match])
+def test_refused(case: str) -> None:
+    call, match = REFUSED[case]
+    kit = Kit()
+    with pytest.raises(KernelError) as caught:
+        call(kit)
+    assert caught.value.source is not None
+    assert re.match(r"\S*test_builder\.py:\d+: ", str(caught.value)), str(caught.value)
+    assert re.search(match, str(caught.value)), str(caught.value)
+
+
+def test_source_line_of_an_error() -> None:
+    kit = Kit()
+    with pytest.raises(KernelError) as caught:
+        here = line() + 1
+        kit.nc.vector.memset(kit.a.view(99), 0)
+    assert str(caught.value.source).endswith(f"test_builder.py:{here}")
+
+
+def test_debug_map() -> None:
+    kit = Kit()
+    with kit.nc.label("outer"):
+        here = line() + 1
+        kit.nc.vector.memset(kit.a.view(), 1)
+        with kit.nc.label("inner", source="model.py:7"):
+            kit.nc.vector.copy(kit.b.view(), kit.a.view())
+        kit.nc.scalar.activate(kit.p.view(), kit.a.view(), Function.EXP)
+    kit.nc.vector.memset(kit.a.view(), 2)
+    program = kit.nc.finish()
+    first, second, third, end = program.debug["vector"]
+    assert first.source is not None and first.source.endswith(f"test_builder.py:{here}")
+    assert first.label == "outer"
+    assert (second.source, second.label) == ("model.py:7", "inner")
+    assert program.debug["scalar"][0].label == "outer"
+    assert third.label is None and end.source is None
+
+
+def instructions(kit: Kit, engine: str) -> list[tuple[Opcode, dict[str, int]]]:
+    program = kit.nc.finish()
+    for name, _, raw in program.instructions():
+        assert check(raw, engine_kind(name), program.config) is None
+    return [decode(program.instruction(engine, i)) for i in range(program.count(engine))]
+
+
+def strides(fields: dict[str, int], name: str) -> list[int]:
+    return [fields.get(f"{name}.strides.{i}", 0) for i in range(4)]
+
+
+def test_broadcast_and_in_place() -> None:
+    kit = Kit()
+    a, b = kit.a.view((4, 8)), kit.b.view((8,))
+    kit.nc.vector.tensor_tensor(a, a, AluOp.MUL, b, op0=AluOp.ADD, imm0=2)
+    kit.nc.vector.tensor_tensor(a.astype(DType.BF16), b[0:1], AluOp.SUB, kit.p.view((4, 1)))
+    (op, first), (_, second), _ = instructions(kit, "vector")
+    assert op is Opcode.TENSOR_TENSOR
+    assert [first[f"counts.{i}"] for i in range(4)] == [1, 1, 4, 8]
+    assert strides(first, "dst") == strides(first, "src0") == [0, 0, 8, 1]
+    assert strides(first, "src1") == [0, 0, 0, 1]
+    assert (first["op0"], first["op1"], first["imm0"]) == (1, 4, 0x40000000)
+    assert (first["src1.base"], first["lanes"]) == (32, 4)
+    assert second["dst.dtype"] == DType.BF16.value
+    assert strides(second, "src0") == [0, 0, 0, 0]
+    assert strides(second, "src1") == [0, 0, 1, 0]
+
+
+def test_interleaved_operands_are_disjoint() -> None:
+    kit = Kit()
+    kit.nc.vector.copy(kit.a.view(8, (2,)), kit.a.view(8, (2,), 1))
+    kit.nc.vector.copy(kit.a.view(4, offset=4), kit.a.view(4))
+    instructions(kit, "vector")
+
+
+def test_immediates() -> None:
+    kit = Kit()
+    v, a, b = kit.nc.vector, kit.a.view(), kit.b.view()
+    v.tensor_scalar(a, b, AluOp.BIT_AND, 0x7FFFFFFF, AluOp.ADD, 1)
+    v.tensor_scalar(a, b, AluOp.BIT_OR, -1, AluOp.BIT_XOR, 1.0)
+    v.memset(a, float("inf"))
+    found = [(f["imm0"], f.get("imm1")) for op, f in instructions(kit, "vector")[:3]]
+    assert found == [
+        (0x7FFFFFFF, 0x3F800000),
+        (0xFFFFFFFF, 0x3F800000),
+        (0x7F800000, None),
+    ]
+
+
+def test_matmul_fields() -> None:
+    kit = Kit()
+    kit.nc.tensor.load_stationary(kit.a.view((3, 1), (2, 1), lanes=2))
+    kit.nc.tensor.matmul(
+        kit.p.view((2, 4), lanes=3), kit.b.view((2, 4), (8, 2), lanes=2), accumulate=True
+    )
+    (_, load), (_, matmul), _ = instructions(kit, "tensor")
+    assert [load[f"counts.{i}"] for i in range(4)] == [1, 1, 1, 3]
+    assert strides(load, "src0") == [0, 0, 0, 2] and load["lanes"] == 2
+    assert (matmul["lanes"], matmul["columns"], matmul["accumulate"]) == (2, 3, 1)
+    assert strides(matmul, "dst") == [0, 0, 4, 1] and strides(matmul, "src0") == [0, 0, 8, 2]
+    assert matmul["src0.dtype"] == DType.BF16.value
+
+
+def test_dma_queues() -> None:
+    kit = Kit()
+    kit.nc.dma.load(kit.a.view(), kit.x, lane_stride=128)
+    kit.nc.dma.store(kit.a.view(), kit.h, lane_stride=64)
+    kit.nc.dma.load(kit.b.view(), kit.x, queue=1)
+    program = kit.nc.finish()
+    assert [program.count(f"dma{q}") - 1 for q in range(2)] == [1, 2]
+
+
+def test_views() -> None:
+    kit = Kit()
+    view = kit.a.view((4, 8))
+    assert view[1].shape == (8,) and view[1].base == 8
+    assert (view[-1, 2:8:3].base, view[-1, 2:8:3].shape) == (26, (2,))
+    assert view[:, ::-1].strides == (8, -1) and view[:, ::-1].base == 7
+    assert view.permute(1, 0).strides == (1, 8)
+    assert view.reshape(2, 2, 8).strides == (16, 8, 1)
+    assert view[0].broadcast_to(3, 8).strides == (0, 1)
+    np.testing.assert_array_equal(view.addresses(), np.arange(32).reshape(4, 8))
+    assert view.span == (0, 31)
+
+
+def test_memory_is_reused() -> None:
+    nc = KernelBuilder("nano")
+    for _ in range(100):
+        tile = nc.sbuf.tile(2048)
+        assert tile.base == 0
+        nc.sbuf.free(tile)
+    assert nc.sbuf.high_water == nc.sbuf.free_columns == nc.sbuf.largest_free == 2048
+
+
+def test_ten_thousand_instructions_build_quickly() -> None:
+    nc = KernelBuilder("nano")
+    x = nc.dram.tensor("x", (4, 64), DType.FP32)
+    tiles = [nc.sbuf.tile(16) for _ in range(8)]
+    psum = nc.psum.tile(16)
+    begin = time.perf_counter()
+    for i in range(2000):
+        a, b = tiles[i % 8].view(), tiles[(i + 3) % 8].view()
+        nc.dma.load(a, x, lane_stride=256)
+        nc.tensor.load_stationary(a[:4])
+        nc.tensor.matmul(psum.view(), a)
+        nc.vector.tensor_tensor(b, psum.view(), AluOp.ADD, a)
+        nc.scalar.activate(b, b, Function.TANH)
+    program = nc.finish()
+    assert sum(map(program.count, program.streams)) >= 10000
+    assert time.perf_counter() - begin < 10  # about 0.6 s on an idle machine

@@ -1,0 +1,208 @@
+"""Legality: each cause, the order of the checks, and the bounds against a naive walk."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from systolith.golden.checker import Fault, check
+from systolith_hdl.config import PRESETS
+from systolith_hdl.isa import (
+    SPECS,
+    USED_BITS,
+    EngineKind,
+    FaultCause,
+    Opcode,
+    decode,
+    encode,
+    engine_kind,
+    legal_operations,
+)
+
+NANO = PRESETS["nano"]
+
+
+def legal_fields(opcode: Opcode) -> dict[str, int]:
+    """Fields of a simple legal instruction."""
+    spec = SPECS[opcode]
+    fields: dict[str, int] = {}
+    if spec.operands:
+        fields |= {f"counts.{i}": n for i, n in enumerate((1, 1, 1, 4))}
+        for name, (spaces, types) in spec.operands.items():
+            fields[f"{name}.space"] = min(s.value for s in spaces)
+            fields[f"{name}.dtype"] = min(t.value for t in types)
+            fields[f"{name}.base"] = 8
+    for name in ("lanes", "columns"):
+        if name in spec.header or (name == "columns" and opcode is Opcode.MATMUL):
+            fields[name] = 4
+    for name in ("op0", "op1"):
+        if name in spec.header:
+            fields[name] = min(legal_operations(opcode, name))
+    return fields
+
+
+def kind_of(opcode: Opcode) -> EngineKind:
+    return SPECS[opcode].kind or EngineKind.VECTOR
+
+
+def cause(opcode: Opcode, **changes: int) -> FaultCause | None:
+    fields = legal_fields(opcode) | {k.replace("__", "."): v for k, v in changes.items()}
+    fault = check(encode(opcode, fields), kind_of(opcode), NANO)
+    return fault.cause if fault else None
+
+
+@pytest.mark.parametrize("opcode", list(Opcode))
+def test_legal(opcode: Opcode) -> None:
+    raw = encode(opcode, legal_fields(opcode))
+    assert check(raw, kind_of(opcode), NANO) is None
+    for kind in EngineKind:
+        legal = SPECS[opcode].kind in (None, kind)
+        expected = None if legal else Fault(FaultCause.ILLEGAL_OPCODE)
+        assert check(raw, kind, NANO) == expected
+
+
+def test_engine_kinds() -> None:
+    kinds = [engine_kind(engine) for engine in NANO.engines]
+    assert kinds == [EngineKind.TENSOR, EngineKind.VECTOR, EngineKind.SCALAR] + [EngineKind.DMA] * 2
+
+
+@pytest.mark.parametrize("code", sorted(set(range(256)) - {op.value for op in Opcode}))
+def test_unknown_opcodes(code: int) -> None:
+    for kind in EngineKind:
+        assert check(bytes([code]) + bytes(63), kind, NANO) == Fault(FaultCause.ILLEGAL_OPCODE)
+
+
+@pytest.mark.parametrize("opcode", list(Opcode))
+def test_every_reserved_bit(opcode: Opcode) -> None:
+    word = int.from_bytes(encode(opcode, legal_fields(opcode)), "little")
+    for bit in range(512):
+        if not USED_BITS[opcode] >> bit & 1:
+            raw = (word | 1 << bit).to_bytes(64, "little")
+            assert check(raw, kind_of(opcode), NANO) == Fault(FaultCause.RESERVED_BITS), bit
+
+
+def test_causes() -> None:
+    c, op = cause, Opcode
+    assert c(op.TENSOR_TENSOR, op0=20) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.TENSOR_TENSOR, op1=63) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.ACTIVATE, op0=11) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.NOP, wait__1__mode=3) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.TENSOR_TENSOR, dst__dtype=2) is FaultCause.BAD_TYPE
+    assert c(op.TENSOR_TENSOR, src1__dtype=1) is FaultCause.BAD_TYPE
+    assert c(op.MATMUL, src0__dtype=0) is FaultCause.BAD_TYPE
+    assert c(op.MATMUL, src0__dtype=15) is FaultCause.BAD_TYPE
+    assert c(op.DMA_LOAD, dram_dtype=5) is FaultCause.BAD_TYPE
+    assert c(op.DMA_STORE, dram_dtype=9) is FaultCause.BAD_TYPE
+    assert c(op.MATMUL, dst__space=0) is FaultCause.BAD_SPACE
+    assert c(op.LOAD_STATIONARY, src0__space=1) is FaultCause.BAD_SPACE
+    assert c(op.DMA_LOAD, local__space=3) is FaultCause.BAD_SPACE
+    assert c(op.MEMSET, dst__space=2) is FaultCause.BAD_SPACE
+    for i in range(4):
+        assert c(op.MEMSET, **{f"counts__{i}": 0}) is FaultCause.BAD_COUNT
+    assert c(op.MEMSET, lanes=0) is FaultCause.BAD_COUNT
+    assert c(op.MEMSET, lanes=5) is FaultCause.BAD_COUNT
+    assert c(op.MATMUL, columns=0) is FaultCause.BAD_COUNT
+    assert c(op.MATMUL, columns=5) is FaultCause.BAD_COUNT
+    assert c(op.LOAD_STATIONARY, counts__3=5) is FaultCause.BAD_COUNT
+    assert c(op.LOAD_STATIONARY, counts__2=2, counts__3=1) is FaultCause.BAD_COUNT
+    assert c(op.NOP, wait__0__mode=1, wait__0__sem=32) is FaultCause.BAD_SEMAPHORE
+    assert c(op.NOP, wait__2__mode=2, wait__2__sem=63) is FaultCause.BAD_SEMAPHORE
+    assert c(op.NOP, signal__amount=1, signal__sem=32) is FaultCause.BAD_SEMAPHORE
+    assert c(op.NOP, signal__amount=1, signal__chip=1) is FaultCause.BAD_SEMAPHORE
+    # Slots that do nothing are not looked at.
+    assert c(op.NOP, wait__0__sem=63, wait__0__value=7) is None
+    assert c(op.NOP, signal__sem=63, signal__chip=5) is None
+
+
+def test_order_of_causes() -> None:
+    """An instruction with every defect; mending the first uncovers the next."""
+    broken = {
+        "op0": 63,
+        "dst.dtype": 9,
+        "dst.space": 3,
+        "lanes": 0,
+        "signal.sem": 63,
+        "signal.amount": 1,
+        "src0.base": 1 << 20,
+    }
+    mended = {"op0": 0, "dst.dtype": 0, "dst.space": 0, "lanes": 4, "signal.sem": 0, "src0.base": 0}
+    fields = legal_fields(Opcode.TENSOR_TENSOR) | broken
+    word = int.from_bytes(encode(Opcode.TENSOR_TENSOR, fields), "little") | 1 << 125
+    met = []
+    for kind, reserved in ((EngineKind.DMA, 1), (EngineKind.VECTOR, 1), (EngineKind.VECTOR, 0)):
+        raw = (word & ~(0 if reserved else 1 << 125)).to_bytes(64, "little")
+        met.append(check(raw, kind, NANO))
+    for name, value in mended.items():
+        fields[name] = value
+        met.append(check(encode(Opcode.TENSOR_TENSOR, fields), EngineKind.VECTOR, NANO))
+    causes = [fault.cause if fault else FaultCause.NONE for fault in met]
+    assert [c.value for c in causes] == [1, 2, 3, 4, 5, 6, 7, 8, 0]
+
+
+def test_bounds_address_and_operand_order() -> None:
+    fields = legal_fields(Opcode.TENSOR_TENSOR) | {
+        "dst.base": 2046,
+        "dst.strides.3": 1,
+        "src0.base": 2,
+        "src0.strides.3": -1,
+        "src1.base": 5000,
+    }
+
+    def address() -> int | None:
+        fault = check(encode(Opcode.TENSOR_TENSOR, fields), EngineKind.VECTOR, NANO)
+        assert fault is None or fault.cause is FaultCause.OUT_OF_BOUNDS
+        return None if fault is None else fault.address
+
+    assert address() == 2049
+    fields["dst.base"] = 2044
+    assert address() == -1
+    fields["src0.base"] = 3
+    assert address() == 5000
+    fields["src1.base"] = 2047
+    assert address() is None
+    # Both ends outside: the low one is met first.
+    fields |= {"counts.2": 2, "dst.base": 100, "dst.strides.2": -200, "dst.strides.3": 1000}
+    assert address() == -100
+
+
+@settings(max_examples=200)
+@given(
+    opcode=st.sampled_from([op for op in Opcode if SPECS[op].operands]),
+    counts=st.tuples(*[st.integers(1, 3)] * 4),
+    data=st.data(),
+)
+def test_bounds_against_a_walk(
+    opcode: Opcode, counts: tuple[int, ...], data: st.DataObject
+) -> None:
+    if opcode is Opcode.LOAD_STATIONARY:
+        counts = (1, 1, 1, counts[3])
+    fields = legal_fields(opcode) | {f"counts.{i}": n for i, n in enumerate(counts)}
+    strides = st.integers(-40, 40)
+    outside = False
+    for name in SPECS[opcode].operands:
+        used = 3 if opcode is Opcode.REDUCE and name == "dst" else 4
+        space = fields[f"{name}.space"]
+        depth = NANO.psum_depth if space else NANO.sbuf_depth
+        fields[f"{name}.base"] = data.draw(
+            st.one_of(st.integers(0, 60), st.integers(depth - 60, depth + 10))
+        )
+        for i in range(used):
+            fields[f"{name}.strides.{i}"] = data.draw(strides)
+        walk = {
+            fields[f"{name}.base"]
+            + sum(i * fields[f"{name}.strides.{d}"] for d, i in enumerate(index))
+            for index in itertools.product(*(range(n) for n in counts[:used]))
+        }
+        outside |= min(walk) < 0 or max(walk) >= depth
+    fault = check(encode(opcode, fields), kind_of(opcode), NANO)
+    assert (fault is not None) == outside
+    assert fault is None or fault.cause is FaultCause.OUT_OF_BOUNDS
+
+
+@given(st.binary(min_size=64, max_size=64), st.sampled_from(list(Opcode)))
+def test_any_bytes_are_judged(raw: bytes, opcode: Opcode) -> None:
+    """No bytes make the checker fail, and those it passes can be decoded."""
+    for candidate in (raw, bytes([opcode.value]) + raw[1:]):
+        if check(candidate, kind_of(opcode), NANO) is None:
+            decode(candidate)

@@ -1,0 +1,346 @@
+"""The golden core: instructions against loops over single elements, and programs."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from systolith.assembly import assemble
+from systolith.errors import BackendError
+from systolith.golden import Core, GoldenDevice, arithmetic
+from systolith.golden.activation import evaluate
+from systolith.golden.checker import check
+from systolith_hdl.config import PRESETS
+from systolith_hdl.isa import (
+    REDUCE_ACCUMULATORS,
+    REDUCTIONS,
+    SPECS,
+    AluOp,
+    EngineKind,
+    FaultCause,
+    Function,
+    Opcode,
+    Space,
+    decode,
+    encode,
+    engine_kind,
+    legal_operations,
+)
+
+NANO = PRESETS["nano"]
+DRAM_BYTES = 4096
+#: where random operands lie: small, so that elements meet
+WINDOW = 48
+
+
+def engine_of(opcode: Opcode) -> str:
+    kind = SPECS[opcode].kind
+    return next(engine for engine in NANO.engines if engine_kind(engine) is kind)
+
+
+def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
+    """A legal instruction on the first words of the memories and of DRAM."""
+    spec = SPECS[opcode]
+    while True:
+        counts = [rng.choice((1, 1, 2, 3, 5)) for _ in range(4)]
+        if opcode is Opcode.LOAD_STATIONARY:
+            counts = [1, 1, 1, rng.randint(1, 4)]
+        fields = {f"counts.{i}": n for i, n in enumerate(counts)}
+        for name in ("lanes", "columns", "accumulate", "op0", "op1"):
+            if name not in spec.header and not (name == "columns" and opcode is Opcode.MATMUL):
+                continue
+            if name.startswith("op"):
+                fields[name] = rng.choice(sorted(legal_operations(opcode, name)))
+            else:
+                fields[name] = rng.randint(0, 1) if name == "accumulate" else rng.randint(1, 4)
+        for name, (spaces, types) in spec.operands.items():
+            fields[f"{name}.space"] = rng.choice(sorted(s.value for s in spaces))
+            fields[f"{name}.dtype"] = rng.choice(sorted(t.value for t in types))
+            fields[f"{name}.base"] = rng.randrange(WINDOW)
+            for i in range(3 if opcode is Opcode.REDUCE and name == "dst" else 4):
+                fields[f"{name}.strides.{i}"] = rng.choice((0, 1, 1, 2, 5, -1, -3))
+        if spec.kind is EngineKind.DMA:
+            fields["dram_base"] = rng.randrange(DRAM_BYTES // 2)
+            fields["dram_dtype"] = rng.randint(0, 1)
+            fields["lane_stride"] = rng.choice((0, 2, 4, 64, -64, rng.randint(-50, 50)))
+            for i in range(4):
+                fields[f"dram_strides.{i}"] = rng.choice((0, 2, 4, 16, 20, rng.randint(-50, 50)))
+        fields["imm0"] = rng.choice((0, 0x3F800000, rng.getrandbits(32)))
+        fields["imm1"] = rng.choice((0, 0xBF800000, rng.getrandbits(32)))
+        for name in ("imm0", "imm1"):
+            if name not in decode(encode(opcode, {}))[1]:
+                del fields[name]
+        raw = encode(opcode, fields)
+        if check(raw, engine_kind(engine_of(opcode)), NANO) is None:
+            return raw
+
+
+def random_core(rng: random.Random) -> Core:
+    generator = np.random.default_rng(rng.getrandbits(32))
+    core = Core(NANO, generator.integers(0, 256, DRAM_BYTES).astype(np.uint8))
+    for memory in (core.sbuf, core.psum, core.stationary):
+        ordinary = generator.standard_normal(memory.shape).astype(np.float32).view(np.uint32)
+        wild = generator.integers(0, 2**32, memory.shape, dtype=np.uint32)
+        memory[:] = np.where(generator.random(memory.shape) < 0.8, ordinary, wild)
+    core.stationary[:] = arithmetic.round_bf16(core.stationary)
+    return core
+
+
+def one(value: object) -> np.ndarray:
+    return np.array([value], np.uint32)
+
+
+class Naive:
+    """One instruction, element by element: reads everything, then writes in order."""
+
+    def __init__(self, core: Core) -> None:
+        self.sbuf, self.psum = core.sbuf.copy(), core.psum.copy()
+        self.stationary, self.dram = core.stationary.copy(), core.dram.copy()
+
+    def execute(self, raw: bytes) -> None:
+        opcode, f = decode(raw)
+        counts = [f[f"counts.{i}"] for i in range(4)]
+        indices = list(itertools.product(*(range(n) for n in counts)))
+        lanes = f["lanes"]
+
+        def memory(name: str) -> np.ndarray:
+            return self.psum if f[f"{name}.space"] == Space.PSUM.value else self.sbuf
+
+        def at(name: str, index: tuple[int, ...]) -> int:
+            walked = zip(index, (f.get(f"{name}.strides.{i}", 0) for i in range(4)), strict=True)
+            return f[f"{name}.base"] + sum(i * s for i, s in walked)
+
+        def word(name: str, lane: int, index: tuple[int, ...]) -> np.ndarray:
+            return one(memory(name)[lane, at(name, index)])
+
+        def alu(op: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return arithmetic.alu(AluOp(op), a, b)
+
+        writes: list[tuple[int, tuple[int, ...], np.ndarray]] = []
+        steps = [(lane, index) for index in indices for lane in range(lanes)]
+        match opcode:
+            case Opcode.LOAD_STATIONARY:
+                old = [word("src0", lane, index) for lane, index in steps]
+                self.stationary[:] = 0
+                for (lane, index), value in zip(steps, old, strict=True):
+                    self.stationary[lane, index[3]] = arithmetic.round_bf16(value)[0]
+            case Opcode.MATMUL:
+                moving = self.sbuf.copy()
+                for index in indices:
+                    column = moving[:lanes, at("src0", index)]
+                    x = arithmetic.round_bf16(column).view(np.float32).astype(np.float64)
+                    for m in range(f["columns"]):
+                        acc = np.float32(0)
+                        with np.errstate(all="ignore"):
+                            for k in range(lanes):
+                                w = np.float64(self.stationary[k, m].view(np.float32))
+                                acc = np.float32(np.float64(acc) + x[k] * w)
+                        tile = arithmetic.canonical(np.array([acc], np.float32))
+                        if f["accumulate"]:
+                            tile = arithmetic.add(one(self.psum[m, at("dst", index)]), tile)
+                        self.psum[m, at("dst", index)] = tile[0]
+            case Opcode.TENSOR_TENSOR:
+                for lane, index in steps:
+                    a = alu(f["op0"], word("src0", lane, index), one(f["imm0"]))
+                    writes.append((lane, index, alu(f["op1"], a, word("src1", lane, index))))
+            case Opcode.TENSOR_SCALAR:
+                for lane, index in steps:
+                    a = alu(f["op0"], word("src0", lane, index), one(f["imm0"]))
+                    writes.append((lane, index, alu(f["op1"], a, one(f["imm1"]))))
+            case Opcode.REDUCE:
+                for outer in itertools.product(*(range(n) for n in counts[:3])):
+                    for lane in range(lanes):
+                        acc = [one(REDUCTIONS[AluOp(f["op1"])])] * REDUCE_ACCUMULATORS
+                        for i in range(counts[3]):
+                            a = alu(f["op0"], word("src0", lane, (*outer, i)), one(f["imm0"]))
+                            acc[i % 4] = alu(f["op1"], acc[i % 4], a)
+                        left, right = alu(f["op1"], *acc[:2]), alu(f["op1"], *acc[2:])
+                        writes.append((lane, (*outer, 0), alu(f["op1"], left, right)))
+            case Opcode.MEMSET:
+                writes = [(lane, index, one(f["imm0"])) for lane, index in steps]
+            case Opcode.COPY_PREDICATED:
+                for lane, index in steps:
+                    if word("src0", lane, index)[0] & 0x7FFFFFFF:
+                        writes.append((lane, index, word("src1", lane, index)))
+            case Opcode.ACTIVATE | Opcode.ACTIVATE_TENSOR_BIAS:
+                for lane, index in steps:
+                    y = arithmetic.mul(word("src0", lane, index), one(f["imm0"]))
+                    tensor = opcode is Opcode.ACTIVATE_TENSOR_BIAS
+                    bias = word("src1", lane, index) if tensor else one(f["imm1"])
+                    y = arithmetic.add(y, bias)
+                    writes.append((lane, index, evaluate(Function(f["op0"]), y)))
+            case Opcode.DMA_LOAD | Opcode.DMA_STORE:
+                size = 2 if f["dram_dtype"] else 4
+                for lane, index in [(lane, index) for index in indices for lane in range(lanes)]:
+                    address = f["dram_base"] + lane * f["lane_stride"]
+                    address += sum(i * f[f"dram_strides.{d}"] for d, i in enumerate(index))
+                    address &= ~1
+                    element = slice(address, address + size)
+                    target = self.sbuf[lane : lane + 1, at("local", index)]
+                    if opcode is Opcode.DMA_LOAD:
+                        raw_word = int.from_bytes(self.dram[element].tobytes(), "little")
+                        target[0] = raw_word << (0 if size == 4 else 16)
+                    else:
+                        value = int(target[0]) if size == 4 else arithmetic.round_bf16(target)[0]
+                        value = int(value) >> (0 if size == 4 else 16)
+                        self.dram[element] = list(value.to_bytes(size, "little"))
+        for lane, index, value in writes:
+            if f["dst.dtype"]:
+                value = arithmetic.round_bf16(value)
+            memory("dst")[lane, at("dst", index)] = value[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize(
+    "opcode", [op for op in Opcode if SPECS[op].operands], ids=lambda op: op.name
+)
+def test_instruction(opcode: Opcode, seed: int) -> None:
+    rng = random.Random(seed)
+    core = random_core(rng)
+    raw = random_instruction(rng, opcode)
+    naive = Naive(core)
+    dram = decode(raw)[1].get("dram_base")
+    if core.execute(raw, engine_of(opcode)) is not None:
+        assert dram is not None  # only the bus can still refuse
+        assert (core.sbuf == naive.sbuf).all() and (core.dram == naive.dram).all()
+        return
+    naive.execute(raw)
+    for name in ("sbuf", "psum", "stationary", "dram"):
+        np.testing.assert_array_equal(getattr(core, name), getattr(naive, name), name)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_dma_windows_equal_the_definition(seed: int) -> None:
+    """The strided windows give what `systolith.golden.dma` defines."""
+    rng = random.Random(seed)
+    core, other = random_core(random.Random(seed)), random_core(random.Random(seed))
+    raw = random_instruction(rng, rng.choice((Opcode.DMA_LOAD, Opcode.DMA_STORE)))
+    fault = other._dma_by_definition(*decode(raw))()
+    assert core.execute(raw, "dma0") == fault
+    np.testing.assert_array_equal(core.sbuf, other.sbuf)
+    np.testing.assert_array_equal(core.dram, other.dram)
+
+
+# -- programs ----------------------------------------------------------------------------------
+
+
+def start(core: Core, text: str) -> None:
+    """Places streams (END added to each) at multiples of 1024 bytes and starts them."""
+    streams = assemble(text) if text else {}
+    for index, engine in enumerate(NANO.engines):
+        raw = streams.get(engine, b"") + encode(Opcode.END, {})
+        core.dram[1024 * index : 1024 * index + len(raw)] = np.frombuffer(raw, np.uint8)
+    core.start([1024 * index for index in range(len(NANO.engines))])
+
+
+def new_core(seed: int | None = None) -> Core:
+    scheduler = None if seed is None else random.Random(seed)
+    return Core(NANO, np.zeros(1 << 14, np.uint8), scheduler=scheduler)
+
+
+def test_counters_and_end() -> None:
+    core = new_core()
+    start(
+        core,
+        "tensor[0] LOAD_STATIONARY lanes=3 counts=[1,1,1,2] src0=sbuf.bf16@0[0,0,0,1]\n"
+        "tensor[1] MATMUL lanes=3 columns=2 counts=[1,1,2,5] dst=psum.fp32@0[0,0,5,1]"
+        " src0=sbuf.bf16@0[0,0,5,1]\nvector[0] NOP\n",
+    )
+    assert core.run() == 8
+    assert core.fault is None and not core.running
+    assert core.instructions == [3, 2, 1, 1, 1]
+    assert core.macs == 3 * 2 * 10
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_semaphores(seed: int | None) -> None:
+    """AT_LEAST leaves the count, ACQUIRE takes it, and slots hold one after the other."""
+    core = new_core(seed)
+    start(
+        core,
+        "vector[0] wait(s1>=2,s1-=1) NOP signal(s2+3)\n"
+        "scalar[0] NOP signal(s1+1)\n"
+        "scalar[1] NOP signal(s1+1)\n"
+        "dma0[0] wait(s2-=1,s2-=2) NOP signal(s3+255)\n",
+    )
+    core.run()
+    assert core.fault is None
+    assert core.semaphores[:4] == [0, 1, 0, 255]
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_deadlock_is_a_watchdog_fault(seed: int | None) -> None:
+    core = new_core(seed)
+    start(core, "vector[0] NOP\nvector[1] wait(s1>=1) NOP\nscalar[0] wait(s2>=1) NOP signal(s1+1)")
+    core.run()
+    assert core.fault is not None
+    assert (core.fault.engine, core.fault.pc) == (1, 1)
+    assert core.fault.cause is FaultCause.WATCHDOG
+
+
+def test_a_faulting_instruction_does_nothing() -> None:
+    core = new_core()
+    start(
+        core,
+        "vector[0] MEMSET lanes=4 counts=[1,1,1,4] dst=sbuf.fp32@0[0,0,0,1] imm0=1.0\n"
+        "vector[1] MEMSET lanes=4 counts=[1,1,1,4] dst=sbuf.fp32@2045[0,0,0,1] imm0=1.0"
+        " signal(s1+1)\n",
+    )
+    core.run()
+    assert core.fault is not None
+    assert (core.fault.engine, core.fault.pc, core.fault.address) == (1, 1, 2048)
+    assert core.fault.cause is FaultCause.OUT_OF_BOUNDS
+    assert core.sbuf[:, :4].all() and not core.sbuf[:, 4:].any()
+    assert core.semaphores[1] == 0 and core.instructions[1] == 1
+
+
+def test_semaphore_overflow() -> None:
+    core = new_core()
+    start(core, "\n".join(f"vector[{i}] NOP signal(s5+255)" for i in range(14)))
+    core.semaphores[5] = 65535 - 255 * 3
+    core.run()
+    assert core.fault is not None
+    assert core.fault.cause is FaultCause.SEMAPHORE_OVERFLOW
+    assert (core.fault.pc, core.fault.address, core.semaphores[5]) == (3, 5, 65535)
+
+
+def test_fetch_error() -> None:
+    core = new_core()
+    core.start([0, 0, 0, 0, 0])  # zeros are NOPs, up to the end of DRAM
+    core.run()
+    assert core.fault is not None
+    assert core.fault.cause is FaultCause.FETCH_ERROR
+    assert core.fault.pc == (1 << 14) // 64 and core.fault.address == 1 << 14
+
+
+def test_memories_persist_over_runs_and_resets() -> None:
+    core = new_core()
+    start(core, "vector[0] MEMSET lanes=4 counts=[1,1,1,1] dst=psum.fp32@9[0,0,0,0] imm0=2.0")
+    core.run()
+    start(core, "")
+    core.run()
+    core.reset()
+    assert (core.psum[:, 9] == 0x40000000).all()
+    assert core.instructions == [0] * 5
+
+
+def test_steps_can_be_limited() -> None:
+    core = new_core()
+    start(core, "vector[0] NOP\nvector[1] NOP")
+    assert [core.run(3), core.running, core.run(3), core.running, core.run(3)] == [
+        3,
+        True,
+        3,
+        True,
+        1,
+    ]
+    assert not core.running and core.fault is None
+
+
+def test_dram_size_is_checked() -> None:
+    with pytest.raises(BackendError, match="multiple of 4096 bytes, not 100"):
+        GoldenDevice("nano", dram_bytes=100)
