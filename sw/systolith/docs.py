@@ -135,7 +135,7 @@ they are read.
 
 A destination may be a source element for element, that is in place. If a destination overlaps a
 source in any other way, the result is undefined. If a destination names a word more than once, the
-last element written stays; of MATMUL with `accumulate` the destination must not.
+last element written stays; a MATMUL with `accumulate` adds to the word each time, in order.
 
 ### Arithmetic
 
@@ -145,8 +145,8 @@ FP32 operations round to nearest even and keep subnormals. Whatever results in N
 
 A MATMUL computes, for each element of its tile, the chain `acc = fp32(acc + w*x)` from +0 in the
 order of the partitions, each product exact and each step rounded once. With `accumulate`, one FP32
-addition adds the tile to the destination. Rows and columns of the stationary operand that the last
-LOAD_STATIONARY did not cover are zero.
+addition adds the tile to the destination. A MATMUL uses the last LOAD_STATIONARY before it in its
+stream; what it computes with rows or columns that this did not load is undefined.
 
 ### DMA
 

@@ -1,37 +1,24 @@
-"""Bench of the floating-point cells: many copies side by side, compared with numpy and SoftFloat."""
+"""Bench of the floating-point cells, many copies side by side, against numpy and SoftFloat."""
 
 import os
 import random
 from collections import deque
 
 import cocotb
-import ml_dtypes
 import numpy as np
 import softfloatpy
 from amaranth.hdl import Module, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
-from cocotb.triggers import FallingEdge
+from cocotb.triggers import FallingEdge, ReadOnly
 from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul, round_bf16
 from systolith_hdl.emit import Once
-from systolith_hdl.formats import CANONICAL_NAN
+
+from systolith_tb.numerics import CORNERS, canonical, numpy_rng, pack, random_words, to_bf16, unpack
 
 #: Copies of each cell: this many vectors in a cycle.
 COPIES = 16
-
-#: Bit patterns of the corners, signs apart: zero, smallest and largest subnormals, the binades
-#: around them, one and its neighbours, ties, the largest numbers, infinity, quiet and signaling NaN.
-_MAGNITUDES = [
-    *(0x00000000, 0x00000001, 0x00000002, 0x00000003, 0x003FFFFF, 0x00400000, 0x007FFFFF),
-    *(0x00800000, 0x00800001, 0x00FFFFFF, 0x01000000, 0x01800000, 0x0BFFFFFF, 0x0C000000),
-    *(0x1F800000, 0x20000000, 0x33000000, 0x33800000, 0x33800001, 0x34000000, 0x337FFFFF),
-    *(0x3F000000, 0x3F7FFFFF, 0x3F800000, 0x3F800001, 0x3F808000, 0x3F818000, 0x3FFFFFFF),
-    *(0x40000000, 0x40490FDB, 0x4B000000, 0x4B7FFFFF, 0x4B800000, 0x5F000000, 0x5F7FFFFF),
-    *(0x72800000, 0x73000000, 0x7E800000, 0x7EFFFFFF, 0x7F000000, 0x7F7FFFFE, 0x7F7FFFFF),
-    *(0x7F7F7FFF, 0x7F7F8000, 0x7F800000, 0x7F800001, 0x7FA00000, 0x7FC00000, 0x7FFFFFFF),
-]
-CORNERS = np.array([m | s for m in _MAGNITUDES for s in (0, 1 << 31)], np.uint32)
 
 
 class ArithBench(wiring.Component):
@@ -70,24 +57,6 @@ class ArithBench(wiring.Component):
         return m
 
 
-def canonical(words: np.ndarray) -> np.ndarray:
-    """Returns uint32 FP32 words with every NaN made the canonical one."""
-    return np.where((words & 0x7FFFFFFF) > 0x7F800000, np.uint32(CANONICAL_NAN), words)
-
-
-def random_words(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Random FP32 bit patterns: uniform bits, few exponents, few significant bits, corners."""
-    uniform = rng.integers(0, 1 << 32, count, dtype=np.uint32)
-    sign = uniform & np.uint32(1 << 31)
-    near = (rng.integers(120, 134, count, dtype=np.uint32) << 23) | (uniform & 0x807FFFFF)
-    low = (rng.integers(0, 30, count, dtype=np.uint32) << 23) | (uniform & 0x807FFFFF)
-    high = (rng.integers(225, 256, count, dtype=np.uint32) << 23) | (uniform & 0x807FFFFF)
-    mask = np.uint32(0xFFFFFFFF) << rng.integers(0, 24, count, dtype=np.uint32)
-    corner = rng.choice(CORNERS, count)
-    kinds = [uniform, near, low, high, corner, near & mask, uniform & mask, sign | (uniform >> 9)]
-    return np.choose(rng.integers(0, len(kinds), count), kinds).astype(np.uint32)
-
-
 def random_pairs(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Random operands, a quarter of which nearly cancel, and all pairs of corners before them."""
     a, b = random_words(rng, count), random_words(rng, count)
@@ -113,15 +82,6 @@ def softfloat(operation: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return canonical(np.array(to_words, np.uint32))
 
 
-def _pack(words: np.ndarray) -> int:
-    return int.from_bytes(words.tobytes(), "little")
-
-
-def _unpack(handle: object, dtype: type) -> np.ndarray:
-    value = int(handle.value)  # type: ignore[attr-defined]
-    return np.frombuffer(value.to_bytes(COPIES * np.dtype(dtype).itemsize, "little"), dtype)
-
-
 def _check(what: str, a: np.ndarray, b: np.ndarray, got: np.ndarray, wanted: np.ndarray) -> None:
     wrong = np.flatnonzero(got != wanted)
     if len(wrong):
@@ -136,7 +96,7 @@ def _check(what: str, a: np.ndarray, b: np.ndarray, got: np.ndarray, wanted: np.
 async def cells(dut) -> None:
     """Sums, products and roundings of $SYSTOLITH_VECTORS random pairs and all pairs of corners,
     with `en` going low at random."""
-    rng = np.random.default_rng(random.getrandbits(32))
+    rng = numpy_rng()
     a, b = random_pairs(rng, int(os.environ.get("SYSTOLITH_VECTORS", "100000")))
     pad = -len(a) % COPIES
     a, b = np.pad(a, (0, pad)), np.pad(b, (0, pad))
@@ -148,22 +108,21 @@ async def cells(dut) -> None:
     sent, batches = 0, len(a) // COPIES
     while len(totals) < batches:
         await FallingEdge(dut.clk)
-        # What was driven half a cycle after the previous rising edge has now been sampled once.
         enable = random.random() < 0.9
         dut.en.value = enable
         if sent < batches:
             chunk = slice(sent * COPIES, (sent + 1) * COPIES)
-            dut.a.value = _pack(a[chunk])
-            dut.b.value = _pack(b[chunk])
+            dut.a.value = pack(a[chunk])
+            dut.b.value = pack(b[chunk])
         if pipeline[0] and enable:
-            totals.append(_unpack(dut.total, np.uint32))
-            products.append(_unpack(dut.product, np.uint32))
+            totals.append(unpack(dut.total, np.uint32, COPIES))
+            products.append(unpack(dut.product, np.uint32, COPIES))
         if enable:
             pipeline.popleft()
             pipeline.append(sent < batches)
             if sent < batches:
-                await cocotb.triggers.ReadOnly()
-                rounded.append(_unpack(dut.rounded, np.uint16))
+                await ReadOnly()
+                rounded.append(unpack(dut.rounded, np.uint16, COPIES))
             sent += 1
     assert len(rounded) == batches
     total, product = np.concatenate(totals), np.concatenate(products)
@@ -172,9 +131,7 @@ async def cells(dut) -> None:
         fa, fb = a.view(np.float32), b.view(np.float32)
         _check("sum, numpy", a, b, total, canonical((fa + fb).view(np.uint32)))
         _check("product, numpy", a, b, product, canonical((fa * fb).view(np.uint32)))
-        narrow = fa.astype(ml_dtypes.bfloat16).view(np.uint16)
-    narrow = np.where((a & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FC0), narrow)
-    _check("bf16", a, b, np.concatenate(rounded), narrow)
+    _check("bf16", a, b, np.concatenate(rounded), to_bf16(a))
     _check("sum, SoftFloat", a, b, total, softfloat("f32_add", a, b))
     _check("product, SoftFloat", a, b, product, softfloat("f32_mul", a, b))
     cocotb.log.info("compared %d vectors", len(a))

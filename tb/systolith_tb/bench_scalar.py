@@ -1,5 +1,6 @@
-"""Benches of the scalar engine: the lane alone, and the engine between banked memories."""
+"""Benches of the scalar engine: the lane alone, and the engine between modelled memories."""
 
+import dataclasses
 import os
 import random
 from collections import deque
@@ -10,17 +11,16 @@ from amaranth.hdl import Module, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
-from cocotb.triggers import FallingEdge
+from cocotb.triggers import FallingEdge, ReadOnly
 from systolith.golden import arithmetic
 from systolith.golden.activation import evaluate
-from systolith_hdl.banked import BankedMemory
-from systolith_hdl.config import CoreConfig, get_config
+from systolith_hdl.config import get_config
 from systolith_hdl.emit import Once
 from systolith_hdl.formats import DType
-from systolith_hdl.isa import INSTRUCTION_BITS, Function, Opcode, Space, encode
-from systolith_hdl.ports import IssuePort, ReadPort, WritePort
+from systolith_hdl.isa import Function, Opcode, Space, encode
+from systolith_hdl.ports import READ_LATENCY
 from systolith_hdl.scalar import tables as T
-from systolith_hdl.scalar.engine import FIXED_CYCLES, ScalarEngine
+from systolith_hdl.scalar.engine import FIXED_CYCLES
 from systolith_hdl.scalar.lane import LANE_LATENCY, ScalarLane
 
 #: Lanes of the lane bench: this many vectors in a cycle.
@@ -148,3 +148,221 @@ async def lane(dut) -> None:
         compared += len(x)
     assert compared > len(Function) * count
     cocotb.log.info("compared %d elements", compared)
+
+
+#: Configuration of the engine bench.
+CONFIG = get_config("nano")
+_DEPTH = {Space.SBUF: CONFIG.sbuf_depth, Space.PSUM: CONFIG.psum_depth}
+
+
+@dataclasses.dataclass
+class Job:
+    """One instruction and what it has to write: (space, address, mask, column) in order."""
+
+    word: int
+    columns: int
+    writes: list[tuple[Space, int, int, tuple[int, ...]]]
+
+
+class Memories:
+    """The words of SBUF and PSUM, [column, lane], and a model of the ports on them.
+
+    A port is ready in a cycle with the probability `ready`; reads answer after READ_LATENCY.
+    """
+
+    def __init__(self, dut: object, rng: np.random.Generator, *, reads: float, writes: float):
+        self.words = {
+            space: random_words(rng, depth * CONFIG.lanes).reshape(depth, CONFIG.lanes)
+            for space, depth in _DEPTH.items()
+        }
+        self.written: list[tuple[Space, int, int, tuple[int, ...]]] = []
+        self._reads, self._writes = reads, writes
+        self._ports = {
+            (name, space): {
+                field: getattr(dut, f"{name}_{space.name.lower()}__{field}")
+                for field in (
+                    ("request__valid", "request__ready", "request__payload")
+                    + (("response__valid", "response__payload") if name != "dst" else ())
+                )
+            }
+            for name in ("src0", "src1", "dst")
+            for space in Space
+        }
+        self._flying = {key: deque([None] * READ_LATENCY) for key in self._ports}
+
+    def drive(self) -> None:
+        """Sets what the memories put on the ports in this cycle."""
+        for (name, _), port in self._ports.items():
+            chance = self._writes if name == "dst" else self._reads
+            port["request__ready"].value = random.random() < chance
+            if name != "dst":
+                column = self._flying[name, _].popleft()
+                port["response__valid"].value = column is not None
+                garbage = random.getrandbits(32 * CONFIG.lanes)
+                port["response__payload"].value = garbage if column is None else _pack(column)
+
+    def observe(self) -> None:
+        """Takes the requests of this cycle: reads see the writes of earlier cycles only."""
+        for (name, space), port in self._ports.items():
+            if name != "dst":
+                column = None
+                if port["request__valid"].value and port["request__ready"].value:
+                    column = self.words[space][int(port["request__payload"].value)].copy()
+                self._flying[name, space].append(column)
+        for (name, space), port in self._ports.items():
+            if name == "dst" and port["request__valid"].value and port["request__ready"].value:
+                bits = (_DEPTH[space] - 1).bit_length()
+                payload = int(port["request__payload"].value)
+                address = payload & (1 << bits) - 1
+                mask = payload >> bits + 32 * CONFIG.lanes
+                column = [payload >> bits + 32 * i & 0xFFFFFFFF for i in range(CONFIG.lanes)]
+                self.written.append(_masked(space, address, mask, column))
+                for i in range(CONFIG.lanes):
+                    if mask >> i & 1:
+                        self.words[space][address, i] = column[i]
+
+
+def _masked(
+    space: Space, address: int, mask: int, column: object
+) -> tuple[Space, int, int, tuple[int, ...]]:
+    """A write with the lanes that are not written zeroed."""
+    words = tuple(int(w) if mask >> i & 1 else 0 for i, w in enumerate(column))  # type: ignore[arg-type, var-annotated]
+    return space, address, mask, words
+
+
+def _operand(counts: list[int], space: Space, upper: bool) -> tuple[dict[str, int], np.ndarray]:
+    """A random access pattern in one half of a memory: its fields and its addresses in order."""
+    half = _DEPTH[space] // 2
+    while True:
+        strides = [random.choice((0, 1, 2, 5, 7, -1, -3, random.randint(-40, 40))) for _ in counts]
+        steps = np.zeros(counts, np.int64)
+        for axis, stride in enumerate(strides):
+            shape = [1] * len(counts)
+            shape[axis] = counts[axis]
+            steps = steps + stride * np.arange(counts[axis]).reshape(shape)
+        if steps.max() - steps.min() < half:
+            break
+    base = random.randint(-int(steps.min()), half - 1 - int(steps.max())) + upper * half
+    fields = {"base": base, "space": space.value}
+    fields.update({f"strides.{i}": stride for i, stride in enumerate(strides)})
+    return fields, steps.ravel() + base
+
+
+def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator) -> Job:
+    """Draws an instruction and applies it to `memory`."""
+    counts = [random.choice((1, 1, 2, 3)), random.choice((1, 2)), random.choice((1, 1, 4)), 0]
+    counts[3] = random.choice((1, 2, 7, 16))
+    function = random.choice(list(Function))
+    lanes = random.choice((CONFIG.lanes, random.randint(1, CONFIG.lanes)))
+    dtype = random.choice((DType.FP32, DType.FP32, DType.BF16))
+    opcode = random.choice((Opcode.ACTIVATE, Opcode.ACTIVATE_TENSOR_BIAS))
+    operands = {"src0": False, "dst": True}
+    if opcode is Opcode.ACTIVATE_TENSOR_BIAS:
+        operands["src1"] = False
+    plain = random.random() < 0.5
+    scale = _ONE if plain else int(random_words(rng, 1)[0])
+    bias = 1 << 31 if plain else int(random_words(rng, 1)[0])
+    fields: dict[str, object] = {"op0": function, "lanes": lanes, "imm0": scale}
+    fields.update({f"counts.{i}": count for i, count in enumerate(counts)})
+    if opcode is Opcode.ACTIVATE:
+        fields["imm1"] = bias
+    addresses, spaces = {}, {}
+    for name, upper in operands.items():
+        spaces[name] = random.choice(list(Space))
+        pattern, addresses[name] = _operand(counts, spaces[name], upper)
+        fields.update({f"{name}.{key}": value for key, value in pattern.items()})
+    fields["dst.dtype"] = dtype
+    word = int.from_bytes(encode(opcode, fields), "little")
+
+    x = memory[spaces["src0"]][addresses["src0"]]
+    if opcode is Opcode.ACTIVATE_TENSOR_BIAS:
+        add = memory[spaces["src1"]][addresses["src1"]]
+    else:
+        add = np.full_like(x, bias)
+    result = reference(function, x, np.full_like(x, scale), add, bf16=dtype is DType.BF16)
+    mask = (1 << lanes) - 1
+    writes = []
+    for address, column in zip(addresses["dst"].tolist(), result, strict=True):
+        memory[spaces["dst"]][address, :lanes] = column[:lanes]
+        writes.append(_masked(spaces["dst"], address, mask, column))
+    return Job(word, len(writes), writes)
+
+
+async def _engine(dut: object, *, reads: float, writes: float, issue: float, jobs: int) -> None:
+    """Runs random instructions and compares every write, the final memories and, when nothing
+    stalls, the cycles from taken to done."""
+    rng = np.random.default_rng(random.getrandbits(32))
+    stalls = reads < 1 or writes < 1
+    memories = Memories(dut, rng, reads=reads, writes=writes)
+    model = {space: words.copy() for space, words in memories.words.items()}
+    Clock(dut.clk, 10, unit="ns").start()
+    dut.rst.value = 1
+    dut.issue__instruction__valid.value = 0
+    for _ in range(3):
+        await FallingEdge(dut.clk)
+        memories.drive()
+        await ReadOnly()
+        memories.observe()
+    await FallingEdge(dut.clk)
+    memories.drive()
+    dut.rst.value = 0
+    await ReadOnly()
+    memories.observe()
+
+    waiting = [random_job(model, rng) for _ in range(jobs)]
+    expected = [write for job in waiting for write in job.writes]
+    running: Job | None = None
+    offered: Job | None = None
+    cycle = taken_at = finished = written = 0
+    while waiting or offered or running:
+        await FallingEdge(dut.clk)
+        if offered is None and waiting and random.random() < issue:
+            offered = waiting.pop(0)
+        dut.issue__instruction__valid.value = offered is not None
+        dut.issue__instruction__payload.value = offered.word if offered else random.getrandbits(512)
+        memories.drive()
+        await ReadOnly()
+        assert bool(dut.issue__busy.value) == (running is not None)
+        memories.observe()
+        if dut.issue__done.value:
+            assert running is not None
+            finished += 1
+            written += running.columns
+            assert len(memories.written) == written  # all of its writes, and no other's
+            if not stalls:
+                assert cycle - taken_at == running.columns + FIXED_CYCLES
+            running = None
+        if offered and dut.issue__instruction__ready.value:
+            assert running is None
+            running, offered, taken_at = offered, None, cycle
+        cycle += 1
+    for got, wanted in zip(memories.written, expected, strict=True):
+        assert got == wanted, f"wrote {got}, wanted {wanted}"
+    assert finished == jobs
+    for space in Space:
+        assert (memories.words[space] == model[space]).all()
+    cocotb.log.info("compared %d columns of %d instructions", len(expected), jobs)
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
+async def engine_free(dut) -> None:
+    """Nothing stalls: bits and cycles."""
+    await _engine(dut, reads=1, writes=1, issue=1, jobs=60)
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
+async def engine_idle(dut) -> None:
+    """The memories hold reads back, instructions come late."""
+    await _engine(dut, reads=0.6, writes=1, issue=0.1, jobs=40)
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
+async def engine_backpressure(dut) -> None:
+    """The memories hold writes back."""
+    await _engine(dut, reads=1, writes=0.5, issue=1, jobs=40)
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
+async def engine_stalls(dut) -> None:
+    """Everything stalls."""
+    await _engine(dut, reads=0.5, writes=0.5, issue=0.5, jobs=40)

@@ -65,7 +65,9 @@ def run_bench(
     verilog = to_verilog(component, name)
     binary, environment, flags = verilator_env()
     build_args = [*_BUILD_ARGS, *flags]
-    build_dir = cache_dir() / f"bench-{name}-{content_hash(verilog, repr(build_args), _CONTROL, binary)}"
+    build_dir = (
+        cache_dir() / f"bench-{name}-{content_hash(verilog, repr(build_args), _CONTROL, binary)}"
+    )
     build_dir.mkdir(parents=True, exist_ok=True)
     source = build_dir / f"{name}.v"
     control = build_dir / f"{name}.vlt"

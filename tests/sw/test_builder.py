@@ -42,7 +42,7 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     "names the largest": (lambda k: k.nc.psum.tile(999), r"largest of 1 live tiles: p \(32\)"),
     "no columns": (lambda k: k.nc.sbuf.tile(0), "at least one column"),
     "double free": (lambda k: (k.nc.sbuf.free(k.a), k.nc.sbuf.free(k.a)), "already free"),
-    "free elsewhere": (lambda k: k.nc.sbuf.free(k.p), "is not of this"),
+    "free elsewhere": (lambda k: k.nc.sbuf.free(k.p), "is not of this SBUF"),
     "use after free": (
         lambda k: (k.nc.sbuf.free(k.a), k.nc.vector.memset(k.a.view(), 0)),
         "'a' .* freed",
@@ -62,7 +62,10 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     "broadcast": (lambda k: k.a.view((4, 4)).broadcast_to(4, 5), "cannot broadcast"),
     # operands
     "not a view": (lambda k: k.nc.vector.memset(k.a, 0), "dst must be a view, not Tile"),
-    "another builder": (lambda k: k.nc.vector.memset(Kit().a.view(), 0), None),
+    "another builder": (
+        lambda k: k.nc.vector.memset(Kit().a.view(), 0),
+        "dst belongs to another builder",
+    ),
     "shape": (
         lambda k: _add(k, k.a.view(8), k.b.view(8), k.p.view(7)),
         r"shape mismatch: src1 has shape \(7,\), the instruction walks \(8,\)",
@@ -144,6 +147,13 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: (k.nc.tensor.load_stationary(k.a.view(4)), _mm(k, k.p.view(8), k.a.view(9))),
         r"dst has shape \(8,\), the moving operand \(9,\)",
     ),
+    "repeated result": (
+        lambda k: (
+            k.nc.tensor.load_stationary(k.a.view(4)),
+            _mm(k, k.p.view((2, 4), (0, 1)), k.a.view((2, 4))),
+        ),
+        "writes a column more than once",
+    ),
     # DMA
     "dma psum": (lambda k: k.nc.dma.load(k.p.view(), k.x), "local operand must lie in SBUF"),
     "dma type": (lambda k: k.nc.dma.load(k.a.view(), k.i), "DMA moves BF16 and FP32 tensors"),
@@ -186,7 +196,7 @@ def _mm(k: Kit, dst: View, moving: View) -> None:
     k.nc.tensor.matmul(dst, moving)
 
 
-@pytest.mark.parametrize("case", [name for name, (_, match) in REFUSED.items() if match])
+@pytest.mark.parametrize("case", list(REFUSED))
 def test_refused(case: str) -> None:
     call, match = REFUSED[case]
     kit = Kit()
@@ -284,6 +294,13 @@ def test_matmul_fields() -> None:
     assert (matmul["lanes"], matmul["columns"], matmul["accumulate"]) == (2, 3, 1)
     assert strides(matmul, "dst") == [0, 0, 4, 1] and strides(matmul, "src0") == [0, 0, 8, 2]
     assert matmul["src0.dtype"] == DType.BF16.value
+
+
+def test_accumulating_into_a_column_repeatedly() -> None:
+    kit = Kit()
+    kit.nc.tensor.load_stationary(kit.a.view(4))
+    kit.nc.tensor.matmul(kit.p.view((2, 4), (0, 1)), kit.b.view((2, 4)), accumulate=True)
+    assert strides(instructions(kit, "tensor")[1][1], "dst") == [0, 0, 0, 1]
 
 
 def test_dma_queues() -> None:

@@ -1,5 +1,6 @@
 """The compiler's primitives and layouts, on the golden device against JAX in float32."""
 
+import itertools
 import math
 
 import jax
@@ -245,8 +246,11 @@ def test_softmax_and_norms(device, rng):
 # --- matrix products ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m,k,f", [(1, 1, 5), (3, 5, 7), (4, 4, 4), (8, 8, 8), (9, 17, 5),
-                                   (1, 9, 6), (6, 9, 1), (1, 1, 1), (5, 1, 7), (33, 2, 18)])  # fmt: skip
+PRODUCTS = [(1, 1, 5), (3, 5, 7), (4, 4, 4), (8, 8, 8), (9, 17, 5), (1, 9, 6), (6, 9, 1), (1, 1, 1),
+            (5, 1, 7), (33, 2, 18)]  # fmt: skip
+
+
+@pytest.mark.parametrize("m,k,f", PRODUCTS)
 def test_products(device, rng, m, k, f):
     a, b = floats(rng, m, k), floats(rng, k, f)
     exact = bf16(a) @ bf16(b)
@@ -346,8 +350,8 @@ def test_fusion(device, rng):
         device=device,
     )
     x = floats(rng, 3, 5)
-    kinds = [line.split(" = ")[1].split("(")[0]
-             for line in compiled.compile(x, x, x).dumps["layout"].splitlines() if " = " in line]  # fmt: skip
+    lines = compiled.compile(x, x, x).dumps["layout"].splitlines()
+    kinds = [line.split(" = ")[1].split("(")[0] for line in lines if " = " in line]
     assert sorted(kinds) == ["act", "tt", "tt"]
     compiled(x, x, x)
     instructions = compiled.stats()["instructions"]
@@ -364,7 +368,7 @@ def test_transposes_vanish(device, rng):
 def test_every_pass_dumps_its_ir(device, rng):
     compiled = systolith.jit(lambda x: jnp.tanh(x @ x.T), device=device)
     dumps = compiled.compile(floats(rng, 3, 5)).dumps
-    assert list(dumps) == ["trace", "dead code", "fuse", "layout"]
+    assert list(dumps) == ["trace", "dead code", "fuse", "layout", "schedule"]
     assert "@rows" in dumps["layout"] or "@cols" in dumps["layout"]
     assert "test_compiler.py" in dumps["trace"]
 
@@ -451,7 +455,7 @@ def test_deep_network_of_odd_sizes_tracks_jax(device):
     sizes, batch, steps = (13, 37, 21, 3), 19, 30
     params = [
         (floats(rng, a, b) / math.sqrt(a), np.zeros(b, np.float32))
-        for a, b in zip(sizes, sizes[1:], strict=False)
+        for a, b in itertools.pairwise(sizes)
     ]
     x = floats(rng, batch, 13)
     y = np.stack([np.sin(x[:, 0]), x[:, 1] * x[:, 2], np.cos(x[:, 3])], 1).astype(np.float32)

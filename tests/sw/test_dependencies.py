@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 from systolith.errors import KernelError
 from systolith.golden import Core
 from systolith.golden.checker import operand_counts, operand_strides
-from systolith.kernel import AluOp, DramTensor, DType, Function, KernelBuilder, Tile, View
-from systolith.kernel.builder import MAX_SEMAPHORE
+from systolith.kernel import (
+    AluOp,
+    DramTensor,
+    DType,
+    Function,
+    KernelBuilder,
+    Tile,
+    View,
+    builder,
+)
 from systolith.program import Program
 from systolith_hdl.config import PRESETS, CoreConfig
 from systolith_hdl.formats import FORMATS
@@ -321,13 +329,19 @@ def test_dram_hazards() -> None:
     assert [len(w) for w in waits] == [0, 1]
 
 
-def test_semaphores_do_not_overflow() -> None:
-    nc = KernelBuilder("nano")
-    a, b = nc.sbuf.tile(1), nc.sbuf.tile(1)
-    with nc.label(source="loop.py:3"):
-        for _ in range(MAX_SEMAPHORE + 1):
-            nc.vector.copy(b.view(), a.view())
-            nc.scalar.activate(a.view(), b.view(), Function.IDENTITY)
-    nc.vector.copy(b.view(), a.view())
-    with pytest.raises(KernelError, match=r"loop\.py:3: the semaphore of vector would pass 65535"):
-        nc.finish()
+def test_semaphores_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert builder.MAX_SEMAPHORE == 65535
+    monkeypatch.setattr(builder, "MAX_SEMAPHORE", 40)
+
+    def build(signals: int) -> Program:
+        nc = KernelBuilder("nano")
+        a, b = nc.sbuf.tile(1), nc.sbuf.tile(1)
+        with nc.label(source="loop.py:3"):
+            for _ in range(signals):
+                nc.vector.copy(b.view(), a.view())
+                nc.scalar.activate(a.view(), b.view(), Function.IDENTITY)
+        return nc.finish()
+
+    build(40)
+    with pytest.raises(KernelError, match=r"loop\.py:3: the semaphore of vector would pass 40"):
+        build(41)

@@ -150,9 +150,7 @@ class Fp32Add(wiring.Component):
             a.as_value().eq(unpack_fp32(self.a)),
             b.as_value().eq(unpack_fp32(self.b)),
         ]
-        m.d.comb += self.o.eq(
-            raw_add(m, en=self.en, a=a, b=b, nan=is_nan(self.a) | is_nan(self.b))
-        )
+        m.d.comb += self.o.eq(raw_add(m, en=self.en, a=a, b=b, nan=is_nan(self.a) | is_nan(self.b)))
         return m
 
 
@@ -232,9 +230,7 @@ class Fp32Mul(wiring.Component):
                 zero_1.eq(zero),
                 raw_2.eq(Mux(zero_1, 0, Cat(product[:21] != 0, product[21:]))),
                 exponent_2.eq(Mux(infinite_1, RAW_INF, Mux(sum_1 < 0, 0, sum_1[:EXP_BITS]))),
-                shift_2.eq(
-                    Mux(~infinite_1 & (sum_1 < 0), saturate5((-sum_1)[: EXP_BITS + 1]), 0)
-                ),
+                shift_2.eq(Mux(~infinite_1 & (sum_1 < 0), saturate5((-sum_1)[: EXP_BITS + 1]), 0)),
                 sign_2.eq(sign_1),
                 nan_2.eq(nan_1),
                 self.o.eq(

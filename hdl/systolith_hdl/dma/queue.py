@@ -256,9 +256,9 @@ class DmaQueue(wiring.Component):
             places.w_data.eq(run.address[1 : log_beat + 4]),
         ]
         assert RUN_BYTES_BITS >= 24 + 2
-        for aligner in (read_aligner, write_aligner):
-            m.d.comb += aligner.run.payload.eq(places.r_data)
         m.d.comb += [
+            read_aligner.run.payload.eq(places.r_data),
+            write_aligner.run.payload.eq(places.r_data),
             read_aligner.run.valid.eq(places.r_rdy & ~store),
             write_aligner.run.valid.eq(places.r_rdy & store),
             places.r_en.eq(Mux(store, write_aligner.run.ready, read_aligner.run.ready)),

@@ -1,6 +1,6 @@
 """One lane of the scalar engine: multiply, add, evaluate the function, round."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -45,10 +45,9 @@ class FunctionUnit(wiring.Component):
         content = T.tables()
         control = self.control
 
-        def rom(name: str, width: int, depth: int, words: list[int]) -> memory.ReadPort.Signature:
-            m.submodules[name] = cells = memory.Memory(
-                shape=unsigned(width), depth=depth, init=words
-            )
+        def rom(name: str, width: int, depth: int, words: list[int]) -> memory.ReadPort:
+            cells: memory.Memory = memory.Memory(shape=unsigned(width), depth=depth, init=words)
+            m.submodules[name] = cells
             port = cells.read_port()
             m.d.comb += port.en.eq(self.en)
             return port
@@ -264,14 +263,13 @@ class FunctionUnit(wiring.Component):
         return m
 
 
-def _zeros(m: Module, value: Signal) -> Signal:
-    """Leading zeros of 36 bits; 36 for zero. `leading_zeros` stops at 31: the top five come first."""
+def _zeros(m: Module, value: Value) -> Value:
+    """Leading zeros of 36 bits; 36 for zero. `leading_zeros` does 31: the top five come first."""
     top = value[31:]
-    rest = Signal(6)
-    m.d.comb += rest.eq(leading_zeros(m, value[:31]) + 5)
+    count: Value = leading_zeros(m, value[:31]) + 5
     for zeros in reversed(range(5)):
-        rest = Mux(top[4 - zeros], zeros, rest)
-    return rest
+        count = Mux(top[4 - zeros], zeros, count)
+    return count
 
 
 class ScalarLane(wiring.Component):

@@ -635,7 +635,7 @@ def _segment(piece: Piece, k: int, index: int, log2_count: int) -> int | None:
         if fixed:  # the mean of what the two shifts drop; other segments have bits to spare
             unrounded[0] += Decimal("0.75")
         c = [int(v.to_integral_value()) for v in unrounded]
-        steps = {t: horner(*c, t) for t in _PROBES}
+        steps = {t: horner(c[0], c[1], c[2], c[3], t) for t in _PROBES}
         if _fits(c, (36, 36, 25, 17)) and all(_fits(p, (25, 36, 36)) for p in steps.values()):
             break
     else:

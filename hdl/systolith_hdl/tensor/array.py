@@ -1,8 +1,8 @@
 """The weight-stationary systolic array.
 
-The stationary operand stays in the processing elements (PEs): PE (k, m) holds w[k, m]. Elements of
-moving columns enter row k at its left edge and go right, one PE a cycle; partial sums go down, a row
-in ADD_LATENCY cycles, so row k works k * ADD_LATENCY cycles behind row 0.
+The stationary operand stays in the processing elements (PEs): PE (k, m) holds w[k, m]. Elements
+of moving columns enter row k at its left edge and go right, one PE a cycle; partial sums go down,
+a row in ADD_LATENCY cycles, so row k works k * ADD_LATENCY cycles behind row 0.
 
 The next stationary operand is loaded in the background, on a second bus that also goes right: row k
 is sent w[k, 0], w[k, 1], ..., and each PE keeps the first word of a load that reaches it and marks
@@ -174,9 +174,7 @@ class SystolicArray(wiring.Component):
         narrow_column = data.ArrayLayout(unsigned(16), lanes)
         super().__init__(
             {
-                "weight": In(
-                    data.StructLayout({"valid": 1, "first": 1, "data": narrow_column})
-                ),
+                "weight": In(data.StructLayout({"valid": 1, "first": 1, "data": narrow_column})),
                 "moving": In(
                     data.StructLayout(
                         {"valid": 1, "swap": 1, "rows": lanes, "data": narrow_column, "tag": tag}
@@ -209,9 +207,7 @@ class SystolicArray(wiring.Component):
                 moving.active.eq(self.moving.rows[lane]),
                 weight.as_value().eq(recode_bf16(m, self.weight.data[lane])),
             ]
-            edge = Cat(
-                moving.value, moving.active, swap, weight, weight_valid, weight_first
-            )
+            edge = Cat(moving.value, moving.active, swap, weight, weight_valid, weight_first)
             cycles = lane * ADD_LATENCY
             m.submodules[f"skew{lane}"] = skew = Once(
                 Delay(width=len(edge), cycles=cycles), f"delay_{len(edge)}x{cycles}"

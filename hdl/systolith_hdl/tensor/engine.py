@@ -12,9 +12,9 @@ from ..ports import IssuePort, ReadPort
 from ..psum import ACCUMULATE_LATENCY, AccumulatePort, accumulate_tag
 from .array import SystolicArray, array_latency
 
-#: Instructions of each class taken from the sequencer ahead of their turn. Four, because the
-#: column buffer of a `ReadStreamer` may hold as many whole instructions of one column.
-QUEUE = 4
+#: Instructions of each class taken from the sequencer ahead of their turn. From being taken to its
+#: first column being sent one needs 5 cycles, in which others of one column each may follow.
+QUEUE = 8
 #: Numbers of loads and swaps, counted modulo 16: at most QUEUE + 1 are under way.
 _COUNT = unsigned(4)
 
@@ -62,7 +62,7 @@ class TensorEngine(wiring.Component):
     Throughput: one moving column per cycle. Matmuls of N + 1 or more columns that each have a load
     follow each other without a bubble if SBUF does not stall; a column that accumulates onto an
     address that one of the ACCUMULATE_LATENCY columns before it wrote waits for it.
-    Latency: a MATMUL of F columns that waits for nothing is done F + 5 + `matmul_latency` cycles
+    Latency: a MATMUL of F columns that waits for nothing is done F + 4 + `matmul_latency` cycles
     after it was taken.
     """
 
@@ -198,9 +198,7 @@ class TensorEngine(wiring.Component):
             newer_valid, newer = older_valid, older
         meets = Cat(valid & (older == tag.address) for valid, older in recent).any()
         m.d.comb += [
-            clear.eq(
-                ~(current.accumulate & meets) & (~swap | (loads_sent == current.loads))
-            ),
+            clear.eq(~(current.accumulate & meets) & (~swap | (loads_sent == current.loads))),
             send.eq(moving.columns.valid & address.valid & clear),
             moving.columns.ready.eq(address.valid & clear),
             address.ready.eq(moving.columns.valid & clear),

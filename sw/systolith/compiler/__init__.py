@@ -1,7 +1,7 @@
 """The compiler: a JAX function, traced for given shapes, becomes a `Program`.
 
-Passes: trace (jaxpr to tensor IR), eliminate dead code, fuse, lay out, generate. `verify_ir` runs
-after each; ``dumps`` of the result holds the IR after each.
+Passes: trace (jaxpr to tensor IR), eliminate dead code, fuse, lay out, schedule, generate. `verify_ir`
+runs after each; ``dumps`` of the result holds the IR after each.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .codegen import Binding, Generator
 from .fuse import eliminate_dead, fuse
 from .ir import Graph, verify_ir
 from .layout import assign_forms
+from .schedule import schedule
 from .trace import trace
 
 __all__ = ["Binding", "Compiled", "argument_name", "compile_step"]
@@ -73,7 +74,7 @@ def compile_step(
         raise UnsupportedError(
             f"matmul={matmul!r} is not supported; supported: {', '.join(MATMUL_TYPES)}"
         )
-    name = name or getattr(fn, "__name__", "step")
+    program_name = name or str(getattr(fn, "__name__", "step"))
     kwargs = dict(kwargs or {})
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
     leaves, out_tree = jax.tree.flatten_with_path(out_shape)[0], jax.tree.structure(out_shape)
@@ -99,9 +100,20 @@ def compile_step(
     passed(graph, "fuse")
     assign_forms(graph, config)
     passed(graph, "layout")
-    program = Generator(graph, config, name, inputs, outputs).run(
-        {"matmul": matmul, "inputs": len(inputs), "outputs": len(outputs)}
-    )
+    traced_order = list(graph.ops)
+    schedule(graph, config)
+    passed(graph, "schedule")
+    metadata = {"matmul": matmul, "inputs": len(inputs), "outputs": len(outputs)}
+
+    def generate() -> Program:
+        return Generator(graph, config, program_name, inputs, outputs).run(metadata)
+
+    try:
+        program = generate()
+    except CompileError:
+        # Another order has other values alive at once; the traced one may fit.
+        graph.ops = traced_order
+        program = generate()
     return Compiled(program, inputs, outputs, out_tree, dumps)
 
 

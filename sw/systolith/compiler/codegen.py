@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import AluOp, Function, Space
+from systolith_hdl.isa import Function, Space
 
 from ..errors import CompileError
 from ..kernel import DramTensor, KernelBuilder, Tile, View
@@ -28,6 +28,8 @@ from .layout import columns
 _INFINITY = 1 << 60  #: position of a need that never comes
 _MAX_STRIDE = (1 << 15) - 1
 _MAX_COUNT = (1 << 16) - 1
+_PIECES = 4  #: instructions an operation on many tiles is made of, at most
+_PIECE_COLUMNS = 64  #: columns of each of them, at least
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,11 +94,10 @@ class Generator:
         self._homes: dict[Value, _Home] = {}
         self._now = 0
         self._pinned: set[Tile] = set()
-        self._numbers: dict[float, Tile] = {}
+        self._numbers: dict[str, Tile] = {}
         self._scratch = itertools.count()
         #: columns of work given to the engines that can do the same things
         self._work = {"vector": 0, "scalar": 0}
-        # Queue 0 loads, the last one stores; what goes on chip again soon is stored first.
         self._last_queue = config.dma_queues - 1
 
     def run(self, metadata: dict[str, Any]) -> Program:
@@ -104,7 +105,8 @@ class Generator:
         self._place_tensors()
         self._collect_needs()
         self._prefetch()
-        for self._now, op in enumerate(self._graph.ops):
+        for position, op in enumerate(self._graph.ops):
+            self._now = position
             with self._nc.label(op.label or op.kind, source=op.source or "jax"):
                 self._operation(op)
                 self._after(op)
@@ -155,14 +157,23 @@ class Generator:
             for form, at in home.needs.items()
             if form is not None
         ]
-        for first, _, home, form in sorted(wanted, key=lambda item: item[:2]):
-            size = columns(home.value.shape, form, self._config.lanes)
-            if size > budget:
-                break
-            budget -= size
+        wanted.sort(key=lambda item: item[:2])
+        for first, group in itertools.groupby(wanted, key=lambda item: item[0]):
+            # Operands of one operation come in turns: it can begin with the first pieces of all.
+            loads: list[Iterator[None]] = []
+            for _, _, home, form in group:
+                size = columns(home.value.shape, form, self._config.lanes)
+                if size > budget:
+                    budget = 0
+                    break
+                budget -= size
+                tile = self._allocate(size, home.value.name)
+                home.tiles[form] = tile
+                loads.append(self._transfers(home, form, tile, home.dram[0], True, None))
             op = self._graph.ops[first]
-            with self._nc.label(f"load {home.value.name}", source=op.source or "jax"):
-                self._load(home, form)
+            with self._nc.label(f"load operands of {op.label}", source=op.source or "jax"):
+                for _ in itertools.zip_longest(*loads):
+                    pass
 
     # --- memory --------------------------------------------------------------------------
 
@@ -234,7 +245,8 @@ class Generator:
         self._pinned.clear()
         for value in dict.fromkeys(values):
             home = self._home(value)
-            needed = {form for form in home.needs if home.next_need(form, self._now + 1) < _INFINITY}
+            later = self._now + 1
+            needed = {form for form in home.needs if home.next_need(form, later) < _INFINITY}
             for form in list(home.tiles):
                 # The only copy stays as long as any other form has to be made from it.
                 if form in needed or (needed and not home.dram and len(home.tiles) == 1):
@@ -264,6 +276,13 @@ class Generator:
         self, home: _Home, form: Form, tile: Tile, copy: _DramCopy, load: bool, queue: int | None
     ) -> None:
         """Moves a whole value between a tile and DRAM."""
+        for _ in self._transfers(home, form, tile, copy, load, queue):
+            pass
+
+    def _transfers(
+        self, home: _Home, form: Form, tile: Tile, copy: _DramCopy, load: bool, queue: int | None
+    ) -> Iterator[None]:
+        """The same piece by piece: each step of the iterator makes one instruction."""
         item = FORMATS[copy.tensor.dtype].bytes
         row, col = copy.strides
         lanes = self._config.lanes
@@ -287,22 +306,32 @@ class Generator:
                     lane * item,
                     queue=queue,
                 )
+                yield
 
     @staticmethod
     def _pieces(first: int, tiles: int, free: int) -> Iterator[tuple[int, int, int, int]]:
-        """(tile, tiles, start, length) of pieces whose counts and strides an instruction holds."""
-        if free <= _MAX_STRIDE and tiles <= _MAX_COUNT:
-            yield first, tiles, 0, free
-            return
-        for tile in range(first, first + tiles):
+        """(tile, tiles, start, length) of the pieces that a walk over tiles is made in.
+
+        A long walk is cut into a few, so that what reads its result can begin before its end;
+        and no piece has counts or strides that an instruction cannot hold.
+        """
+        step = max(-(-tiles // _PIECES), -(-_PIECE_COLUMNS // free))
+        if free > _MAX_STRIDE:
+            step = 1
+        for tile in range(first, first + tiles, step):
+            count = min(step, first + tiles - tile)
             for start in range(0, free, _MAX_COUNT):
-                yield tile, 1, start, min(_MAX_COUNT, free - start)
+                yield tile, count, start, min(_MAX_COUNT, free - start)
 
     def _load(self, home: _Home, form: Form) -> Tile:
         tile = self._allocate(
             columns(home.value.shape, form, self._config.lanes), home.value.name or str(home.value)
         )
-        self._transfer(home, form, tile, home.dram[0], True, None)
+        # Inputs have the other queues to themselves; what was computed comes back through the
+        # queue that stored it.
+        copy = home.dram[0]
+        kept = copy.tensor.kind in ("input", "constant")
+        self._transfer(home, form, tile, copy, True, None if kept else self._last_queue)
         home.tiles[form] = tile
         return tile
 
@@ -398,9 +427,7 @@ class Generator:
         home = self._home(use.value)
         form = self._any_sbuf(home)
         cols = use.shape[1]
-        copy = _DramCopy(
-            self._output_tensors[index], 0, (1, cols) if use.transposed else (cols, 1)
-        )
+        copy = _DramCopy(self._output_tensors[index], 0, (1, cols) if use.transposed else (cols, 1))
         self._transfer(home, form, home.tiles[form], copy, False, self._last_queue)
         # An output of the value's own type is as good as scratch.
         if copy.tensor.dtype is home.value.dtype:
@@ -507,10 +534,11 @@ class Generator:
                 for tile, use in zip(tiles, op.operands, strict=True)
             ]
             if op.kind == "select":
-                self._select(op, dst, views, {
+                literals = {
                     key: self._view(tile, (1, 1), space, form, piece)
                     for key, tile in numbers.items()
-                })  # fmt: skip
+                }
+                self._select(op, dst, views, literals)
             else:
                 self._instruction(op, dst, views)
 
@@ -547,11 +575,10 @@ class Generator:
 
     def _number(self, value: float) -> Tile:
         """A column that holds a number in every lane."""
-        key = float(np.float32(value))
-        known = repr(key)
+        known = repr(value)  # tells -0.0 from 0.0, and finds NaN
         if known not in self._numbers:
             tile = self._allocate(1, f"number {known}")
-            self._nc.vector.memset(tile.view((1,)), key)
+            self._nc.vector.memset(tile.view((1,)), value)
             self._numbers[known] = tile
         return self._numbers[known]
 
@@ -581,10 +608,8 @@ class Generator:
                 f"a reduction over {free} elements is longer than {_MAX_COUNT}"
                 + (f", at {op.source}" if op.source else "")
             )
-        step = tiles if free <= _MAX_STRIDE else 1
-        for first in range(0, tiles, step):
-            piece = first, step, 0, free
-            count = step
+        for piece in self._pieces(0, tiles, free):
+            first, count = piece[:2]
             dst = result.view(
                 (count, 1), (1, 1), offset=first, lanes=self._lanes(shape, form)
             ).astype(op.result.dtype)
@@ -623,6 +648,14 @@ class Generator:
             )
         )
 
+    def _arrives_in_pieces(self, op: Op) -> bool:
+        """Whether a product should begin with what of its operands is there, rather than finish
+        what of its result is wanted."""
+        return all(
+            any(copy.tensor.kind in ("input", "constant") for copy in self._home(use.value).dram)
+            for use in op.operands
+        )
+
     def _dot(self, op: Op) -> None:
         """Matrix product: tiles of K accumulate in PSUM.
 
@@ -641,24 +674,27 @@ class Generator:
         home = self._home(op.result)
         assert op.form is not None
 
-        def product(psum: Tile, offset: int, block: int, start: int, length: int) -> None:
-            """psum[:, offset:] = columns `start` on of one block of rows."""
+        def product(psum: Tile, offset: int, block: int, k: int, start: int, length: int) -> None:
+            """psum[:, offset:] (+)= columns `start` on of one block of rows, over one tile of K."""
             m = min(lanes, across - block * lanes)
-            for k in range(-(-depth // lanes)):
-                used = min(lanes, depth - k * lanes)
-                self._nc.tensor.load_stationary(
-                    stationary.view((m,), offset=k * across + block * lanes, lanes=used)
-                )
-                self._nc.tensor.matmul(
-                    psum.view((length,), offset=offset, lanes=m),
-                    moving.view((length,), offset=k * free + start, lanes=used),
-                    accumulate=k > 0,
-                )
+            used = min(lanes, depth - k * lanes)
+            self._nc.tensor.load_stationary(
+                stationary.view((m,), offset=k * across + block * lanes, lanes=used)
+            )
+            self._nc.tensor.matmul(
+                psum.view((length,), offset=offset, lanes=m),
+                moving.view((length,), offset=k * free + start, lanes=used),
+                accumulate=k > 0,
+            )
 
+        tiles = -(-depth // lanes)
         if blocks * free <= self._config.psum_depth // 2:
             psum = self._psum(blocks * free, op.result.name)
-            for block in range(blocks):
-                product(psum, block * free, block, 0, free)
+            pairs = [(block, k) for block in range(blocks) for k in range(tiles)]
+            if self._arrives_in_pieces(op):
+                pairs.sort(key=lambda pair: pair[1])
+            for block, k in pairs:
+                product(psum, block * free, block, k, 0, free)
             home.tiles[op.form] = psum
             return
         # Too large to stay: through PSUM piece by piece, four of which are in flight.
@@ -668,7 +704,8 @@ class Generator:
             for start in range(0, free, piece):
                 length = min(piece, free - start)
                 psum = self._psum(length, op.result.name)
-                product(psum, 0, block, start, length)
+                for k in range(tiles):
+                    product(psum, 0, block, k, start, length)
                 m = min(lanes, across - block * lanes)
                 self._move(
                     result.view((length,), offset=block * free + start, lanes=m),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from systolith_hdl.formats import DType
-from systolith_hdl.isa import AluOp, Function
+from systolith_hdl.isa import AluOp
 
 from .ir import Graph, Op, Use, Value
 from .trace import MIRRORED, NO_BIAS
@@ -103,7 +103,7 @@ def _merge(op: Op, index: int, producer: Op) -> bool:
         return True
     if op.kind == "act" and attrs["scale"] == 1.0 and str(attrs["bias"]) == str(NO_BIAS):
         found = affine(producer)
-        if found is None or not same_shape and producer.kind == "ts":
+        if found is None or (producer.kind == "ts" and not same_shape):
             return False
         scale, bias, a, b = found
         if b is None:
@@ -139,7 +139,3 @@ def fuse(graph: Graph) -> None:
                     changed = True
                     break
         graph.ops = [op for op in graph.ops if op not in gone]
-
-
-#: the scalar engine's way of moving `a * scale + bias`
-COPY = Function.IDENTITY

@@ -331,7 +331,7 @@ def verify_ir(graph: Graph, after: str) -> None:
 
     Parameters
     ----------
-    after : name of the pass that produced it, for the message; "layout" demands forms
+    after : name of the pass that produced it, for the message; from "layout" on forms are demanded
 
     Raises
     ------
@@ -340,7 +340,8 @@ def verify_ir(graph: Graph, after: str) -> None:
 
     def require(ok: bool, op: Op | None, what: str) -> None:
         if not ok:
-            raise CompileError(f"internal error after pass {after!r}: {what}" + f": {op}" * bool(op))
+            at = f": {op}" if op else ""
+            raise CompileError(f"internal error after pass {after!r}: {what}{at}")
 
     defined: set[Value] = set()
     ids: set[int] = set()
@@ -376,7 +377,7 @@ def verify_ir(graph: Graph, after: str) -> None:
         except ValueError:
             shape = None
         require(shape == op.result.shape, op, f"the result's shape must be {shape}")
-        if after == "layout":
+        if after in ("layout", "schedule"):
             forms = op_forms(op)
             require(op.form in forms or not forms, op, f"form must be one of {forms}")
         define(op.result, op)

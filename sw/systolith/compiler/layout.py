@@ -14,9 +14,9 @@ from systolith_hdl.config import CoreConfig
 from .ir import Form, Graph, Op, Value, op_forms, operand_form
 
 #: cycles a transfer takes beside its data: issue, semaphores, DRAM latency
-_TRANSFER = 80
+TRANSFER = 80
 #: cycles an instruction takes beside its columns
-_INSTRUCTION = 12
+INSTRUCTION = 12
 
 _ELEMENTWISE = ("tt", "ts", "act", "actb", "select")
 
@@ -29,6 +29,19 @@ def columns(shape: tuple[int, int], form: Form, lanes: int) -> int:
     if form is Form.COLS:
         return -(-cols // lanes) * rows
     return rows * cols
+
+
+def op_cycles(op: Op, lanes: int) -> float:
+    """Estimated cycles of an operation on its engine."""
+    if op.form is None:
+        return 0.0
+    if op.kind == "dot":
+        depth = op.operands[0].shape[1]
+        rows, cols = op.result.shape
+        m, f = (rows, cols) if op.form is Form.ROWS else (cols, rows)
+        return -(-depth // lanes) * -(-m // lanes) * (max(f, lanes) + 4)
+    shape = op.operands[0].shape if op.kind == "reduce" else op.result.shape
+    return INSTRUCTION + columns(shape, op.form, lanes)
 
 
 def assign_forms(graph: Graph, config: CoreConfig) -> int:
@@ -56,31 +69,21 @@ def assign_forms(graph: Graph, config: CoreConfig) -> int:
         for form in wanted - {made}:
             if not in_memory:
                 assert made is not None
-                cost += _TRANSFER + 2 * value.size / lanes
+                cost += TRANSFER + 2 * value.size / lanes
                 in_memory = True
             if form is not None:
-                cost += _TRANSFER + 2 * columns(value.shape, form, lanes)
+                cost += TRANSFER + 2 * columns(value.shape, form, lanes)
         return cost
 
     def op_cost(op: Op) -> float:
-        if op.form is None:
-            return 0.0
-        if op.kind == "dot":
-            depth = op.operands[0].shape[1]
-            rows, cols = op.result.shape
-            m, f = (rows, cols) if op.form is Form.ROWS else (cols, rows)
-            return -(-depth // lanes) * -(-m // lanes) * (max(f, lanes) + 4)
-        shape = op.operands[0].shape if op.kind == "reduce" else op.result.shape
-        return _INSTRUCTION + columns(shape, op.form, lanes)
+        return op_cycles(op, lanes)
 
     for op in graph.ops:
         forms = op_forms(op)
         op.form = forms[0] if forms else None
 
     groups = _groups(graph.ops)
-    cost = sum(op_cost(op) for op in graph.ops) + sum(
-        value_cost(v) for v in (*makers, *in_dram)
-    )
+    cost = sum(op_cost(op) for op in graph.ops) + sum(value_cost(v) for v in (*makers, *in_dram))
     for _ in range(8):
         before = cost
         for group in groups:

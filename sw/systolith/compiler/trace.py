@@ -12,7 +12,7 @@ import linecache
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.extend.core
@@ -98,8 +98,11 @@ Handler = Callable[..., "Ref | Sequence[Ref]"]
 _HANDLERS: dict[str, Handler] = {}
 
 
-def _lowers(*names: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
+_H = TypeVar("_H", bound=Handler)
+
+
+def _lowers(*names: str) -> Callable[[_H], _H]:
+    def register(handler: _H) -> _H:
         for name in names:
             _HANDLERS[name] = handler
         return handler
@@ -196,9 +199,7 @@ class Tracer:
 
     def _ts(self, op: AluOp, a: Use, imm: float, shape: Shape | None = None) -> Use:
         imm = float(np.float32(imm))
-        return self.emit(
-            "ts", [a], shape or a.shape, op0=op, imm0=imm, op1=AluOp.BYPASS, imm1=0.0
-        )
+        return self.emit("ts", [a], shape or a.shape, op0=op, imm0=imm, op1=AluOp.BYPASS, imm1=0.0)
 
     def binary(self, op: AluOp, a: Ref, b: Ref) -> Use:
         """``a op b``, at least one of them not known."""
@@ -246,7 +247,7 @@ class Tracer:
     def select(self, mask: Ref, on_false: Ref, on_true: Ref) -> Use:
         """``on_true where mask else on_false``."""
         operands = [self.use(mask)]
-        attrs: dict[str, float | None] = {"on_false": None, "on_true": None}
+        attrs: dict[str, Any] = {"on_false": None, "on_true": None}
         for key, ref in (("on_false", on_false), ("on_true", on_true)):
             number = None if isinstance(ref, Use) else uniform(ref)
             attrs[key] = number
@@ -261,9 +262,7 @@ class Tracer:
         if use.shape[axis] == 1:
             return use
         shape = (rows, 1) if axis == 1 else (1, cols)
-        return self.emit(
-            "reduce", [use], shape, op0=AluOp.BYPASS, imm0=0.0, op1=op, axis=axis
-        )
+        return self.emit("reduce", [use], shape, op0=AluOp.BYPASS, imm0=0.0, op1=op, axis=axis)
 
     # --- equations -----------------------------------------------------------------------
 
@@ -273,7 +272,7 @@ class Tracer:
 
         def read(atom: Any) -> Ref:
             if isinstance(atom, jax.extend.core.Literal):
-                return np.asarray(atom.val, atom.aval.dtype)
+                return np.asarray(atom.val, atom.aval.dtype)  # type: ignore[attr-defined]
             return env[atom]
 
         for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -573,9 +572,7 @@ def _log1p(t: Tracer, eqn: Any, a: Ref) -> Use:
 def _expm1(t: Tracer, eqn: Any, a: Ref) -> Use:
     # exp(a) - 1 cancels near zero; there 2 h / (1 - h) with h = tanh(a / 2) does not.
     h = t.act(Function.TANH, a, scale=0.5)
-    small = t.mul(
-        _reciprocal(t, t.binary(AluOp.RSUB, h, t.scalar(1.0))), t.mul(h, t.scalar(2.0))
-    )
+    small = t.mul(_reciprocal(t, t.binary(AluOp.RSUB, h, t.scalar(1.0))), t.mul(h, t.scalar(2.0)))
     large = t.sub(t.act(Function.EXP, a), t.scalar(1.0))
     return t.select(t.binary(AluOp.LT, _abs(t, eqn, a), t.scalar(1.0)), large, small)
 
@@ -641,25 +638,27 @@ def _reshape(t: Tracer, eqn: Any, a: Ref, *_: Ref) -> Ref:
     return t.emit("reshape", [full], new, full.value.dtype)
 
 
-def _sliced(t: Tracer, eqn: Any, a: Ref, start: Shape, shape: Shape, step: Shape) -> Ref:
+def _sliced(t: Tracer, a: Ref, start: Shape, shape: Shape, step: Shape = (1, 1)) -> Ref:
     use = t.use(a)
     # Along a dimension that is only broadcast, every slice is the same.
-    start = tuple(s if d > 1 else 0 for s, d in zip(start, use.shape, strict=True))  # type: ignore[assignment]
-    shape = tuple(s if d > 1 else 1 for s, d in zip(shape, use.shape, strict=True))  # type: ignore[assignment]
-    if shape == use.shape:
+    (row, col), (rows, cols) = start, shape
+    if use.shape[0] == 1:
+        row, rows = 0, 1
+    if use.shape[1] == 1:
+        col, cols = 0, 1
+    if (rows, cols) == use.shape:
         return use
-    return t.emit("slice", [use], shape, use.value.dtype, start=start, step=step)
+    return t.emit("slice", [use], (rows, cols), use.value.dtype, start=(row, col), step=step)
 
 
 @_lowers("slice")
 def _slice(t: Tracer, eqn: Any, a: Ref) -> Ref:
-    rank = len(eqn.params["start_indices"])
-    pad = 2 - rank
-    start = (0,) * pad + tuple(int(s) for s in eqn.params["start_indices"])
-    step = (1,) * pad + tuple(int(s) for s in eqn.params["strides"] or (1,) * rank)
-    return _sliced(
-        t, eqn, a, start, canonical(eqn.outvars[0].aval.shape), step  # type: ignore[arg-type]
-    )
+    starts = [int(start) for start in eqn.params["start_indices"]]
+    steps = [int(step) for step in eqn.params["strides"] or (1,) * len(starts)]
+    row, col = [0] * (2 - len(starts)) + starts
+    row_step, col_step = [1] * (2 - len(steps)) + steps
+    shape = canonical(eqn.outvars[0].aval.shape)
+    return _sliced(t, a, (row, col), shape, (row_step, col_step))
 
 
 @_lowers("split")
@@ -669,7 +668,7 @@ def _split(t: Tracer, eqn: Any, a: Ref) -> Sequence[Ref]:
     parts = []
     for var, size in zip(eqn.outvars, map(int, eqn.params["sizes"]), strict=True):
         begin = (start, 0) if axis == 0 else (0, start)
-        parts.append(_sliced(t, eqn, a, begin, canonical(var.aval.shape), (1, 1)))
+        parts.append(_sliced(t, a, begin, canonical(var.aval.shape)))
         start += size
     return parts
 
@@ -744,9 +743,7 @@ def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
     return result.t if len(a_shape) == 2 and len(b_shape) == 1 else result
 
 
-def trace(
-    closed: Any, names: Sequence[str]
-) -> Graph:
+def trace(closed: Any, names: Sequence[str]) -> Graph:
     """Lowers a whole step.
 
     Parameters

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+from scipy import special  # type: ignore[import-untyped]
 from systolith_hdl.isa import Function
 
 from .activation import Bits, evaluate
@@ -36,11 +36,11 @@ def _gelu_dx(y: Doubles) -> Doubles:
     slope = special.ndtr(y) + np.where(np.isinf(y), 0.0, y) * _density(y)
     # Phi and y * phi cancel next to the zero: Taylor around it (all derivatives are polynomials
     # times the density) keeps the relative accuracy.
-    zero = -0.7517915246935645  # nearest double
+    zero = np.array(-0.7517915246935645)  # nearest double
     d = (y - zero) - 1.4956759177009838e-17  # what the double is off by
-    first = _density(np.float64(zero)) * (2 - zero**2)
-    second = _density(np.float64(zero)) * (zero**3 - 4 * zero)
-    third = _density(np.float64(zero)) * (-(zero**4) + 7 * zero**2 - 4)
+    first = _density(zero) * (2 - zero**2)
+    second = _density(zero) * (zero**3 - 4 * zero)
+    third = _density(zero) * (-(zero**4) + 7 * zero**2 - 4)
     series = d * (first + d * (second / 2 + d * third / 6))
     return np.where(np.abs(d) < 1e-5, series, slope)
 
@@ -150,9 +150,9 @@ Measured by `python -m systolith.golden.accuracy`, which writes this page. The g
 which the chip is equal bit for bit, is compared with float64 over every binade of FP32, both
 signs, subnormals, infinities and NaN included, with the neighbourhoods of all segment boundaries.
 0.5 ULP is a correctly rounded result; one ULP is the spacing of FP32 numbers at the true value.
-Overflow, infinities and NaN agree with C99 everywhere, or the error would read `inf`. The largest
-absolute error is taken among results of magnitude 16 or less. Subnormals are neither read nor
-written as zero.
+Overflow, infinities and NaN count as C99 has them: a missed one would show as a huge or infinite
+error. Subnormals are neither read nor written as zero. The largest absolute error is taken among
+results of magnitude 16 or less.
 
 | function | max ULP | at y = | correctly rounded | max absolute error | numbers |
 |---|---|---|---|---|---|
@@ -171,7 +171,7 @@ def page(results: list[Accuracy]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--per-binade", type=int, default=8192, help="numbers of each binade")
+    parser.add_argument("--per-binade", type=int, default=32768, help="numbers of each binade")
     parser.add_argument("--output", type=Path, help="page to write; default: the docs folder")
     options = parser.parse_args(argv)
     y = samples(options.per_binade)

@@ -81,6 +81,11 @@ def _key(words: Words) -> np.ndarray:
     return signed ^ ((signed >> 31) & 0x7FFFFFFF)
 
 
+def _from_key(keys: np.ndarray) -> Words:
+    """The words that `_key` gave these integers for."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(np.uint32)
+
+
 def _either_nan(a: Words, b: Words, result: Words) -> Words:
     return np.where(is_nan(a) | is_nan(b), _NAN, result)
 
@@ -135,30 +140,44 @@ ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
 }
 
 
+#: reductions that pick an element: (choice among keys, what is done to the words before)
+_EXTREMES: dict[AluOp, tuple[Callable[..., np.ndarray], Callable[[Words], Words]]] = {
+    AluOp.MAX: (np.max, lambda words: words),
+    AluOp.MIN: (np.min, lambda words: words),
+    AluOp.ABS_MAX: (np.max, lambda words: words & _ABS),
+}
+
+
 def alu(operation: AluOp, a: Words, b: Words) -> Words:
     """`a operation b`, element by element; the arrays broadcast."""
     with np.errstate(all="ignore"):
         return ALU[operation](a, b)
 
 
+@_quiet
 def reduce_last(operation: AluOp, words: Words) -> Words:
     """Reduces the last axis the way REDUCE does; the axis is dropped.
 
     Element i goes to accumulator i mod 4, in order; the result is
     (acc0 op acc1) op (acc2 op acc3).
     """
-    accumulators = np.full(
-        (*words.shape[:-1], REDUCE_ACCUMULATORS), REDUCTIONS[operation], np.uint32
-    )
-    step = ALU[operation]
-    count = words.shape[-1]
-    with np.errstate(all="ignore"):
-        for start in range(0, count, REDUCE_ACCUMULATORS):
-            part = words[..., start : start + REDUCE_ACCUMULATORS]
-            used = part.shape[-1]
-            accumulators[..., :used] = step(accumulators[..., :used], part)
-        even = step(accumulators[..., 0], accumulators[..., 1])
-        return step(even, step(accumulators[..., 2], accumulators[..., 3]))
+    if operation in _EXTREMES:
+        # The order of values is total and a NaN stays, so the grouping does not matter.
+        choose, prepare = _EXTREMES[operation]
+        nan = is_nan(words).any(axis=-1)
+        return np.where(nan, _NAN, _from_key(choose(_key(prepare(words)), axis=-1)))
+    combine: np.ufunc = np.add if operation is AluOp.ADD else np.multiply
+    start = np.uint32(REDUCTIONS[operation]).view(np.float32)
+    accumulators = []
+    for i in range(REDUCE_ACCUMULATORS):
+        part = floats(words)[..., i::REDUCE_ACCUMULATORS]
+        # `accumulate` goes element by element, where `reduce` would sum in pairs. It begins with
+        # the first element instead of the start value, which matters for a sum of -0 only: so the
+        # start value is added last.
+        chain = combine.accumulate(part, axis=-1)[..., -1] if part.shape[-1] else start
+        accumulators.append(combine(start, chain))
+    acc0, acc1, acc2, acc3 = accumulators
+    return canonical(combine(combine(acc0, acc1), combine(acc2, acc3)))
 
 
 def _safe(words: Words) -> bool:

@@ -141,7 +141,7 @@ class Core:
     -------
     sbuf, psum : uint32 [lanes, depth]; zero at first, kept over runs and resets
     stationary : uint32 [K, M] of the tensor engine; rows and columns that the last
-        LOAD_STATIONARY did not cover are zero
+        LOAD_STATIONARY did not cover are zero here and undefined on the chip
     semaphores, pc, instructions, macs : counts since the start
     running, fault : state
     """

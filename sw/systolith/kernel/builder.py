@@ -116,12 +116,16 @@ class _Memory:
         self.high_water = max(self.high_water, base + columns)
         return tile
 
+    def owns(self, tile: Tile) -> bool:
+        """Whether a tile was made here and not freed."""
+        return self._live.get(tile.base) is tile
+
     def free(self, tile: Tile) -> None:
         """Gives a tile's words back; later tiles may reuse them, ordered by semaphores."""
-        if self._live.get(tile.base) is not tile:
-            refuse(
-                f"{tile} is already free" if tile.freed else f"{tile} is not of this {self._space}"
-            )
+        self._builder._check_open()
+        if not self.owns(tile):
+            problem = "is already free" if tile.freed else f"is not of this {self._space.name}"
+            refuse(f"{tile} {problem}")
         tile.freed = True
         del self._live[tile.base]
         self._free.free(tile.base)
@@ -192,10 +196,10 @@ class _Engine:
     def _operand(self, what: str, view: View, spaces: tuple[Space, ...], dtypes: Any) -> None:
         if not isinstance(view, View):
             refuse(f"{what} must be a view, not {type(view).__name__}")
-        if view.tile.config is not self._builder.config:
-            refuse(f"{what} belongs to another builder")
         if view.tile.freed:
             refuse(f"{what} is a view of {view.tile}, which was freed")
+        if not self._builder._memory(view.space).owns(view.tile):
+            refuse(f"{what} belongs to another builder: {view}")
         if view.space not in spaces:
             allowed = " or ".join(space.name for space in spaces)
             refuse(f"{what} must lie in {allowed}: {view}")
@@ -459,7 +463,7 @@ class _Tensor(_Engine):
         """stationary[k, m] = bf16 of lane k of column m of `view`.
 
         `view.lanes` is K; the view has M columns in all, at most as many as the core has lanes,
-        at one constant stride. What the array holds beyond K rows and M columns is zero.
+        at one constant stride.
         """
         self._operand("the stationary operand", view, (Space.SBUF,), _FP32_OR_BF16)
         if view.size > self._builder.config.lanes:
@@ -488,7 +492,8 @@ class _Tensor(_Engine):
         """dst[m, f] (+)= sum over k of stationary[k, m] * bf16(moving[k, f]).
 
         `moving.lanes` must be the K and `dst.lanes` the M of the stationary operand; both views
-        have the same shape, F columns in all. With `accumulate` the sum is added to dst.
+        have the same shape, F columns in all. With `accumulate` the sum is added to dst; a column
+        that dst names more than once is added to each time.
         """
         self._operand("dst", dst, (Space.PSUM,), (DType.FP32,))
         self._operand("the moving operand", moving, (Space.SBUF,), _FP32_OR_BF16)
@@ -503,7 +508,8 @@ class _Tensor(_Engine):
             refuse(f"dst has {dst.lanes} lanes, the stationary operand {columns} columns (M)")
         if moving.shape != dst.shape:
             refuse(f"shape mismatch: dst has shape {dst.shape}, the moving operand {moving.shape}")
-        self._distinct(dst)
+        if not accumulate:
+            self._distinct(dst)
         self._builder._append(
             self._builder._matmuls,
             Opcode.MATMUL,
@@ -604,9 +610,9 @@ class _Dma(_Engine):
         item = dram.itemsize
         if strides is None:
             strides = tuple(item * step for step in c_strides(view.shape))
-        strides = tuple(int(s) if n > 1 else 0 for s, n in zip(strides, view.shape, strict=False))
         if len(strides) != len(view.shape):
             refuse(f"{len(strides)} DRAM strides for a view of shape {view.shape}")
+        strides = tuple(int(s) if n > 1 else 0 for s, n in zip(strides, view.shape, strict=True))
         lane_stride = int(lane_stride) if view.lanes > 1 else 0
         for what, value in (
             ("base_offset_bytes", int(offset)),
@@ -711,6 +717,9 @@ class KernelBuilder:
             yield
         finally:
             self._label, self._source = saved
+
+    def _memory(self, space: Space) -> _Memory:
+        return self.sbuf if space is Space.SBUF else self.psum
 
     def _check_open(self) -> None:
         if self._finished:

@@ -6,7 +6,7 @@ import importlib
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from systolith_hdl.config import CoreConfig
+from systolith_hdl.config import CoreConfig, get_config
 
 from systolith.errors import BackendError
 
@@ -41,6 +41,7 @@ class Backend(Protocol):
 #: name -> "module:class"; the class takes (config, **options)
 BACKENDS: dict[str, str] = {
     "golden": "systolith.golden.device:GoldenDevice",
+    "rtl": "systolith.runtime.rtl:RtlBackend",
 }
 
 
@@ -49,5 +50,6 @@ def open_backend(name: str, config: str | CoreConfig, **options: Any) -> Backend
     if name not in BACKENDS:
         raise BackendError(f"unknown device {name!r}; the devices are {', '.join(BACKENDS)}")
     module, _, attribute = BACKENDS[name].partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)(config, **options)
+    device = getattr(importlib.import_module(module), attribute)
+    backend: Backend = device(get_config(config), **options)
     return backend

@@ -167,10 +167,10 @@ uint64_t sim_written_bytes(const Sim* s) { return s->written_bytes; }
 // Runs until the interrupt is high or `max_cycles` have passed; returns whether it is high.
 int sim_run(Sim* s, uint64_t max_cycles) {
     for (uint64_t i = 0; i < max_cycles; ++i) {
-        if (s->top->interrupt) return 1;
+        if (s->top->irq) return 1;
         step(*s);
     }
-    return s->top->interrupt;
+    return s->top->irq;
 }
 
 // AXI4-Lite accesses. Return the response code, or -1 if the chip did not answer.

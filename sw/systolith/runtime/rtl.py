@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,14 @@ import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.core import Chip
 from systolith_hdl.emit import to_verilog
-from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, cxx, verilator_env
+from systolith_hdl.toolchain import (
+    ToolError,
+    cache_dir,
+    content_hash,
+    cxx,
+    sources_hash,
+    verilator_env,
+)
 
 from ..errors import DeviceTimeout
 
@@ -47,7 +55,9 @@ def _verilator_args(config: CoreConfig) -> list[str]:
         "-Wno-fatal",
         "-Wno-lint",
         "-CFLAGS",
-        f"-O2 -fPIC -DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
+        f"-fPIC -DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
+        "-MAKEFLAGS",
+        "OPT_FAST=-O2 OPT_SLOW=-O1 OPT_GLOBAL=-O2",
         "-LDFLAGS",
         "-shared",
         "-o",
@@ -58,15 +68,15 @@ def _verilator_args(config: CoreConfig) -> list[str]:
 def build(config: CoreConfig, progress: Progress = lambda message: None) -> Path:
     """Builds the shared library of a config, or finds it in the cache; returns its path.
 
-    The cache key is the Verilog, the harness, the flags and the tools, so an unchanged design is
-    never built twice. Raises ToolError naming a missing tool, or the log of a failed build.
+    The cache key is the chip's sources, the config, the harness, the flags and the tools, so an
+    unchanged design is never built twice. Raises ToolError naming a missing tool, or the log of a failed build.
     """
     binary, environment, flags = verilator_env()
-    progress("emitting Verilog")
-    verilog = to_verilog(Chip(config), "chip")
     keep = "`verilator_config\n" + "".join(f'no_inline -module "{name}"\n' for name in _KEEP)
     arguments = _verilator_args(config) + flags
-    key = content_hash(verilog, keep, _HARNESS.read_text(), repr(arguments), binary, cxx())
+    key = content_hash(
+        sources_hash(), repr(config), keep, _HARNESS.read_text(), repr(arguments), binary, cxx()
+    )
     folder = cache_dir() / f"chip-{config.name}-{key}"
     library = folder / "obj" / _LIBRARY
     if library.exists():
@@ -77,11 +87,13 @@ def build(config: CoreConfig, progress: Progress = lambda message: None) -> Path
         fcntl.flock(lock, fcntl.LOCK_EX)
         if library.exists():
             return library
-        (folder / "chip.v").write_text(verilog)
+        progress(f"emitting the Verilog of {config.name}")
+        (folder / "chip.v").write_text(to_verilog(Chip(config), "chip"))
         (folder / "keep.vlt").write_text(keep)
         log = folder / "build.log"
         progress(f"building the simulator of {config.name}")
         unfinished = folder / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
         command = [binary, *arguments, "--Mdir", str(unfinished), "keep.vlt", "chip.v"]
         with open(log, "w") as out:
             done = subprocess.run(

@@ -1,0 +1,37 @@
+# Two commands do everything, on a machine with Python >= 3.11, g++, make and perl:
+#   make train    sets up, builds the simulated chip, trains on it
+#   make test     sets up, passes the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: train test lint setup docs clean
+
+train: setup
+	$(BIN)/systolith train digits --device rtl --config small
+
+test: setup lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The pages in docs/ that follow from the sources.
+docs: setup
+	$(BIN)/python -m systolith.docs
+	$(BIN)/python -m systolith.golden.accuracy
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Systolith needs Python >= 3.11; set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) reports

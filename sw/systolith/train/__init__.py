@@ -1,0 +1,1 @@
+"""Trainings that run from the command line, and their reports."""

@@ -1,0 +1,233 @@
+"""The whole chip with the driver over cocotbext-axi: random kernels against golden, faults, reset."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import cocotb
+import numpy as np
+from cocotb.triggers import RisingEdge
+from systolith.errors import DeviceFault, DeviceTimeout
+from systolith.golden.device import GoldenDevice
+from systolith.kernel import KernelBuilder
+from systolith.program import Program
+from systolith.runtime.driver import Driver
+from systolith_hdl.config import get_config
+from systolith_hdl.formats import DType
+from systolith_hdl.isa import REDUCTIONS, AluOp, Function, WaitMode, decode, encode
+
+from .device import CocotbBackend, run_driver
+from .stimulus import random_words
+
+CONFIG = get_config("nano")
+N = CONFIG.lanes
+
+
+def random_kernel(seed: int) -> Program:
+    """A kernel that uses every engine: loads, matmuls, vector and scalar work, stores."""
+    rng = random.Random(seed)
+    nc = KernelBuilder(CONFIG, name=f"random{seed}")
+    k, m, f = (rng.randint(1, 3 * N) for _ in range(3))
+    w = nc.dram.tensor("w", (k, m), rng.choice([DType.FP32, DType.BF16]), kind="input")
+    x = nc.dram.tensor("x", (k, f), rng.choice([DType.FP32, DType.BF16]), kind="input")
+    outputs = [
+        nc.dram.tensor(f"y{i}", (m, f), rng.choice([DType.FP32, DType.BF16]), kind="output")
+        for i in range(3)
+    ]
+    size = {DType.FP32: 4, DType.BF16: 2}
+    tiles_k = [(i, min(N, k - i)) for i in range(0, k, N)]
+    tiles_m = [(i, min(N, m - i)) for i in range(0, m, N)]
+    loaded = []
+    for start, lanes in tiles_k:
+        row = {}
+        for name, tensor, columns in (("w", w, m), ("x", x, f)):
+            tile = nc.sbuf.tile(columns)
+            e = size[tensor.dtype]
+            nc.dma.load(
+                tile.view((columns,), lanes=lanes), tensor, start * columns * e, (e,), columns * e
+            )
+            row[name] = tile
+        loaded.append((row, lanes))
+    for start, lanes in tiles_m:
+        acc = nc.psum.tile(f)
+        for index, (row, rows) in enumerate(loaded):
+            nc.tensor.load_stationary(row["w"].view((lanes,), offset=start, lanes=rows))
+            nc.tensor.matmul(
+                acc.view((f,), lanes=lanes), row["x"].view((f,), lanes=rows), accumulate=index > 0
+            )
+        a, b, c = (nc.sbuf.tile(f) for _ in range(3))
+        results = [t.view((f,), lanes=lanes) for t in (a, b, c)]
+        sums = acc.view((f,), lanes=lanes)
+        nc.scalar.activate(
+            results[0], sums, rng.choice(list(Function)), scale=rng.uniform(-2, 2),
+            bias=rng.uniform(-1, 1),
+        )  # fmt: skip
+        nc.vector.tensor_tensor(
+            results[1].astype(rng.choice([DType.FP32, DType.BF16])), sums,
+            rng.choice(list(AluOp)), results[0], op0=rng.choice(list(AluOp)),
+            imm0=rng.uniform(-2, 2),
+        )  # fmt: skip
+        nc.vector.memset(results[2], rng.uniform(-1, 1))
+        nc.vector.copy_predicated(results[2], results[0], results[1])
+        total = nc.sbuf.tile(1)
+        nc.vector.reduce(total.view((1,), lanes=lanes), results[1], rng.choice(list(REDUCTIONS)))
+        nc.scalar.activate(
+            results[0], results[2], Function.IDENTITY,
+            bias=total.view((f,), strides=(0,), lanes=lanes),
+        )  # fmt: skip
+        for tensor, result in zip(outputs, results, strict=True):
+            e = size[tensor.dtype]
+            nc.dma.store(result, tensor, start * f * e, (e,), f * e)
+        nc.psum.free(acc)
+        for tile in (a, b, c, total):
+            nc.sbuf.free(tile)
+    return nc.finish()
+
+
+def run_on(driver: Driver, program: Program, seed: int) -> dict[str, Any]:
+    """Runs a program on random inputs; returns its outputs, and the counters without time."""
+    rng = np.random.default_rng(seed)
+    loaded = driver.load(program)
+    for tensor in (loaded.tensors["w"], loaded.tensors["x"]):
+        words = random_words(rng, tensor.shape)
+        # Mostly plain numbers: a NaN in every column would hide everything else.
+        plain = rng.standard_normal(tensor.shape).astype(np.float32).view(np.uint32)
+        words = np.where(rng.random(tensor.shape) < 0.05, words, plain)
+        if tensor.dtype is DType.BF16:
+            raw = (words >> 16).astype(np.uint16)
+        else:
+            raw = words
+        area = driver.backend.dram[tensor.address : tensor.address + tensor.nbytes]
+        area[:] = np.frombuffer(raw.tobytes(), np.uint8)
+    counters = driver.run(loaded)
+    found: dict[str, Any] = {
+        name: driver.backend.dram[t.address : t.address + t.nbytes].copy()
+        for name, t in loaded.tensors.items()
+    }
+    found["instructions"] = counters.instructions
+    found["macs"] = counters.macs
+    if counters.cycles:
+        assert max(counters.busy.values()) <= counters.cycles
+        assert min(counters.busy["tensor"], counters.busy["dma0"]) > 0
+    loaded.unload()
+    return found
+
+
+async def random_kernels(dut: Any, *, pause: float, count: int) -> None:
+    backend = CocotbBackend(dut, CONFIG, pause=pause)
+    await backend.start()
+    golden = Driver(GoldenDevice("nano"))
+
+    def body() -> int:
+        driver = Driver(backend)
+        compared = 0
+        for _ in range(count):
+            seed = random.getrandbits(32)
+            program = random_kernel(seed)
+            mine, expected = run_on(driver, program, seed), run_on(golden, program, seed)
+            assert mine.keys() == expected.keys()
+            for name, value in expected.items():
+                same = np.array_equal(mine[name], value) if isinstance(value, np.ndarray) else (
+                    mine[name] == value
+                )  # fmt: skip
+                assert same, f"kernel {seed}: {name} differs from golden"
+                compared += 1
+        return compared
+
+    assert await run_driver(body) == 7 * count
+
+
+@cocotb.test(timeout_time=50, timeout_unit="ms")
+async def kernels_without_stalls(dut: Any) -> None:
+    await random_kernels(dut, pause=0.0, count=6)
+
+
+@cocotb.test(timeout_time=50, timeout_unit="ms")
+async def kernels_with_stalls(dut: Any) -> None:
+    await random_kernels(dut, pause=0.3, count=5)
+
+
+def damaged(program: Program, engine: str, changes: dict[str, Any]) -> Program:
+    """The program with fields of an engine's first instruction changed."""
+    stream = program.streams[engine]
+    opcode, fields = decode(stream[:64])
+    streams = {**program.streams, engine: encode(opcode, fields | changes) + stream[64:]}
+    return dataclasses.replace(program, streams=streams)
+
+
+def broken_kernel(kind: str) -> Program:
+    """A small kernel that faults, made by damaging a legal one."""
+    nc = KernelBuilder(CONFIG, name=kind)
+    x = nc.dram.tensor("x", (N, 8), DType.FP32, kind="input")
+    y = nc.dram.tensor("y", (N, 8), DType.FP32, kind="output")
+    tile = nc.sbuf.tile(8)
+    nc.dma.load(tile.view((8,)), x, 0, (4,), 32)
+    nc.vector.tensor_scalar(tile.view((8,)), tile.view((8,)), AluOp.ADD, 1.0)
+    nc.dma.store(tile.view((8,)), y, 0, (4,), 32)
+    engine, changes = {
+        "deadlock": (
+            "vector",
+            {"wait.0.sem": 15, "wait.0.mode": WaitMode.AT_LEAST, "wait.0.value": 9},
+        ),
+        "bounds": ("vector", {"src0.base": CONFIG.sbuf_depth - 3}),
+        "dram": ("dma0", {"dram_strides.3": 1 << 28}),
+    }[kind]
+    return damaged(nc.finish(), engine, changes)
+
+
+@cocotb.test(timeout_time=50, timeout_unit="ms")
+async def faults_leave_the_device_usable(dut: Any) -> None:
+    backend = CocotbBackend(dut, CONFIG)
+    await backend.start()
+
+    def body() -> int:
+        driver = Driver(backend, watchdog=3000)
+        golden = Driver(GoldenDevice("nano"), watchdog=3000)
+        seen = 0
+        for kind, cause in (
+            ("deadlock", "WATCHDOG"),
+            ("bounds", "OUT_OF_BOUNDS"),
+            ("dram", "AXI_READ_ERROR"),
+        ):
+            records = []
+            for device in (driver, golden):
+                loaded = device.load(broken_kernel(kind))
+                try:
+                    device.run(loaded, timeout=100_000)
+                except DeviceFault as fault:
+                    assert fault.cause == cause
+                    assert fault.instruction is not None
+                    records.append((fault.engine, fault.pc, fault.cause, fault.address))
+                loaded.unload()
+                seed = random.getrandbits(32)
+                run_on(device, random_kernel(seed), seed)
+            assert len(records) == 2, f"{kind} did not fault on both"
+            assert records[0] == records[1], f"{kind}: {records}"
+            seen += 1
+        loaded = driver.load(broken_kernel("deadlock"))
+        driver._write("WATCHDOG", 0)
+        try:
+            driver.run(loaded, timeout=2000)
+        except DeviceTimeout:
+            seen += 1
+        loaded.unload()
+        seed = random.getrandbits(32)
+        assert run_on(driver, random_kernel(seed), seed)["macs"] > 0
+        return seen
+
+    assert await run_driver(body) == 4
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
+async def host_port_refuses_what_it_does_not_have(dut: Any) -> None:
+    backend = CocotbBackend(dut, CONFIG)
+    await backend.start()
+    host = backend._host
+    assert (await host.read(0xFFC, 4)).resp == 2
+    assert (await host.write(0x000, b"\0\0\0\0")).resp == 2
+    assert (await host.read(0x000, 4)).resp == 0
+    for _ in range(10):
+        await RisingEdge(dut.clk)
+        assert dut.irq.value == 0
