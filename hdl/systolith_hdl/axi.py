@@ -94,7 +94,8 @@ class AxiReadArbiter(wiring.Component):
 class AxiWriteArbiter(wiring.Component):
     """Merges write requesters, round-robin per burst; the ID of a burst is its requester's number.
 
-    Write data follows in the order in which addresses were granted.
+    Write data follows in the order in which addresses were granted; data is taken from a requester
+    only for a burst that has been accepted from it.
 
     Parameters
     ----------

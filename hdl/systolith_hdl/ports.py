@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Shape, unsigned
+from amaranth.hdl import Cat, Module, Shape, Signal, Value, ValueCastable, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -16,6 +16,18 @@ READ_LATENCY = 2
 def column_shape(config: CoreConfig) -> data.ArrayLayout:
     """One column: a 32-bit word of every partition, lane 0 first."""
     return data.ArrayLayout(unsigned(32), config.lanes)
+
+
+def split_words(m: Module, column: ValueCastable, *, name: str) -> list[Signal]:
+    """Returns the words of a column (any array view) as signals of their own.
+
+    Amaranth handles a whole column for each word taken out of one; this way it does so once, which
+    keeps wide configurations quick to emit.
+    """
+    shape = column.shape()
+    words = [Signal(shape.elem_shape, name=f"{name}{i}") for i in range(shape.length)]
+    m.d.comb += Cat(words).eq(Value.cast(column))
+    return words
 
 
 def write_request(config: CoreConfig, depth: int) -> data.StructLayout:

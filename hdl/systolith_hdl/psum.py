@@ -1,6 +1,6 @@
 """PSUM: the tensor engine's accumulator memory."""
 
-from amaranth.hdl import Module, Mux, Shape, Signal, unsigned
+from amaranth.hdl import Cat, Module, Mux, Shape, Signal, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -8,7 +8,7 @@ from .arith import FP32_LATENCY, Fp32Add
 from .banked import BankedMemory
 from .config import CoreConfig
 from .emit import Once
-from .ports import READ_LATENCY, ReadPort, WritePort, column_shape
+from .ports import READ_LATENCY, ReadPort, WritePort, column_shape, split_words
 
 #: Cycles from a column arriving at PSUM to its write. A column accumulating onto the same address
 #: must arrive more than this many cycles after it (the tensor engine sees to it).
@@ -118,20 +118,23 @@ class Psum(wiring.Component):
 
         # Add, write. Overwriting adds to -0, which changes nothing, so both take the same time
         # and the writes stay in order.
-        old = memory.read[0].response.payload
+        old = split_words(m, memory.read[0].response.payload, name="old")
+        new = split_words(m, words, name="new")
         write = memory.write[0].request
+        sums = []
         for lane in range(config.lanes):
             m.submodules[f"add{lane}"] = add = Once(Fp32Add(), "fp32_add")
             m.d.comb += [
                 add.en.eq(1),
                 add.a.eq(Mux(tags[READ_LATENCY - 1].accumulate, old[lane], 1 << 31)),
-                add.b.eq(words[lane]),
-                write.payload.data[lane].eq(add.o),
-                write.payload.mask[lane].eq(lane < tag.columns),
+                add.b.eq(new[lane]),
             ]
+            sums.append(add.o)
         m.d.comb += [
             write.valid.eq(valid),
             write.payload.address.eq(tag.address),
+            write.payload.data.as_value().eq(Cat(sums)),
+            write.payload.mask.eq(Cat(lane < tag.columns for lane in range(config.lanes))),
             column.done.eq(valid & tag.last),
         ]
         return m

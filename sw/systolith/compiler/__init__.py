@@ -1,7 +1,7 @@
 """The compiler: a JAX function, traced for given shapes, becomes a `Program`.
 
-Passes: trace (jaxpr to tensor IR), eliminate dead code, fuse, lay out, schedule, generate. `verify_ir`
-runs after each; ``dumps`` of the result holds the IR after each.
+Passes: trace (jaxpr to tensor IR), eliminate dead code, fuse, lay out, schedule, generate.
+`verify_ir` runs after each; ``dumps`` of the result holds the IR after each.
 """
 
 from __future__ import annotations

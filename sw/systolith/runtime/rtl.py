@@ -27,9 +27,16 @@ from ..errors import DeviceTimeout
 _HARNESS = Path(__file__).with_name("rtl.cpp")
 _LIBRARY = "libchip.so"
 
-#: Units that Verilator keeps as functions instead of copying into every place they are used:
-#: builds stay short and the code stays in the processor's caches.
-_KEEP = ("pe_row*", "vector_lane*", "scalar_lane*")
+def kept_modules(config: CoreConfig) -> tuple[str, ...]:
+    """Units that Verilator keeps as functions instead of copying them into every place of use:
+    builds stay short and the code stays in the processor's caches."""
+    return (f"pe_row_{config.lanes}", "vector_lane", "scalar_lane")
+
+
+def _keep_file(config: CoreConfig) -> str:
+    lines = (f'no_inline -module "{module}"' for module in kept_modules(config))
+    return "\n".join(["`verilator_config", *lines, ""])
+
 
 Progress = Callable[[str], None]
 
@@ -57,7 +64,7 @@ def _verilator_args(config: CoreConfig) -> list[str]:
         "-CFLAGS",
         f"-fPIC -DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
         "-MAKEFLAGS",
-        "OPT_FAST=-O2 OPT_SLOW=-O1 OPT_GLOBAL=-O2",
+        "OPT_FAST=-O2 OPT_SLOW=-O0 OPT_GLOBAL=-O2",
         "-LDFLAGS",
         "-shared",
         "-o",
@@ -72,13 +79,13 @@ def build(config: CoreConfig, progress: Progress = lambda message: None) -> Path
     unchanged design is never built twice. Raises ToolError naming a missing tool, or the log of a failed build.
     """
     binary, environment, flags = verilator_env()
-    keep = "`verilator_config\n" + "".join(f'no_inline -module "{name}"\n' for name in _KEEP)
+    keep = _keep_file(config)
     arguments = _verilator_args(config) + flags
     key = content_hash(
         sources_hash(), repr(config), keep, _HARNESS.read_text(), repr(arguments), binary, cxx()
     )
     folder = cache_dir() / f"chip-{config.name}-{key}"
-    library = folder / "obj" / _LIBRARY
+    library = folder / _LIBRARY
     if library.exists():
         progress("using the cached simulator")
         return library
@@ -107,8 +114,9 @@ def build(config: CoreConfig, progress: Progress = lambda message: None) -> Path
         if done.returncode:
             tail = "\n".join(log.read_text().splitlines()[-15:])
             raise ToolError(f"Verilator failed (log: {log}):\n{tail}")
-        # Renamed only when whole: an interrupted build is never taken for a finished one.
-        unfinished.rename(folder / "obj")
+        # Moved only when whole: an interrupted build is never taken for a finished one.
+        (unfinished / _LIBRARY).rename(library)
+        shutil.rmtree(unfinished)
     return library
 
 

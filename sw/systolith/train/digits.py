@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -84,18 +84,18 @@ def loss(params: Params, images: Any, labels: Any) -> jax.Array:
     return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1))
 
 
-def make_step(rate_drop: float) -> Callable[..., Any]:
+def make_step(drop: float) -> Callable[..., Any]:
     """Returns ``step(state, images, labels) -> (state, loss)``.
 
     The state holds ``params``, their ``velocity`` and the step size ``rate``, which falls by
-    `rate_drop` every step.
+    `drop` every step.
     """
 
     def step(state: dict[str, Any], images: Any, labels: Any) -> tuple[dict[str, Any], jax.Array]:
         value, gradients = jax.value_and_grad(loss)(state["params"], images, labels)
         velocity = jax.tree.map(lambda v, g: MOMENTUM * v + g, state["velocity"], gradients)
         params = jax.tree.map(lambda p, v: p - state["rate"] * v, state["params"], velocity)
-        rate = jnp.maximum(state["rate"] - rate_drop, 0.0)
+        rate = jnp.maximum(state["rate"] - drop, 0.0)
         return {"params": params, "velocity": velocity, "rate": rate}, value
 
     return step
@@ -109,6 +109,25 @@ def initial_state(seed: int, rate: float) -> dict[str, Any]:
         "velocity": jax.tree.map(np.zeros_like, params),
         "rate": np.float32(rate),
     }
+
+
+def epochs_of_batches(
+    data: Digits, *, epochs: int, batch: int, seed: int
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Yields for each epoch its (images, labels), in an order that only `seed` decides.
+
+    Images that do not fill a last batch sit the epoch out.
+    """
+    rng = np.random.default_rng([seed, 1])
+    for _ in range(epochs):
+        order = rng.permutation(len(data.train_images))
+        chosen = [order[at : at + batch] for at in range(0, len(order) - batch + 1, batch)]
+        yield [(data.train_images[c], data.train_labels[c]) for c in chosen]
+
+
+def rate_drop(rate: float, steps: int) -> float:
+    """What the step size loses each step to end at a twentieth of `rate`."""
+    return 0.95 * rate / steps
 
 
 @dataclasses.dataclass
@@ -154,21 +173,19 @@ def train(
 
     Parameters
     ----------
-    epochs, batch : images that do not fill a last batch sit an epoch out
+    epochs, batch : see `epochs_of_batches`
     rate : step size at the beginning; it falls linearly to a twentieth
     seed : of the initial weights and the order of the images
     on_step : called with step, number of steps and loss
     on_epoch : called with epoch, mean loss and test accuracy
     """
     data = load()
-    images = len(data.train_images)
-    if not 1 <= batch <= images:
-        raise ValueError(f"batch must be 1 to {images}, not {batch}")
+    if not 1 <= batch <= len(data.train_images):
+        raise ValueError(f"batch must be 1 to {len(data.train_images)}, not {batch}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
-    batches = images // batch
-    steps = epochs * batches
-    step = jit(make_step(0.95 * rate / steps), device=device)
+    steps = epochs * (len(data.train_images) // batch)
+    step = jit(make_step(rate_drop(rate, steps)), device=device)
     predict = jit(forward, device=device)
     result = Result()
 
@@ -184,15 +201,13 @@ def train(
     # One shape for all parts of the test images, of a size that any core holds.
     part = max(n for n in range(1, 8 * device.config.lanes) if TEST_IMAGES % n == 0)
     state = initial_state(seed, rate)
-    rng = np.random.default_rng([seed, 1])
-    for epoch in range(1, epochs + 1):
-        order = rng.permutation(images)
-        losses = []
-        for index in range(batches):
-            chosen = order[index * batch : (index + 1) * batch]
-            state, value = timed(step, state, data.train_images[chosen], data.train_labels[chosen])
+    schedule = epochs_of_batches(data, epochs=epochs, batch=batch, seed=seed)
+    for epoch, batches in enumerate(schedule, start=1):
+        losses: list[float] = []
+        for images, labels in batches:
+            state, value = timed(step, state, images, labels)
             losses.append(float(value))
-            on_step((epoch - 1) * batches + index + 1, steps, losses[-1])
+            on_step(len(result.losses) + len(losses), steps, losses[-1])
         right = 0
         for start in range(0, TEST_IMAGES, part):
             chosen = np.arange(start, start + part)
