@@ -21,8 +21,9 @@ class Pattern(data.Struct):
 
 def pattern(operand: data.View, counts: data.View) -> data.View:
     """Builds the `Pattern` of an instruction's operand."""
-    return Pattern(
-        Cat(operand.base, operand.strides.as_value(), counts.as_value(), operand.space.as_value())
+    return data.View(
+        data.Layout.cast(Pattern),
+        Cat(operand.base, operand.strides.as_value(), counts.as_value(), operand.space.as_value()),
     )
 
 

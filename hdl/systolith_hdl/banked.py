@@ -199,5 +199,3 @@ class BankedMemory(wiring.Component):
             Cat(p.request.valid & ~p.request.ready for p in (*reads, *writes)).any()
         )
         return m
-
-

@@ -19,6 +19,7 @@ from .sequencer.sequencer import Sequencer
 from .tensor.engine import TensorEngine
 from .vector.engine import VectorEngine
 
+
 class Core(wiring.Component):
     """Everything but the host port.
 
@@ -133,8 +134,8 @@ class Core(wiring.Component):
         # -- Semaphores.
         m.d.comb += semaphores.clear.eq(self.start)
         for index, sequencer in enumerate(sequencers):
-            for kind in range(3):
-                wiring.connect(m, sequencer.update[kind], semaphores.update[3 * index + kind])
+            for slot in range(3):
+                wiring.connect(m, sequencer.update[slot], semaphores.update[3 * index + slot])
             m.d.comb += sequencer.overflow.eq(semaphores.overflow[3 * index : 3 * index + 3])
             m.d.comb += [
                 sequencer.values[sem].eq(semaphores.values[sem]) for sem in range(config.semaphores)
@@ -150,13 +151,11 @@ class Core(wiring.Component):
         reports = []  # (valid, engine, cause, pc, address), the most specific first
         for index, sequencer in enumerate(sequencers):
             fault = sequencer.fault
-            reports.append(
-                (fault.valid, index, fault.fault.cause, fault.pc, fault.fault.address)
-            )
+            reports.append((fault.valid, index, fault.fault.cause, fault.pc, fault.fault.address))
         for index, queue in enumerate(queues):
-            engine = count - len(queues) + index
-            pc = sequencers[engine].pc
-            reports.append((queue.fault.valid, engine, queue.fault.cause, pc, queue.fault.address))
+            place = count - len(queues) + index
+            pc = sequencers[place].pc
+            reports.append((queue.fault.valid, place, queue.fault.cause, pc, queue.fault.address))
         ended = Signal(count)
         m.d.comb += ended.eq(Cat(s.ended for s in sequencers))
         for index in range(count):
@@ -216,9 +215,7 @@ class Core(wiring.Component):
             m.d.sync += still.eq(0)
         with m.Else():
             m.d.sync += still.eq(still + 1)
-        m.d.comb += watchdog_fired.eq(
-            started & (self.watchdog != 0) & (still >= self.watchdog)
-        )
+        m.d.comb += watchdog_fired.eq(started & (self.watchdog != 0) & (still >= self.watchdog))
 
         # -- Counters.
         with m.If(self.start):
@@ -312,10 +309,11 @@ class Chip(wiring.Component):
             m.d.sync += resetting.eq(0)
         soft_reset = Signal()
         m.d.sync += soft_reset.eq(fire)
+        idle = ~core.running & ~core.fault.valid & ~resetting & ~soft_reset
         m.d.comb += [
             core_reset.eq(ResetSignal() | soft_reset),
             core.halt.eq(resetting | soft_reset),
-            core.start.eq(host.start & ~core.running & ~resetting & ~soft_reset & ~core.fault.valid),
+            core.start.eq(host.start & idle),
             core.watchdog.eq(host.watchdog),
             host.running.eq(core.running),
             host.done.eq(core.done),

@@ -172,6 +172,8 @@ class HostPort(wiring.Component):
                                     m.d.sync += half.eq(merged(half))
                                 else:
                                     raise AssertionError(f"no hardware for register {name}")
-        with m.If(self.event):
+        with m.If(self.reset):
+            m.d.sync += interrupt_status.eq(0)
+        with m.Elif(self.event):
             m.d.sync += interrupt_status.eq(1)
         return m

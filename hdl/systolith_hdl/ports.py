@@ -124,9 +124,7 @@ def axi4(config: CoreConfig, *, id_width: int) -> wiring.Signature:
                 )
             ),
             "b": In(
-                stream.Signature(
-                    data.StructLayout({"id": unsigned(id_width), "resp": unsigned(2)})
-                )
+                stream.Signature(data.StructLayout({"id": unsigned(id_width), "resp": unsigned(2)}))
             ),
             "ar": Out(stream.Signature(address)),
             "r": In(
@@ -167,6 +165,8 @@ def axi4_lite(*, address_bits: int) -> wiring.Signature:
             ),
             "b": In(stream.Signature(data.StructLayout({"resp": unsigned(2)}))),
             "ar": Out(stream.Signature(data.StructLayout({"addr": unsigned(address_bits)}))),
-            "r": In(stream.Signature(data.StructLayout({"data": unsigned(32), "resp": unsigned(2)}))),
+            "r": In(
+                stream.Signature(data.StructLayout({"data": unsigned(32), "resp": unsigned(2)}))
+            ),
         }
     )

@@ -1,4 +1,4 @@
-"""Finds the open tools the project drives (Yosys, Verilator, a C++ compiler) and the build cache."""
+"""Finds the open tools the project drives (Yosys, Verilator, a C++ compiler), and the cache."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from systolith_hdl.config import INSTRUCTION_BYTES, ConfigError, CoreConfig
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import FIELDS, ISA_VERSION, Opcode, decode
+from systolith_hdl.isa import FIELDS, ISA_VERSION, Opcode, decode, encode
 
 from .assembly import assemble, disassemble_instruction
 from .errors import ConfigMismatch, ProgramError
@@ -153,6 +153,16 @@ class Program:
         for engine in self.streams:
             for index in range(self.count(engine)):
                 yield engine, index, self.instruction(engine, index)
+
+    def with_fields(self, engine: str, index: int, fields: Mapping[str, Any]) -> Program:
+        """This program with fields of one instruction changed; nothing is checked but that the
+        values fit, so it makes programs that fault as well."""
+        opcode, old = decode(self.instruction(engine, index))
+        start = index * INSTRUCTION_BYTES
+        stream = self.streams[engine]
+        changed = encode(opcode, {**old, **fields})
+        stream = stream[:start] + changed + stream[start + INSTRUCTION_BYTES :]
+        return dataclasses.replace(self, streams={**self.streams, engine: stream})
 
     def debug_info(self, engine: str, index: int) -> DebugInfo:
         """Where an instruction comes from, as far as it is known."""

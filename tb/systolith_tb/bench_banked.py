@@ -129,7 +129,8 @@ async def one_bank_is_shared_fairly(dut: Any) -> None:
     board = Scoreboard(dut)
     await board.reset()
     bank = random.randrange(BANKS)
-    idle = 0.5 if PRIORITY else 0.0  # a priority port that never pauses starves the rest, on purpose
+    # A priority port that never pauses starves the rest, on purpose.
+    idle = 0.5 if PRIORITY else 0.0
     await board.run(1000, idle, lambda: bank + BANKS * random.randrange(DEPTH // BANKS))
     assert board.compared > 400
     if not PRIORITY:

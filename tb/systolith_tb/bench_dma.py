@@ -413,7 +413,7 @@ async def fetch(dut: Any, dram: Dram, stop: list[bool]) -> int:
     return fetched
 
 
-@cocotb.test(timeout_time=3_000, timeout_unit="us")
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
 @cocotb.parametrize(stall=list(STALLS))
 async def random_instructions(dut: Any, stall: str) -> None:
     """Both queues and the fetcher at once, every mode, against golden after each instruction."""
@@ -490,7 +490,7 @@ def run_beats(mode: str, dtype: DType, columns: int, base: int) -> int:
     return sum((a + n - 1) // BEAT - a // BEAT + 1 for a, n in runs)
 
 
-@cocotb.test(timeout_time=3_000, timeout_unit="us")
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
 @cocotb.parametrize(latency=[10, 100])
 async def throughput(dut: Any, latency: int) -> None:
     """One beat per cycle, in every mode and at any alignment, through the memory's latency."""
@@ -526,7 +526,7 @@ async def throughput(dut: Any, latency: int) -> None:
     assert checked == 32
 
 
-@cocotb.test(timeout_time=3_000, timeout_unit="us")
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
 @cocotb.parametrize(opcode=["DMA_LOAD", "DMA_STORE"], stall=["none", "both"])
 async def error_responses(dut: Any, opcode: str, stall: str) -> None:
     """Accesses that leave DRAM: fault record as golden, bursts finished, no more done."""
@@ -587,7 +587,7 @@ async def _restart(dut: Any, stalls: Stalls) -> tuple:
     return _models[1]
 
 
-@cocotb.test(timeout_time=3_000, timeout_unit="us")
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
 async def stops(dut: Any) -> None:
     """`stop` lets the bursts in flight finish, issues no more, and nothing is lost."""
     dram, queues, _ = await start(dut, stalls=STALLS["both"])

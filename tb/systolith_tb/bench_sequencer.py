@@ -58,7 +58,8 @@ class Bench:
             getattr(dut, f"done_load__{e}").value = 0
             getattr(dut, f"instruction__{e}__ready").value = 0
         Clock(dut.clk, 10, unit="ns").start()
-        slave = AxiSlaveRead(AxiReadBus.from_prefix(dut, "m_axi"), dut.clk, dut.rst, target=self.memory)
+        bus = AxiReadBus.from_prefix(dut, "m_axi")
+        slave = AxiSlaveRead(bus, dut.clk, dut.rst, target=self.memory)
         slave.log.setLevel("WARNING")
         slave.ar_channel.set_pause_generator(self._pauses())
         slave.r_channel.set_pause_generator(self._pauses())
@@ -262,7 +263,8 @@ async def every_fault_as_golden_finds_it(dut: Any) -> None:
                 if fault is not None:
                     assert bench.high("fault", e), f"golden faults at {pc}: {fault}"
                     cause = FaultCause(int(getattr(dut, f"cause__{e}").value))
-                    assert cause is fault.cause, f"{cause}, golden {fault} at {pc} {decode_safe(raw)}"
+                    what = f"{cause}, golden {fault} at {pc} {decode_safe(raw)}"
+                    assert cause is fault.cause, what
                     assert int(getattr(dut, f"pc__{e}").value) == pc
                     address = getattr(dut, f"address__{e}").value.to_signed()
                     assert address == fault.address, f"{address}, golden {fault}"

@@ -98,5 +98,3 @@ class CocotbBackend:
 async def run_driver(function: Callable[..., Any], *arguments: Any) -> Any:
     """Runs code that uses the driver in a thread of its own while the simulation goes on."""
     return await bridge(function)(*arguments)
-
-

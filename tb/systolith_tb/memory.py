@@ -48,7 +48,9 @@ class MemoryModel:
     async def _run(self) -> None:
         lanes, depth = self.words.shape
         address_bits = (depth - 1).bit_length()
-        pipeline: dict[str, list[int | None]] = {p: [None] * (READ_LATENCY - 1) for p in self._reads}
+        pipeline: dict[str, list[int | None]] = {
+            port: [None] * (READ_LATENCY - 1) for port in self._reads
+        }
         for port in self._reads:
             self._handle(port, "response__valid").value = 0
         while True:

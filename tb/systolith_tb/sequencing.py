@@ -67,9 +67,7 @@ class Sequencing(wiring.Component):
             wiring.connect(m, sequencer.axi, arbiter.requester[index])
             for update in range(3):
                 wiring.connect(m, sequencer.update[update], semaphores.update[3 * index + update])
-            wiring.connect(
-                m, sequencer.issue.instruction, wiring.flipped(self.instruction[index])
-            )
+            wiring.connect(m, sequencer.issue.instruction, wiring.flipped(self.instruction[index]))
             fault = sequencer.fault
             m.d.comb += [
                 sequencer.start.eq(self.start),

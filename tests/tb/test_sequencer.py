@@ -6,7 +6,5 @@ from systolith_tb.sequencing import Sequencing
 
 
 def test_sequencers() -> None:
-    ran = run_bench(
-        Sequencing(get_config("nano")), "sequencing", "systolith_tb.bench_sequencer"
-    )
+    ran = run_bench(Sequencing(get_config("nano")), "sequencing", "systolith_tb.bench_sequencer")
     assert ran == 4

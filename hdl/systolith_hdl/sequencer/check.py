@@ -1,6 +1,6 @@
 """The instruction checker: an instruction that faults does nothing."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -83,7 +83,8 @@ class Check(wiring.Component):
                     continue
                 with m.Case(opcode.value):
                     reserved = ((1 << INSTRUCTION_BITS) - 1) & ~USED_BITS[opcode]
-                    bad_operation = [w.mode.as_value() > WaitMode.ACQUIRE.value for w in header.wait]
+                    last_mode = WaitMode.ACQUIRE.value
+                    bad_operation = [w.mode.as_value() > last_mode for w in header.wait]
                     for field in operation_enums(opcode):
                         code = getattr(header, field)
                         bad_operation.append(~_one_of(code, legal_operations(opcode, field)))
@@ -128,9 +129,9 @@ class Check(wiring.Component):
                         (FaultCause.BAD_SEMAPHORE, Cat(bad_semaphore).any()),
                     ]
                     m.d.comb += cause.eq(FaultCause.NONE)
-                    for name, failed in reversed(checks):
+                    for found, failed in reversed(checks):
                         with m.If(failed):
-                            m.d.comb += cause.eq(name)
+                            m.d.comb += cause.eq(found)
                     used = sum(1 << _OPERAND_SLOTS[name] for name in spec.operands)
                     m.d.comb += slots.eq(used)
             with m.Default():
@@ -139,7 +140,7 @@ class Check(wiring.Component):
 
     @staticmethod
     def _operands(word: Value) -> list[data.View]:
-        size = data.Layout.cast(Operand).size
+        size = Shape.cast(Operand).width
         first = _BODY + 64
         return [
             data.View(Operand, word[first + slot * size : first + (slot + 1) * size])
@@ -166,7 +167,8 @@ class Check(wiring.Component):
                     m.d.comb += operand.eq(view)
         limit = Mux(operand.space == Space.SBUF, config.sbuf_depth, config.psum_depth)
         after = Signal(_SLOTS)  # operands still to check once this one is
-        m.d.comb += after.eq(slots & ~(Const(1, _SLOTS) << slot) & ~((Const(1, _SLOTS) << slot) - 1))
+        here = Const(1, _SLOTS) << slot
+        m.d.comb += after.eq(slots & ~here & ~(here - 1))
 
         def goto_first(mask: Value) -> None:
             for index in reversed(range(_SLOTS)):

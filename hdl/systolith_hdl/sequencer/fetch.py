@@ -1,6 +1,6 @@
 """Instruction fetch."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -87,6 +87,7 @@ class Fetch(wiring.Component):
         bad = r.payload.resp != 0
         with m.If(r.valid):
             m.d.sync += error.eq(Mux(r.payload.last, 0, error | bad))
+        word: Value
         if beats > 1:
             partial = Signal(INSTRUCTION_BITS - 8 * bus)
             word = Cat(partial, r.payload.data)

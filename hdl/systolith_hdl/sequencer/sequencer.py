@@ -1,6 +1,6 @@
 """The sequencer of one engine: fetch, check, wait, issue, signal."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, unsigned
+from amaranth.hdl import Array, Cat, Module, Mux, Shape, Signal, unsigned
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -50,8 +50,9 @@ class Retire(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        shape = data.Layout.cast(Completion)
-        m.submodules.queue = queue = fifo.SyncFIFO(width=shape.size, depth=IN_FLIGHT)
+        m.submodules.queue = queue = fifo.SyncFIFO(
+            width=Shape.cast(Completion).width, depth=IN_FLIGHT
+        )
         finished = Signal(range(IN_FLIGHT + 1))  # done by the engine, not yet signalled
         head = data.View(Completion, queue.r_data)
         pop = Signal()

@@ -213,10 +213,9 @@ class VectorEngine(wiring.Component):
                 written.data[lane].eq(narrow(cell.o, running.body.dst.dtype)),
             ]
         nonzero = Cat(getattr(m.submodules, f"lane{lane}").nonzero for lane in range(lanes))
+        everywhere = (~is_predicated).replicate(lanes)
         m.d.comb += [
-            written.mask.eq(
-                lane_mask(running.header.lanes, lanes) & (nonzero | (~is_predicated).replicate(lanes))
-            ),
+            written.mask.eq(lane_mask(running.header.lanes, lanes) & (nonzero | everywhere)),
             dst.columns.valid.eq(out_valid),
         ]
         return m

@@ -79,9 +79,7 @@ class VectorLane(wiring.Component):
                 m.d.sync += flag.eq(nonzero)
             nonzero = flag
 
-        accumulators = Array(
-            Signal(32, name=f"accumulator{i}") for i in range(REDUCE_ACCUMULATORS)
-        )
+        accumulators = Array(Signal(32, name=f"accumulator{i}") for i in range(REDUCE_ACCUMULATORS))
         identity = Signal(32)
         with m.Switch(self.op1):
             for op, start in REDUCTIONS.items():

@@ -9,7 +9,7 @@ from systolith_hdl import regs
 from systolith_hdl.config import CoreConfig, get_config
 from systolith_hdl.isa import ISA_VERSION
 
-from systolith.errors import BackendError
+from systolith.errors import BackendError, DeviceError
 
 from .core import Core
 
@@ -62,9 +62,14 @@ class GoldenDevice:
             for word in range(register.words)
         }
 
+    def _find(self, address: int, what: str) -> tuple[str, int, int]:
+        if address not in self._map:
+            raise DeviceError(f"the host port refused a {what} of {address:#x} (AXI response 2)")
+        return self._map[address]
+
     def read_register(self, address: int) -> int:
-        """Value of the 32-bit register at a byte address; 0 where there is none."""
-        name, index, word = self._map.get(address, ("", 0, 0))
+        """Value of the 32-bit register at a byte address."""
+        name, index, word = self._find(address, "read")
         return (self._value(name, index) >> (32 * word)) & 0xFFFFFFFF
 
     def _value(self, name: str, index: int) -> int:
@@ -103,8 +108,10 @@ class GoldenDevice:
         return self._kept.get(name, 0)
 
     def write_register(self, address: int, value: int) -> None:
-        """Writes a 32-bit register; ignored where there is none and for read-only ones."""
-        name, index, word = self._map.get(address, ("", 0, 0))
+        """Writes the 32-bit register at a byte address."""
+        name, index, word = self._find(address, "write")
+        if regs.REGISTERS[name].access == "ro":
+            raise DeviceError(f"the host port refused a write of {address:#x} (AXI response 2)")
         match name:
             case "CONTROL":
                 if value & _RESET:

@@ -22,10 +22,11 @@ from systolith_hdl.toolchain import (
     verilator_env,
 )
 
-from ..errors import DeviceTimeout
+from ..errors import BackendError, DeviceError, DeviceTimeout
 
 _HARNESS = Path(__file__).with_name("rtl.cpp")
 _LIBRARY = "libchip.so"
+
 
 def kept_modules(config: CoreConfig) -> tuple[str, ...]:
     """Units that Verilator keeps as functions instead of copying them into every place of use:
@@ -76,7 +77,8 @@ def build(config: CoreConfig, progress: Progress = lambda message: None) -> Path
     """Builds the shared library of a config, or finds it in the cache; returns its path.
 
     The cache key is the chip's sources, the config, the harness, the flags and the tools, so an
-    unchanged design is never built twice. Raises ToolError naming a missing tool, or the log of a failed build.
+    unchanged design is never built twice. Raises ToolError naming a missing tool, or the log of a
+    failed build.
     """
     binary, environment, flags = verilator_env()
     keep = _keep_file(config)
@@ -144,9 +146,9 @@ class RtlBackend:
         if dram_bytes_per_cycle is None:
             dram_bytes_per_cycle = 2 * config.lanes
         if dram_latency < 0:
-            raise ValueError(f"dram_latency must not be negative, not {dram_latency}")
+            raise BackendError(f"dram_latency must not be negative, not {dram_latency}")
         if dram_bytes_per_cycle < 1:
-            raise ValueError(f"dram_bytes_per_cycle must be positive, not {dram_bytes_per_cycle}")
+            raise BackendError(f"dram_bytes_per_cycle must be positive, not {dram_bytes_per_cycle}")
         self.config = config
         self.dram = np.zeros(dram_bytes, np.uint8)
         library = ctypes.CDLL(str(build(config, progress)))
@@ -173,7 +175,8 @@ class RtlBackend:
         if response < 0:
             raise DeviceTimeout(f"the host port did not answer a {what}")
         if response != 0:
-            raise ValueError(f"the host port refused a {what} (AXI response {response})")
+            text = f"the host port refused a {what} (AXI response {response})"
+            raise DeviceError(text)
 
     def read_register(self, address: int) -> int:
         """Reads a 32-bit register over AXI4-Lite."""
