@@ -240,3 +240,30 @@ class WriteStreamer(wiring.Component):
         m.d.comb += [address.ready.eq(taken), buffer.r_en.eq(taken)]
         m.d.sync += self.done.eq(taken & address.payload.last)
         return m
+
+
+def elementwise_ports(config: CoreConfig) -> dict[str, wiring.Member]:
+    """Members of an engine that reads two operands and writes one, each from SBUF or PSUM:
+    src0_sbuf, src0_psum, src1_sbuf, src1_psum and dst_sbuf, dst_psum."""
+    members = {}
+    for memory, depth in (("sbuf", config.sbuf_depth), ("psum", config.psum_depth)):
+        for source in ("src0", "src1"):
+            members[f"{source}_{memory}"] = Out(ReadPort(config, depth))
+        members[f"dst_{memory}"] = Out(WritePort(config, depth))
+    return members
+
+
+def place_streamers(
+    m: Module, engine: wiring.Component, config: CoreConfig
+) -> tuple[ReadStreamer, ReadStreamer, WriteStreamer]:
+    """Places the streamers src0, src1 and dst behind an engine's `elementwise_ports`."""
+    streamers = (
+        ReadStreamer(config, psum=True),
+        ReadStreamer(config, psum=True),
+        WriteStreamer(config, psum=True),
+    )
+    for name, streamer in zip(("src0", "src1", "dst"), streamers, strict=True):
+        m.submodules[name] = streamer
+        wiring.connect(m, streamer.sbuf, wiring.flipped(getattr(engine, f"{name}_sbuf")))
+        wiring.connect(m, streamer.psum, wiring.flipped(getattr(engine, f"{name}_psum")))
+    return streamers

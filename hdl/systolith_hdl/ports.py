@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Shape, Signal, Value, ValueCastable, unsigned
+from amaranth.hdl import Cat, Module, Shape, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -18,7 +18,7 @@ def column_shape(config: CoreConfig) -> data.ArrayLayout:
     return data.ArrayLayout(unsigned(32), config.lanes)
 
 
-def split_words(m: Module, column: ValueCastable, *, name: str) -> list[Signal]:
+def split_words(m: Module, column: data.View, *, name: str) -> list[Signal]:
     """Returns the words of a column (any array view) as signals of their own.
 
     Amaranth handles a whole column for each word taken out of one; this way it does so once, which

@@ -103,7 +103,9 @@ async def cells(dut) -> None:
 
     Clock(dut.clk, 10, unit="ns").start()
     dut.rst.value = 0
-    totals, products, rounded = [], [], []
+    totals: list[np.ndarray] = []
+    products: list[np.ndarray] = []
+    rounded: list[np.ndarray] = []
     pipeline: deque[bool] = deque([False] * FP32_LATENCY)
     sent, batches = 0, len(a) // COPIES
     while len(totals) < batches:

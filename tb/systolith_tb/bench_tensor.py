@@ -192,7 +192,10 @@ def instruction(
     def operand(base: int, strides: tuple[int, ...], space: Space, dtype: DType) -> dict:
         return {"base": base, "strides": list(strides), "space": space, "dtype": dtype}
 
-    body = {"counts": list(counts), "src0": operand(*src, Space.SBUF, DType.BF16)}
+    body: dict[str, object] = {
+        "counts": list(counts),
+        "src0": operand(*src, Space.SBUF, DType.BF16),
+    }
     if opcode is Opcode.MATMUL:
         body |= {"dst": operand(*dst, Space.PSUM, DType.FP32), "columns": columns}
     header = {"opcode": opcode, "lanes": lanes, "accumulate": int(accumulate)}
@@ -222,8 +225,13 @@ def random_pattern(
             return counts, base, strides
 
 
-async def run_random(dut, *, stall: float, idle: float, special: bool) -> None:
-    """Random instructions against golden; PSUM is compared whole at the end."""
+async def run_random(
+    dut, *, stall: float, idle: float, special: bool, interrupt: bool = False
+) -> None:
+    """Random instructions against golden; all of PSUM they may reach is compared at the end.
+
+    With `interrupt`, other instructions are under way before and a reset cuts them short.
+    """
     config = get_config(os.environ["SYSTOLITH_CONFIG"])
     lanes = config.lanes
     rng = numpy_rng()
@@ -233,9 +241,28 @@ async def run_random(dut, *, stall: float, idle: float, special: bool) -> None:
     await start(dut)
     driver = TensorDriver(dut, sbuf, stall=stall, idle=idle)
     await driver.write_psum(psum)
+    if interrupt:
+        load = instruction(
+            Opcode.LOAD_STATIONARY, counts=(1, 1, 1, lanes), src=(0, (0, 0, 0, 1)), lanes=lanes
+        )
+        matmul = instruction(
+            Opcode.MATMUL,
+            counts=(1, 1, 1, lanes + 1),
+            src=(0, (0, 0, 0, 1)),
+            dst=(window, (0, 0, 0, 1)),
+            lanes=lanes,
+            columns=lanes,
+        )
+        driver.queue.extend([load, matmul] * 10)
+        for _ in range(random.randrange(20, 20 + 5 * lanes)):
+            await driver.step()
+        await FallingEdge(dut.clk)
+        dut.rst.value = 1
+        await FallingEdge(dut.clk)
+        dut.rst.value = 0
+        driver = TensorDriver(dut, sbuf, stall=stall, idle=idle)
 
     stationary = np.zeros((lanes, lanes), np.uint16)
-    written = np.zeros(lanes, bool)  # columns of `stationary` that have been loaded
     loads = matmuls = macs = written_words = 0
     for _ in range(int(os.environ.get("SYSTOLITH_INSTRUCTIONS", "300"))):
         if not loads or rng.random() < 0.4:
@@ -244,12 +271,8 @@ async def run_random(dut, *, stall: float, idle: float, special: bool) -> None:
             if not loads:
                 counts, base, strides = (1, 1, 1, lanes), 0, (0, 0, 0, 1)
             source = addresses(counts, base, strides)
-            # Rows from `rows` on are whatever SBUF holds there, and may not be used.
+            # All rows are loaded, whatever K is; other columns keep the last load that had them.
             stationary[:, : len(source)] = to_bf16(sbuf[:, source])
-            valid_rows = rows
-            if len(source) == lanes:
-                written[:] = True
-            columns_limit = len(source)
             driver.queue.append(
                 instruction(Opcode.LOAD_STATIONARY, counts=counts, src=(base, strides), lanes=rows)
             )
@@ -262,8 +285,8 @@ async def run_random(dut, *, stall: float, idle: float, special: bool) -> None:
             if offsets.max() - offsets.min() < window:
                 break
         dst_base = int(rng.integers(-offsets.min(), window - offsets.max()))
-        rows = int(rng.integers(1, valid_rows + 1))
-        columns = int(rng.integers(1, columns_limit + 1))
+        rows = int(rng.integers(1, lanes + 1))
+        columns = int(rng.integers(1, lanes + 1))
         accumulate = bool(rng.random() < 0.6)
         source = addresses(counts, src_base, src_strides)
         sums = tile(stationary[:, :columns], to_bf16(sbuf[:, source]), rows)
@@ -328,7 +351,8 @@ async def latency(dut) -> None:
                 accumulate=True,
             )
         )
-        await driver.until(lambda done=done: driver.matmuls_done == done)
+        while driver.matmuls_done < done:
+            await driver.step()
         assert driver.done_at[-1] - driver.taken_at[-1] == width + 4 + matmul_latency(config)
         assert int(dut.issue__busy.value)
         sums = tile(to_bf16(sbuf[:, 8 : 8 + lanes]), to_bf16(sbuf[:, 40 : 40 + width]), lanes)
@@ -395,3 +419,4 @@ _engine_test("engine_no_stalls", run_random, stall=0.0, idle=0.0, special=False)
 _engine_test("engine_special", run_random, stall=0.0, idle=0.0, special=True)
 _engine_test("engine_idle", run_random, stall=0.0, idle=0.8, special=False)
 _engine_test("engine_stalls", run_random, stall=0.5, idle=0.2, special=True)
+_engine_test("engine_reset", run_random, stall=0.0, idle=0.0, special=False, interrupt=True)

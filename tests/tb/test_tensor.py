@@ -31,4 +31,4 @@ def test_engine(config: str) -> None:
         "systolith_tb.bench_tensor",
         env={"SYSTOLITH_CONFIG": config},
     )
-    assert ran == 6
+    assert ran == 7

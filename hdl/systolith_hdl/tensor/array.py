@@ -18,7 +18,7 @@ Both are conditions on the sender only, whatever N is, and with them matmuls of 
 each other without a bubble while each loads the stationary operand of the next.
 """
 
-from amaranth.hdl import Cat, Module, Mux, ShapeLike, Signal, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, ShapeLike, Signal, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -193,7 +193,7 @@ class SystolicArray(wiring.Component):
         config = self._config
         lanes = config.lanes
 
-        above = Signal(column_shape(config), name="zeros")
+        above: data.View = data.View(column_shape(config), Const(0, 32 * lanes))
         weight_valid, weight_first, swap = Signal(), Signal(), Signal()
         m.d.sync += [
             weight_valid.eq(self.weight.valid),

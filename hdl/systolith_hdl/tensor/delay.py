@@ -36,7 +36,8 @@ class Delay(wiring.Component):
             return m
         # The slot that is about to be written is read first; the read register adds a cycle.
         slots = self._cycles - 1
-        m.submodules.ring = ring = memory.Memory(shape=unsigned(self._width), depth=slots, init=[])
+        ring: memory.Memory = memory.Memory(shape=unsigned(self._width), depth=slots, init=[])
+        m.submodules.ring = ring
         read, write = ring.read_port(), ring.write_port()
         slot = Signal(range(slots))
         with m.If(slot == slots - 1):

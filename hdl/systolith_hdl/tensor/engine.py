@@ -51,6 +51,9 @@ class TensorEngine(wiring.Component):
     last LOAD_STATIONARY before it, one without a load since the MATMUL before it reuses the weights
     in place. Lanes `columns` and above of the destination keep their values.
 
+    A load writes all N rows of the columns it has (rows from its `lanes` on with what SBUF holds
+    there); columns it does not have keep the weights of the last load that had them.
+
     Members
     -------
     issue : In(IssuePort); `done` is that of MATMULs, high in the cycle of the last write

@@ -2,15 +2,15 @@
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, wiring
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import In
 
-from ..access import AddressGenerator, Pattern, ReadStreamer, WriteStreamer, pattern
+from ..access import AddressGenerator, Pattern, elementwise_ports, pattern, place_streamers
 from ..arith import round_bf16
 from ..config import CoreConfig
 from ..emit import Once
 from ..formats import DType
 from ..isa import INSTRUCTION_BITS, REDUCE_ACCUMULATORS, SPECS, AluOp, Opcode
-from ..ports import IssuePort, ReadPort, WritePort
+from ..ports import IssuePort
 from .alu import ALU_LATENCY
 from .lane import LANE_LATENCY, Second, VectorLane
 
@@ -47,25 +47,15 @@ class VectorEngine(wiring.Component):
 
     def __init__(self, config: CoreConfig) -> None:
         self._config = config
-        members: dict = {"issue": In(IssuePort())}
-        for name, depth in (("sbuf", config.sbuf_depth), ("psum", config.psum_depth)):
-            for source in ("src0", "src1"):
-                members[f"{source}_{name}"] = Out(ReadPort(config, depth))
-            members[f"dst_{name}"] = Out(WritePort(config, depth))
-        super().__init__(members)
+        super().__init__({"issue": In(IssuePort()), **elementwise_ports(config)})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
         lanes = config.lanes
 
-        m.submodules.src0 = src0 = ReadStreamer(config, psum=True)
-        m.submodules.src1 = src1 = ReadStreamer(config, psum=True)
-        m.submodules.dst = dst = WriteStreamer(config, psum=True)
+        src0, src1, dst = place_streamers(m, self, config)
         m.submodules.steps = steps = AddressGenerator()  # paces MEMSET, which reads nothing
-        for streamer, name in ((src0, "src0"), (src1, "src1"), (dst, "dst")):
-            wiring.connect(m, streamer.sbuf, wiring.flipped(getattr(self, f"{name}_sbuf")))
-            wiring.connect(m, streamer.psum, wiring.flipped(getattr(self, f"{name}_psum")))
 
         # -- Issue: everything starts in the cycle the instruction is taken.
         active = Signal()
