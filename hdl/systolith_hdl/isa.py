@@ -56,7 +56,8 @@ class Opcode(enum.Enum, shape=8):
     #: done when every engine has ended
     END = 0x01
     #: stationary[k, m] <- src0, `lanes` rows (K), one column per step; counts 0 to 2 must be 1 and
-    #: count 3 is M, at most N (else BAD_COUNT)
+    #: count 3 is M, at most N (else BAD_COUNT). Rows from K on become zero, columns from M on keep
+    #: their weights
     LOAD_STATIONARY = 0x10
     #: dst[m, f] (+)= sum over k of stationary[k, m] * src0[k, f]; `lanes` = K, `columns` = M
     MATMUL = 0x11

@@ -146,7 +146,8 @@ FP32 operations round to nearest even and keep subnormals. Whatever results in N
 A MATMUL computes, for each element of its tile, the chain `acc = fp32(acc + w*x)` from +0 in the
 order of the partitions, each product exact and each step rounded once. With `accumulate`, one FP32
 addition adds the tile to the destination. A MATMUL uses the last LOAD_STATIONARY before it in its
-stream; what it computes with rows or columns that this did not load is undefined.
+stream. A load of M columns sets their rows from `lanes` on to zero; columns from M on keep their
+weights.
 
 ### DMA
 

@@ -271,8 +271,9 @@ async def run_random(
             if not loads:
                 counts, base, strides = (1, 1, 1, lanes), 0, (0, 0, 0, 1)
             source = addresses(counts, base, strides)
-            # All rows are loaded, whatever K is; other columns keep the last load that had them.
-            stationary[:, : len(source)] = to_bf16(sbuf[:, source])
+            # Rows beyond K become zero; other columns keep the last load that had them.
+            stationary[:, : len(source)] = 0
+            stationary[:rows, : len(source)] = to_bf16(sbuf[:rows, source])
             driver.queue.append(
                 instruction(Opcode.LOAD_STATIONARY, counts=counts, src=(base, strides), lanes=rows)
             )

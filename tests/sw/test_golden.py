@@ -85,6 +85,7 @@ def random_core(rng: random.Random) -> Core:
         wild = generator.integers(0, 2**32, memory.shape, dtype=np.uint32)
         memory[:] = np.where(generator.random(memory.shape) < 0.8, ordinary, wild)
     core.stationary[:] = arithmetic.round_bf16(core.stationary)
+    core.weights[:] = core.stationary
     return core
 
 
@@ -123,7 +124,7 @@ class Naive:
         match opcode:
             case Opcode.LOAD_STATIONARY:
                 old = [word("src0", lane, index) for lane, index in steps]
-                self.stationary[:] = 0
+                self.stationary[:, : counts[3]] = 0
                 for (lane, index), value in zip(steps, old, strict=True):
                     self.stationary[lane, index[3]] = arithmetic.round_bf16(value)[0]
             case Opcode.MATMUL:

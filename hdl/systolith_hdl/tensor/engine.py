@@ -22,6 +22,8 @@ _COUNT = unsigned(4)
 class _Load(data.Struct):
     """What is kept of a LOAD_STATIONARY until its columns are sent."""
 
+    #: rows it loads; the others become zero
+    lanes: unsigned(8)
     #: swaps sent before it may begin: the shadow weights are in use until then
     swaps: _COUNT
 
@@ -114,6 +116,7 @@ class TensorEngine(wiring.Component):
             load_sources.w_en.eq(take_load),
             loads.w_en.eq(take_load),
             load_sources.w_data.eq(pattern(body.src0, body.counts)),
+            loads.w_data.lanes.eq(header.lanes),
             loads.w_data.swaps.eq(swaps_taken),
             moving_sources.w_en.eq(take_matmul),
             matmuls.w_en.eq(take_matmul),
@@ -218,7 +221,12 @@ class TensorEngine(wiring.Component):
         weights = split_words(m, stationary.columns.payload.data, name="weight")
         words = split_words(m, moving.columns.payload.data, name="word")
         m.d.sync += [
-            array.weight.data.as_value().eq(Cat(round_bf16(word) for word in weights)),
+            array.weight.data.as_value().eq(
+                Cat(
+                    Mux(lane < loads.r_data.lanes, round_bf16(word), 0)
+                    for lane, word in enumerate(weights)
+                )
+            ),
             array.moving.data.as_value().eq(Cat(round_bf16(word) for word in words)),
             array.moving.rows.eq(Cat(send & (lane < current.lanes) for lane in range(lanes))),
         ]

@@ -140,8 +140,9 @@ class Core:
     Members
     -------
     sbuf, psum : uint32 [lanes, depth]; zero at first, kept over runs and resets
-    stationary : uint32 [K, M] of the tensor engine; rows and columns that the last
-        LOAD_STATIONARY did not cover are zero here and undefined on the chip
+    stationary, weights : uint32 [K, M] of the tensor engine: what the last loads left in the
+        background, and what MATMULs use; the first MATMUL after a load takes over the former.
+        Kept over runs and resets, but a load that no MATMUL took over is forgotten by a reset
     semaphores, pc, instructions, macs : counts since the start
     running, fault : state
     """
@@ -154,6 +155,8 @@ class Core:
         self.scheduler = scheduler
         self.sbuf: Words = np.zeros((config.lanes, config.sbuf_depth), np.uint32)
         self.psum: Words = np.zeros((config.lanes, config.psum_depth), np.uint32)
+        self.stationary: Words = np.zeros((config.lanes,) * 2, np.uint32)
+        self.weights: Words = np.zeros((config.lanes,) * 2, np.uint32)
         self._kinds = [engine_kind(engine) for engine in config.engines]
         #: (engine kind, 64 bytes) -> what they do to this core
         self._cache: dict[tuple[object, bytes], _Prepared] = {}
@@ -164,7 +167,7 @@ class Core:
     def reset(self) -> None:
         """Stops everything; memories keep their values, all other state is as after power-on."""
         engines = len(self.config.engines)
-        self.stationary: Words = np.zeros((self.config.lanes,) * 2, np.uint32)
+        self._fresh = False
         self.running = False
         self.fault: FaultRecord | None = None
         self._bases = [0] * engines
@@ -338,8 +341,9 @@ class Core:
         def run() -> None:
             words = arithmetic.round_bf16(source.read())
             words = words.reshape(len(words), -1)
-            self.stationary[:] = 0
+            self.stationary[:, : words.shape[1]] = 0
             self.stationary[: words.shape[0], : words.shape[1]] = words
+            self._fresh = True
 
         return run
 
@@ -352,7 +356,10 @@ class Core:
 
         def run() -> None:
             words = arithmetic.round_bf16(moving.read()).reshape(rows, -1)
-            tile = arithmetic.matmul(self.stationary[:rows, :columns], words)
+            if self._fresh:
+                self.weights[:] = self.stationary
+                self._fresh = False
+            tile = arithmetic.matmul(self.weights[:rows, :columns], words)
             if not accumulate:
                 dst.write(tile.reshape(shape))
             elif dst.repeated is None:

@@ -1,0 +1,89 @@
+// The arithmetic of the floating-point cells of the `rtl-fast` device, called from fast_cells.sv.
+//
+// Included in front of every file that Verilator writes, so that the calls are inlined: as calls
+// they would cost more than the arithmetic.
+
+#ifndef SYSTOLITH_FAST_CELLS_H
+#define SYSTOLITH_FAST_CELLS_H
+
+#include <cfloat>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+static_assert(FLT_EVAL_METHOD == 0, "FP32 results must be rounded at once: no x87");
+static_assert(std::numeric_limits<float>::is_iec559 && std::numeric_limits<double>::is_iec559,
+              "IEEE-754 arithmetic is needed");
+#ifdef __FAST_MATH__
+#error "-ffast-math would change bits"
+#endif
+
+namespace systolith {
+
+constexpr uint32_t kCanonicalNan = 0x7FC00000;
+
+template <typename To, typename From>
+inline To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+inline uint32_t fp32_bits(float value) {
+    return value == value ? bits_as<uint32_t>(value) : kCanonicalNan;
+}
+
+}  // namespace systolith
+
+extern "C" {
+
+inline unsigned int fast_add(unsigned int a, unsigned int b) {
+    using namespace systolith;
+    return fp32_bits(bits_as<float>(a) + bits_as<float>(b));
+}
+
+inline unsigned int fast_mul(unsigned int a, unsigned int b) {
+    using namespace systolith;
+    return fp32_bits(bits_as<float>(a) * bits_as<float>(b));
+}
+
+// Exact product of two numbers in the encoding `Narrow` of tensor/mac.py: sign in bit 0, exponent
+// in bits 1 to 9, significand in bits 10 to 17, infinity in bit 18, NaN in bit 19.
+//
+// The significands' product has 16 bits and exponents reach from -266 to 254: all of it fits in a
+// double.
+inline double fast_product(unsigned int a, unsigned int w) {
+    using namespace systolith;
+    uint64_t sign = static_cast<uint64_t>((a ^ w) & 1) << 63;
+    if (__builtin_expect((a | w) >> 18, 0)) {
+        bool zero = !((a >> 17) & (w >> 17) & 1);
+        bool nan = (a | w) >> 19 || zero;
+        return nan ? std::numeric_limits<double>::quiet_NaN()
+                   : bits_as<double>(sign | uint64_t{0x7FF} << 52);
+    }
+    int32_t significand = ((a >> 10) & 0xFF) * ((w >> 10) & 0xFF);
+    int32_t exponent = (static_cast<int32_t>(a << 22) >> 23) + (static_cast<int32_t>(w << 22) >> 23);
+    // Two significands of 2**7 for 1.0.
+    uint64_t scale = static_cast<uint64_t>(exponent - 14 + 1023) << 52;
+    return static_cast<double>(significand) * bits_as<double>(sign | scale);
+}
+
+// acc + addend, rounded once to FP32, although it is rounded to a double on the way.
+//
+// The double is exact if the sum's bits span at most 53 places. If they span more, one of the
+// operands is far smaller than the other:
+// - the product (16 bits), below 2**-36 of acc. Acc has 24 bits.
+// - acc (24 bits), below 2**-28 of the product. The product is then in the normal range of FP32 or
+//   above it, since no bit of acc is below 2**-149, and with 16 bits is FP32 but for its range.
+// The larger one is thus an FP32 number (or beyond their range), and the sum is closer to it than
+// any tie between FP32 numbers, the one with infinity included. It rounds to the larger one (or to infinity) whether or not
+// it is rounded to a double first, which does not take it across a tie.
+inline unsigned int fast_accumulate(unsigned int acc, double addend) {
+    using namespace systolith;
+    return fp32_bits(static_cast<float>(static_cast<double>(bits_as<float>(acc)) + addend));
+}
+
+}  // extern "C"
+
+#endif

@@ -1,0 +1,61 @@
+// The floating-point cells of the `rtl-fast` device: ports, latency and bits of the gates, the
+// arithmetic in C++ (fast_cells.h). Registers are updated as in the gates, one call per clock edge.
+
+import "DPI-C" pure function int unsigned fast_add(input int unsigned a, input int unsigned b);
+import "DPI-C" pure function int unsigned fast_mul(input int unsigned a, input int unsigned b);
+import "DPI-C" pure function real fast_product(input int unsigned a, input int unsigned w);
+import "DPI-C" pure function int unsigned fast_accumulate(input int unsigned acc, input real addend);
+
+module fp32_add(
+    input clk,
+    input rst,
+    input en,
+    input [31:0] a,
+    input [31:0] b,
+    output reg [31:0] o = 0
+);
+    reg [31:0] stage_1 = 0, stage_2 = 0;
+    always @(posedge clk)
+        if (en) begin
+            stage_1 <= fast_add(a, b);
+            stage_2 <= stage_1;
+            o <= stage_2;
+        end
+endmodule
+
+module fp32_mul(
+    input clk,
+    input rst,
+    input en,
+    input [31:0] a,
+    input [31:0] b,
+    output reg [31:0] o = 0
+);
+    reg [31:0] stage_1 = 0, stage_2 = 0;
+    always @(posedge clk)
+        if (en) begin
+            stage_1 <= fast_mul(a, b);
+            stage_2 <= stage_1;
+            o <= stage_2;
+        end
+endmodule
+
+module mac_bf16(
+    input clk,
+    input rst,
+    input [19:0] a,
+    input [19:0] w,
+    input active,
+    input [31:0] acc,
+    output reg [31:0] o = 0
+);
+    // Adding -0 changes nothing, not even -0.
+    real addend = 0.0;
+    reg [31:0] stage_1 = 0, stage_2 = 0;
+    always @(posedge clk) begin
+        addend <= active ? fast_product({12'b0, a}, {12'b0, w}) : -0.0;
+        stage_1 <= fast_accumulate(acc, addend);
+        stage_2 <= stage_1;
+        o <= stage_2;
+    end
+endmodule
