@@ -32,30 +32,58 @@ class DType(enum.Enum, shape=4):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Widths of one type. ``exponent`` and ``fraction`` are 0 for integers."""
+    """One type.
+
+    Parameters
+    ----------
+    bits, exponent, fraction : widths; the latter two are 0 for integers
+    numpy : its numpy counterpart
+    nan : bits of its canonical NaN, the one that is written
+    infinite : has infinities; what overflows gives NaN if not
+    """
 
     bits: int
     exponent: int
     fraction: int
     numpy: np.dtype
+    nan: int = 0
+    infinite: bool = True
 
     @property
     def bytes(self) -> int:
         return self.bits // 8
 
+    @property
+    def bias(self) -> int:
+        """What is added to an exponent to store it."""
+        return (1 << self.exponent - 1) - 1
+
+    @property
+    def largest(self) -> int:
+        """FP32 word of the largest finite number."""
+        # Without infinities the highest exponent is one like the others, but for a single NaN.
+        exponent = (1 << self.exponent) - 1 - self.infinite - self.bias
+        fraction = (1 << self.fraction) - 1 - (not self.infinite)
+        return (exponent + 127) << 23 | fraction << 23 - self.fraction
+
 
 FORMATS: dict[DType, Format] = {
-    DType.FP32: Format(32, 8, 23, np.dtype(np.float32)),
-    DType.BF16: Format(16, 8, 7, np.dtype(ml_dtypes.bfloat16)),
-    DType.FP16: Format(16, 5, 10, np.dtype(np.float16)),
-    DType.FP8_E4M3: Format(8, 4, 3, np.dtype(ml_dtypes.float8_e4m3fn)),
-    DType.FP8_E5M2: Format(8, 5, 2, np.dtype(ml_dtypes.float8_e5m2)),
+    DType.FP32: Format(32, 8, 23, np.dtype(np.float32), nan=0x7FC00000),
+    DType.BF16: Format(16, 8, 7, np.dtype(ml_dtypes.bfloat16), nan=0x7FC0),
+    DType.FP16: Format(16, 5, 10, np.dtype(np.float16), nan=0x7E00),
+    DType.FP8_E4M3: Format(8, 4, 3, np.dtype(ml_dtypes.float8_e4m3fn), nan=0x7F, infinite=False),
+    DType.FP8_E5M2: Format(8, 5, 2, np.dtype(ml_dtypes.float8_e5m2), nan=0x7E),
     DType.INT32: Format(32, 0, 0, np.dtype(np.int32)),
     DType.INT8: Format(8, 0, 0, np.dtype(np.int8)),
 }
 
 #: The one NaN every engine produces: quiet, positive, payload zero.
-CANONICAL_NAN = 0x7FC00000
+CANONICAL_NAN = FORMATS[DType.FP32].nan
+
+#: Floating-point types narrower than FP32.
+NARROW_FLOATS = (DType.BF16, DType.FP16, DType.FP8_E4M3, DType.FP8_E5M2)
+#: All floating-point types.
+FLOATS = (DType.FP32, *NARROW_FLOATS)
 
 
 def dtype_of(dtype: np.dtype | type) -> DType:

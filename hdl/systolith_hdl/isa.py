@@ -16,7 +16,7 @@ from amaranth.hdl import Shape, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES
-from .formats import DType
+from .formats import FLOATS, DType
 
 ISA_VERSION = 1
 MAX_WAITS = 3
@@ -337,10 +337,10 @@ _BOTH = frozenset({Space.SBUF, Space.PSUM})
 _SBUF = frozenset({Space.SBUF})
 _PSUM = frozenset({Space.PSUM})
 _READ = frozenset({DType.FP32})
-_WRITE = frozenset({DType.FP32, DType.BF16})
+_WRITE = frozenset(FLOATS)
 _MATMUL = frozenset({DType.BF16})
 #: types DMA moves between DRAM and FP32 words
-DMA_TYPES = frozenset({DType.FP32, DType.BF16})
+DMA_TYPES = frozenset(FLOATS)
 
 _DST = {"dst": (_BOTH, _WRITE)}
 _SRC0 = {"src0": (_BOTH, _READ)}

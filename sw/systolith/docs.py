@@ -129,9 +129,9 @@ Semaphores count from 0 to 65535 and are zeroed at the start of a program.
 
 Elementwise instructions walk four nested counts, index 0 outermost. An operand lies at word
 `base + i0*strides.0 + i1*strides.1 + i2*strides.2 + i3*strides.3` of partitions 0 to `lanes` - 1;
-a stride of 0 repeats a word. Words hold FP32. A destination of type BF16 rounds to it, to nearest
-even, and keeps the rounded value as FP32; the operands of the tensor engine are rounded to BF16 as
-they are read.
+a stride of 0 repeats a word. Words hold FP32. A destination of a narrow type rounds to it, to
+nearest even, and keeps the rounded value as FP32; the operands of the tensor engine are rounded to
+their type as they are read.
 
 A destination may be a source element for element, that is in place. If a destination overlaps a
 source in any other way, the result is undefined. If a destination names a word more than once, the
@@ -152,10 +152,10 @@ weights.
 ### DMA
 
 Element (i0, i1, i2, i3) of lane l lies in DRAM at byte `dram_base + i0*dram_strides.0 +
-i1*dram_strides.1 + i2*dram_strides.2 + i3*dram_strides.3 + l*lane_stride` modulo 2^48; bit 0 of
-that address is ignored. FP32 is moved bit for bit; BF16 is widened by a load and rounded to
-nearest even by a store. Elements that coincide are written in the order (i0, i1, i2, i3, l): the
-last one stays.
+i1*dram_strides.1 + i2*dram_strides.2 + i3*dram_strides.3 + l*lane_stride` modulo 2^48. An element
+of one byte may lie anywhere; bit 0 of the address of a larger one is ignored. FP32 is moved bit for
+bit; narrow types are widened by a load and rounded to nearest even by a store. Elements that
+coincide are written in the order (i0, i1, i2, i3, l): the last one stays.
 
 ### Faults
 

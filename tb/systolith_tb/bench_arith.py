@@ -11,25 +11,24 @@ from amaranth.hdl import Module, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
-from cocotb.triggers import FallingEdge, ReadOnly
-from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul, round_bf16
+from cocotb.triggers import FallingEdge
+from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul
 from systolith_hdl.emit import Once
 
-from systolith_tb.numerics import CORNERS, canonical, numpy_rng, pack, random_words, to_bf16, unpack
+from systolith_tb.numerics import CORNERS, canonical, numpy_rng, pack, random_words, unpack
 
 #: Copies of each cell: this many vectors in a cycle.
 COPIES = 16
 
 
 class ArithBench(wiring.Component):
-    """`COPIES` adders, multipliers and bf16 rounders fed with the same vectors.
+    """`COPIES` adders and multipliers fed with the same vectors.
 
     Members
     -------
     en : In(1)
     a, b : In, one FP32 word for each copy
     total, product : Out, `FP32_LATENCY` enabled cycles later
-    rounded : Out, bf16 of `a`, combinational
     """
 
     en: In(1)
@@ -37,7 +36,6 @@ class ArithBench(wiring.Component):
     b: In(data.ArrayLayout(unsigned(32), COPIES))
     total: Out(data.ArrayLayout(unsigned(32), COPIES))
     product: Out(data.ArrayLayout(unsigned(32), COPIES))
-    rounded: Out(data.ArrayLayout(unsigned(16), COPIES))
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -53,7 +51,6 @@ class ArithBench(wiring.Component):
                     cell.b.eq(self.b[i]),
                     output[i].eq(cell.o),
                 ]
-            m.d.comb += self.rounded[i].eq(round_bf16(self.a[i]))
         return m
 
 
@@ -94,7 +91,7 @@ def _check(what: str, a: np.ndarray, b: np.ndarray, got: np.ndarray, wanted: np.
 
 @cocotb.test(timeout_time=10, timeout_unit="ms")
 async def cells(dut) -> None:
-    """Sums, products and roundings of $SYSTOLITH_VECTORS random pairs and all pairs of corners,
+    """Sums and products of $SYSTOLITH_VECTORS random pairs and all pairs of corners,
     with `en` going low at random."""
     rng = numpy_rng()
     a, b = random_pairs(rng, int(os.environ.get("SYSTOLITH_VECTORS", "100000")))
@@ -105,7 +102,6 @@ async def cells(dut) -> None:
     dut.rst.value = 0
     totals: list[np.ndarray] = []
     products: list[np.ndarray] = []
-    rounded: list[np.ndarray] = []
     pipeline: deque[bool] = deque([False] * FP32_LATENCY)
     sent, batches = 0, len(a) // COPIES
     while len(totals) < batches:
@@ -122,18 +118,13 @@ async def cells(dut) -> None:
         if enable:
             pipeline.popleft()
             pipeline.append(sent < batches)
-            if sent < batches:
-                await ReadOnly()
-                rounded.append(unpack(dut.rounded, np.uint16, COPIES))
             sent += 1
-    assert len(rounded) == batches
     total, product = np.concatenate(totals), np.concatenate(products)
 
     with np.errstate(all="ignore"):
         fa, fb = a.view(np.float32), b.view(np.float32)
         _check("sum, numpy", a, b, total, canonical((fa + fb).view(np.uint32)))
         _check("product, numpy", a, b, product, canonical((fa * fb).view(np.uint32)))
-    _check("bf16", a, b, np.concatenate(rounded), to_bf16(a))
     _check("sum, SoftFloat", a, b, total, softfloat("f32_add", a, b))
     _check("product, SoftFloat", a, b, product, softfloat("f32_mul", a, b))
     cocotb.log.info("compared %d vectors", len(a))

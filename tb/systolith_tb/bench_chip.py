@@ -9,12 +9,13 @@ import cocotb
 import numpy as np
 from cocotb.triggers import RisingEdge
 from systolith.errors import DeviceFault, DeviceTimeout
+from systolith.golden import arithmetic
 from systolith.golden.device import GoldenDevice
 from systolith.kernel import KernelBuilder
 from systolith.program import Program
 from systolith.runtime.driver import Driver
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function, WaitMode
 
 from .device import CocotbBackend, run_driver
@@ -29,13 +30,9 @@ def random_kernel(seed: int) -> Program:
     rng = random.Random(seed)
     nc = KernelBuilder(CONFIG, name=f"random{seed}")
     k, m, f = (rng.randint(1, 3 * N) for _ in range(3))
-    w = nc.dram.tensor("w", (k, m), rng.choice([DType.FP32, DType.BF16]), kind="input")
-    x = nc.dram.tensor("x", (k, f), rng.choice([DType.FP32, DType.BF16]), kind="input")
-    outputs = [
-        nc.dram.tensor(f"y{i}", (m, f), rng.choice([DType.FP32, DType.BF16]), kind="output")
-        for i in range(3)
-    ]
-    size = {DType.FP32: 4, DType.BF16: 2}
+    w = nc.dram.tensor("w", (k, m), rng.choice(FLOATS), kind="input")
+    x = nc.dram.tensor("x", (k, f), rng.choice(FLOATS), kind="input")
+    outputs = [nc.dram.tensor(f"y{i}", (m, f), rng.choice(FLOATS), kind="output") for i in range(3)]
     tiles_k = [(i, min(N, k - i)) for i in range(0, k, N)]
     tiles_m = [(i, min(N, m - i)) for i in range(0, m, N)]
     loaded = []
@@ -43,7 +40,7 @@ def random_kernel(seed: int) -> Program:
         row = {}
         for name, tensor, columns in (("w", w, m), ("x", x, f)):
             tile = nc.sbuf.tile(columns)
-            e = size[tensor.dtype]
+            e = tensor.itemsize
             nc.dma.load(
                 tile.view((columns,), lanes=lanes), tensor, start * columns * e, (e,), columns * e
             )
@@ -64,7 +61,7 @@ def random_kernel(seed: int) -> Program:
             bias=rng.uniform(-1, 1),
         )  # fmt: skip
         nc.vector.tensor_tensor(
-            results[1].astype(rng.choice([DType.FP32, DType.BF16])), sums,
+            results[1].astype(rng.choice(FLOATS)), sums,
             rng.choice(list(AluOp)), results[0], op0=rng.choice(list(AluOp)),
             imm0=rng.uniform(-2, 2),
         )  # fmt: skip
@@ -77,7 +74,7 @@ def random_kernel(seed: int) -> Program:
             bias=total.view((f,), strides=(0,), lanes=lanes),
         )  # fmt: skip
         for tensor, result in zip(outputs, results, strict=True):
-            e = size[tensor.dtype]
+            e = tensor.itemsize
             nc.dma.store(result, tensor, start * f * e, (e,), f * e)
         nc.psum.free(acc)
         for tile in (a, b, c, total):
@@ -94,10 +91,7 @@ def run_on(driver: Driver, program: Program, seed: int) -> dict[str, Any]:
         # Mostly plain numbers: a NaN in every column would hide everything else.
         plain = rng.standard_normal(tensor.shape).astype(np.float32).view(np.uint32)
         words = np.where(rng.random(tensor.shape) < 0.05, words, plain)
-        if tensor.dtype is DType.BF16:
-            raw = (words >> 16).astype(np.uint16)
-        else:
-            raw = words
+        raw = arithmetic.pack(words, tensor.dtype)
         area = driver.backend.dram[tensor.address : tensor.address + tensor.nbytes]
         area[:] = np.frombuffer(raw.tobytes(), np.uint8)
     counters = driver.run(loaded)

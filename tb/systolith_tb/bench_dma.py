@@ -19,7 +19,7 @@ from cocotb.triggers import ClockCycles, RisingEdge
 from cocotbext.axi import AxiBus, AxiSlave
 from systolith.golden.dma import dma_load, dma_store, first_bad_burst
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.formats import FLOATS, FORMATS, DType
 from systolith_hdl.isa import FaultCause, Opcode, decode, encode
 from systolith_hdl.ports import READ_LATENCY
 
@@ -55,10 +55,15 @@ STALLS = {
 def random_words(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Random bits with the corners of rounding among them."""
     words = rng.integers(0, 1 << 32, shape, dtype=np.uint32)
+    plain = rng.standard_normal(shape).astype(np.float32).view(np.uint32)
+    words = np.where(rng.random(shape) < 0.4, plain, words)
     corners = np.array(
         [
             0, 0x80000000, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFC00000, 0x7F7FFFFF,
             0x7F7F7FFF, 0x7F7F8000, 0x00008000, 0x00018000, 0x00007FFF, 0x3F808000, 0x3F818000,
+            0x477FEFFF, 0x477FF000, 0x33000000, 0x33000001, 0x387FC001,  # FP16: overflow, tiny
+            0x43E80000, 0x43E80001, 0x3A800000, 0x3A800001, 0x3C700000,  # E4M3
+            0x476FFFFF, 0x47700000, 0x37000000, 0x37000001, 0x38200000,  # E5M2
         ],
         np.uint32,
     )  # fmt: skip
@@ -295,7 +300,7 @@ def make(
 ) -> tuple[Opcode, dict[str, Any]]:
     """Draws an instruction of a mode whose elements lie in bytes low to high - 1."""
     while True:
-        size_of = random.choice([DType.FP32, DType.BF16])
+        size_of = random.choice(FLOATS)
         size = FORMATS[size_of].bytes
         lanes = random.choice([N, N, random.randint(1, N)])
         if mode == "one_lane":
@@ -493,14 +498,16 @@ def run_beats(mode: str, dtype: DType, columns: int, base: int) -> int:
 @cocotb.test(timeout_time=1_000, timeout_unit="us")
 @cocotb.parametrize(latency=[10, 100])
 async def throughput(dut: Any, latency: int) -> None:
-    """One beat per cycle, in every mode and at any alignment, through the memory's latency."""
+    """One beat per cycle (elements of one byte: one row), in every mode and at any alignment,
+    through the memory's latency."""
     dram, queues, _ = await start(dut, slave=False)
     model = PipelinedDram(dut, dram.bytes, latency=latency)
     queue = queues[0]
     checked = 0
     for mode in ("merged", "columns", "turned", "single"):
-        for dtype in (DType.FP32, DType.BF16):
-            for base in (0, 2 * FORMATS[dtype].bytes + 2):
+        for dtype in (DType.FP32, DType.BF16, DType.FP8_E4M3):
+            size = FORMATS[dtype].bytes
+            for base in (0, 2 * size + min(size, 2)):
                 for opcode in (Opcode.DMA_LOAD, Opcode.DMA_STORE):
                     columns = 32 * N if mode != "single" else 8 * N
                     columns = min(columns, 20_000 // (12 * N))
@@ -513,7 +520,8 @@ async def throughput(dut: Any, latency: int) -> None:
                     # What 64 bursts in flight can move in one round trip; 2 cycles per arbiter
                     # stage and the queue's own registers come on top of the latency.
                     bursts = model.bursts.total()
-                    limit = max(beats, bursts * (latency + 14) / 64)
+                    rows = columns if mode == "merged" else 0  # at least a cycle each
+                    limit = max(beats, rows, bursts * (latency + 14) / 64)
                     dut._log.info(
                         f"{mode} {dtype.name} {opcode.name} at {base}, latency {latency}: "
                         f"{cycles} cycles, {beats} beats, {bursts} bursts, limit {limit:.0f}"
@@ -523,7 +531,7 @@ async def throughput(dut: Any, latency: int) -> None:
                     if mode == "merged" and base == 0:
                         assert model.bursts[16] == beats // 16
                     checked += 1
-    assert checked == 32
+    assert checked == 48
 
 
 @cocotb.test(timeout_time=1_000, timeout_unit="us")

@@ -16,7 +16,7 @@ from systolith.golden import arithmetic
 from systolith.golden.activation import evaluate
 from systolith_hdl.config import get_config
 from systolith_hdl.emit import Once
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import FLOATS, DType
 from systolith_hdl.isa import Function, Opcode, Space, encode
 from systolith_hdl.ports import READ_LATENCY
 from systolith_hdl.scalar import tables as T
@@ -55,12 +55,12 @@ def random_words(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def reference(
-    function: Function, x: np.ndarray, scale: np.ndarray, bias: np.ndarray, *, bf16: bool
+    function: Function, x: np.ndarray, scale: np.ndarray, bias: np.ndarray, *, dtype: DType
 ) -> np.ndarray:
     """What an element comes to, from golden arithmetic."""
     y = arithmetic.add(arithmetic.mul(x, scale), bias)
     result = evaluate(function, y)
-    return arithmetic.round_bf16(result) if bf16 else result
+    return arithmetic.round_to(result, dtype)
 
 
 def _pack(words: np.ndarray) -> int:
@@ -77,7 +77,7 @@ class LaneBench(wiring.Component):
 
     en: In(1)
     control: In(T.CONTROL)
-    bf16: In(1)
+    dtype: In(DType)
     x: In(data.ArrayLayout(unsigned(32), COPIES))
     scale: In(data.ArrayLayout(unsigned(32), COPIES))
     bias: In(data.ArrayLayout(unsigned(32), COPIES))
@@ -90,7 +90,7 @@ class LaneBench(wiring.Component):
             m.d.comb += [
                 cell.en.eq(self.en),
                 cell.control.eq(self.control),
-                cell.bf16.eq(self.bf16),
+                cell.dtype.eq(self.dtype),
                 cell.x.eq(self.x[i]),
                 cell.scale.eq(self.scale[i]),
                 cell.bias.eq(self.bias[i]),
@@ -115,9 +115,9 @@ async def lane(dut) -> None:
         plain[: len(CORNERS)] = True
         scale = np.where(plain, _ONE, random_words(rng, len(x))).astype(np.uint32)
         bias = np.where(plain, 1 << 31, random_words(rng, len(x))).astype(np.uint32)
-        bf16 = random.random() < 0.25
+        dtype = random.choice(FLOATS)
         dut.control.value = T.tables().controls[function]
-        dut.bf16.value = bf16
+        dut.dtype.value = dtype.value
 
         got: list[np.ndarray] = []
         pipeline: deque[bool] = deque([False] * LANE_LATENCY)
@@ -138,7 +138,7 @@ async def lane(dut) -> None:
                 dut.bias.value = _pack(bias[chunk])
             sent += 1
         result = np.concatenate(got)
-        wanted = reference(function, x, scale, bias, bf16=bf16)
+        wanted = reference(function, x, scale, bias, dtype=dtype)
         wrong = np.flatnonzero(result != wanted)
         assert not len(wrong), (
             f"{function.name}: {len(wrong)} of {len(x)} wrong, first x={x[wrong[0]]:08x} "
@@ -254,7 +254,7 @@ def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator) -> Job
     counts[3] = random.choice((1, 2, 7, 16))
     function = random.choice(list(Function))
     lanes = random.choice((CONFIG.lanes, random.randint(1, CONFIG.lanes)))
-    dtype = random.choice((DType.FP32, DType.FP32, DType.BF16))
+    dtype = random.choice((DType.FP32, *FLOATS))
     opcode = random.choice((Opcode.ACTIVATE, Opcode.ACTIVATE_TENSOR_BIAS))
     operands = {"src0": False, "dst": True}
     if opcode is Opcode.ACTIVATE_TENSOR_BIAS:
@@ -279,7 +279,7 @@ def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator) -> Job
         add = memory[spaces["src1"]][addresses["src1"]]
     else:
         add = np.full_like(x, bias)
-    result = reference(function, x, np.full_like(x, scale), add, bf16=dtype is DType.BF16)
+    result = reference(function, x, np.full_like(x, scale), add, dtype=dtype)
     mask = (1 << lanes) - 1
     writes = []
     for address, column in zip(addresses["dst"].tolist(), result, strict=True):

@@ -13,7 +13,7 @@ from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, RisingEdge
 from systolith.golden.core import Core
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Opcode, Space, encode
 from systolith_hdl.vector.engine import FIXED_CYCLES, REDUCE_CYCLES
 
@@ -108,7 +108,7 @@ def random_instruction() -> bytes:
     half, psum_half = CONFIG.sbuf_depth // 2, CONFIG.psum_depth // 2
     sources = {Space.SBUF: (half, 2 * half), Space.PSUM: (psum_half, 2 * psum_half)}
     targets = {Space.SBUF: (0, half), Space.PSUM: (0, psum_half)}
-    fields["dst.dtype"] = random.choice([DType.FP32, DType.FP32, DType.BF16])
+    fields["dst.dtype"] = random.choice([DType.FP32, *FLOATS])
 
     def immediate() -> int:
         rng = np.random.default_rng(random.getrandbits(32))

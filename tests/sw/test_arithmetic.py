@@ -10,7 +10,7 @@ import softfloatpy as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from systolith.golden import arithmetic
-from systolith_hdl.formats import CANONICAL_NAN
+from systolith_hdl.formats import CANONICAL_NAN, FORMATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp
 
 CORNERS = [
@@ -126,21 +126,101 @@ def test_alu(operation: AluOp, pairs: list[tuple[int, int]]) -> None:
     np.testing.assert_array_equal(arithmetic.alu(operation, a, b), want)
 
 
-def test_round_bf16_every_upper_half_and_every_rounding_case() -> None:
-    """All 65536 values of the kept half with lower halves on both sides of every tie."""
-    high = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
-    low = words([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    source = (high | low).ravel()
-    got = arithmetic.round_bf16(source)
-    # By integers: add a half and the parity of the kept part.
-    wide = source.astype(np.uint64)
-    want = ((wide + 0x7FFF + ((wide >> 16) & 1)) & 0xFFFF0000).astype(np.uint32)
-    want[(source & 0x7FFFFFFF) > 0x7F800000] = CANONICAL_NAN
-    np.testing.assert_array_equal(got, want)
-    for word in source[::9973]:
-        bits = int.from_bytes(sf.f32_to_bf16(soft(int(word))).to_bytes(), "big")
-        expected = CANONICAL_NAN if is_nan(int(word)) else bits << 16
-        assert int(arithmetic.round_bf16(words([word]))[0]) == expected
+def nearest(source: np.ndarray, dtype: DType) -> np.ndarray:
+    """Bits of a type for FP32 words, NaNs canonical: the nearer of the two neighbours in a list of
+    all numbers, of two as near the one with even bits; what is nearest to the number that would
+    follow the largest overflows."""
+    form = FORMATS[dtype]
+    sign = 1 << form.bits - 1
+    # Magnitudes ascend with their bits, so the place in the list is the bits.
+    with np.errstate(all="ignore"):
+        numbers = np.arange(sign, dtype=f"u{form.bytes}").view(form.numpy).astype(np.float64)
+    numbers = numbers[: np.flatnonzero(np.isfinite(numbers))[-1] + 1]
+    largest = len(numbers) - 1
+    numbers = np.append(numbers, 2 * numbers[-1] - numbers[-2])
+    with np.errstate(invalid="ignore"):
+        value = np.minimum(np.abs(source.view(np.float32).astype(np.float64)), 1e300)
+    high = np.clip(np.searchsorted(numbers, value), 1, largest + 1)
+    below, above = value - numbers[high - 1], numbers[high] - value
+    low_is_even = (high - 1) % 2 == 0
+    bits = np.where((below < above) | ((below == above) & low_is_even), high - 1, high)
+    overflow = bits > largest
+    infinity = ((1 << form.exponent) - 1) << form.fraction
+    negative = (source >> 31).astype(np.int64) * sign
+    bits = np.where(overflow, infinity, bits) + negative
+    nan = (source & 0x7FFFFFFF) > 0x7F800000
+    if not form.infinite:
+        nan |= overflow
+    return np.where(nan, form.nan, bits).astype(f"u{form.bytes}")
+
+
+def rounding_cases(dtype: DType) -> np.ndarray:
+    """Upper halves of all FP32 words with lower halves on both sides of every tie, all bits that
+    decide among FP16's subnormals, and random words."""
+    low = words([0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    every = (np.arange(1 << 16, dtype=np.uint32)[:, None] << 16) | low
+    rng = np.random.default_rng(dtype.value)
+    near = rng.integers(0x32000000, 0x48000000, 200_000, dtype=np.uint32)
+    near &= np.uint32(0xFFFFFFFF) << rng.integers(0, 20, near.size, dtype=np.uint32)
+    anything = rng.integers(0, 1 << 32, 100_000, dtype=np.uint32)
+    return np.concatenate([every.ravel(), near, near | np.uint32(1 << 31), anything])
+
+
+@pytest.mark.parametrize("dtype", NARROW_FLOATS)
+def test_rounding_to_the_nearest_number(dtype: DType) -> None:
+    source = rounding_cases(dtype)
+    bits = arithmetic.pack(source, dtype)
+    np.testing.assert_array_equal(bits, nearest(source, dtype))
+    # Rounding in place keeps the same number.
+    np.testing.assert_array_equal(arithmetic.round_to(source, dtype), unpacked(bits, dtype))
+
+
+def unpacked(bits: np.ndarray, dtype: DType) -> np.ndarray:
+    """FP32 words of packed numbers, NaNs canonical, by their definition in integers."""
+    form = FORMATS[dtype]
+    bits = bits.astype(np.int64)
+    fraction = bits & (1 << form.fraction) - 1
+    exponent = bits >> form.fraction & (1 << form.exponent) - 1
+    scale = np.maximum(exponent, 1) - form.bias - form.fraction
+    magnitude = np.ldexp((fraction + (exponent > 0) * (1 << form.fraction)).astype(float), scale)
+    top = exponent == (1 << form.exponent) - 1
+    if form.infinite:
+        magnitude = np.where(top, np.where(fraction == 0, np.inf, np.nan), magnitude)
+    else:
+        magnitude = np.where(top & (fraction == (1 << form.fraction) - 1), np.nan, magnitude)
+    value = np.where(bits >> form.bits - 1, -magnitude, magnitude).astype(np.float32)
+    return arithmetic.canonical(value)
+
+
+@pytest.mark.parametrize("dtype", NARROW_FLOATS)
+def test_widening_every_number(dtype: DType) -> None:
+    form = FORMATS[dtype]
+    bits = np.arange(1 << form.bits).astype(f"u{form.bytes}")
+    wide = arithmetic.unpack(bits, dtype)
+    if dtype is DType.BF16:
+        nan = arithmetic.is_nan(wide)
+        np.testing.assert_array_equal(wide[nan] >> 16, bits[nan])
+        wide = arithmetic.canonical(wide.view(np.float32))
+    np.testing.assert_array_equal(wide, unpacked(bits, dtype))
+    number = ~arithmetic.is_nan(wide)
+    np.testing.assert_array_equal(arithmetic.pack(wide, dtype)[number], bits[number])
+    assert set(arithmetic.pack(wide, dtype)[~number].tolist()) == {form.nan}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "convert"), [(DType.BF16, sf.f32_to_bf16), (DType.FP16, sf.f32_to_f16)]
+)
+def test_rounding_equals_softfloat(dtype: DType, convert: Callable) -> None:
+    source = rounding_cases(dtype)[::977]
+    for word, bits in zip(source.tolist(), arithmetic.pack(source, dtype).tolist(), strict=True):
+        if not is_nan(word):
+            assert bits == int.from_bytes(convert(soft(word)).to_bytes(), "big")
+
+
+def test_fp32_passes() -> None:
+    source = words(CORNERS)
+    for function in (arithmetic.round_to, arithmetic.pack, arithmetic.unpack):
+        np.testing.assert_array_equal(function(source, DType.FP32), source)
 
 
 @settings(max_examples=300)

@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     "strides length": (lambda k: k.a.view((2, 2), (1,)), "differ in length"),
     "lanes": (lambda k: k.a.view(4, lanes=5), "lanes must be 1 to 4, not 5"),
     "no lanes": (lambda k: k.a.view(4, lanes=0), "lanes must be 1 to 4, not 0"),
-    "view type": (lambda k: k.a.view().astype(DType.FP16), "FP32 or BF16"),
+    "view type": (lambda k: k.a.view().astype(DType.INT8), "FP32, BF16, FP16, FP8_E4M3, FP8_E5M2"),
     "index": (lambda k: k.a.view((4, 8))[4], "index 4 is outside a dimension of 4"),
     "reshape": (lambda k: k.a.view((4, 4), (8, 1)).reshape(16), "cannot reshape"),
     "broadcast": (lambda k: k.a.view((4, 4)).broadcast_to(4, 5), "cannot broadcast"),
@@ -156,7 +156,10 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     # DMA
     "dma psum": (lambda k: k.nc.dma.load(k.p.view(), k.x), "local operand must lie in SBUF"),
-    "dma type": (lambda k: k.nc.dma.load(k.a.view(), k.i), "DMA moves BF16 and FP32 tensors"),
+    "dma type": (
+        lambda k: k.nc.dma.load(k.a.view(), k.i),
+        "DMA moves tensors of FP32, BF16, FP16",
+    ),
     "dma past": (
         lambda k: k.nc.dma.load(k.a.view(), k.x, 4, lane_stride=128),
         "bytes 4 to 515 of the 512",

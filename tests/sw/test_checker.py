@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systolith.golden.checker import Fault, check
 from systolith_hdl.config import PRESETS
+from systolith_hdl.formats import FLOATS
 from systolith_hdl.isa import (
     SPECS,
     USED_BITS,
@@ -88,11 +89,14 @@ def test_causes() -> None:
     assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION
     assert c(op.ACTIVATE, op0=11) is FaultCause.ILLEGAL_OPERATION
     assert c(op.NOP, wait__1__mode=3) is FaultCause.ILLEGAL_OPERATION
-    assert c(op.TENSOR_TENSOR, dst__dtype=2) is FaultCause.BAD_TYPE
+    assert c(op.TENSOR_TENSOR, dst__dtype=5) is FaultCause.BAD_TYPE
     assert c(op.TENSOR_TENSOR, src1__dtype=1) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, src0__dtype=0) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, src0__dtype=15) is FaultCause.BAD_TYPE
     assert c(op.DMA_LOAD, dram_dtype=5) is FaultCause.BAD_TYPE
+    for dtype in FLOATS:
+        assert c(op.MEMSET, dst__dtype=dtype.value) is None
+        assert c(op.DMA_STORE, dram_dtype=dtype.value) is None
     assert c(op.DMA_STORE, dram_dtype=9) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, dst__space=0) is FaultCause.BAD_SPACE
     assert c(op.LOAD_STATIONARY, src0__space=1) is FaultCause.BAD_SPACE

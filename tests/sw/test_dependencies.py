@@ -24,7 +24,7 @@ from systolith.kernel import (
 )
 from systolith.program import Program
 from systolith_hdl.config import PRESETS, CoreConfig
-from systolith_hdl.formats import FORMATS
+from systolith_hdl.formats import FLOATS, FORMATS
 from systolith_hdl.isa import SPECS, Opcode, WaitMode, decode
 
 NANO = PRESETS["nano"]
@@ -35,7 +35,7 @@ STREAM_BASE = 1 << 14
 def random_program(rng: random.Random, calls: int, config: CoreConfig = NANO) -> Program:
     """A kernel of random instructions that collide often; each is labelled with its number."""
     nc = KernelBuilder(config, name="random")
-    tensors = [nc.dram.tensor(f"t{i}", (4, 16), rng.choice((DType.FP32, DType.BF16)))
+    tensors = [nc.dram.tensor(f"t{i}", (4, 16), rng.choice(FLOATS))
                for i in range(3)]  # fmt: skip
     sbuf = [nc.sbuf.tile(12) for _ in range(4)]
     psum = [nc.psum.tile(12) for _ in range(2)]

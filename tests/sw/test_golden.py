@@ -13,6 +13,7 @@ from systolith.golden import Core, GoldenDevice, arithmetic
 from systolith.golden.activation import evaluate
 from systolith.golden.checker import check
 from systolith_hdl.config import PRESETS
+from systolith_hdl.formats import FLOATS, FORMATS, DType
 from systolith_hdl.isa import (
     REDUCE_ACCUMULATORS,
     REDUCTIONS,
@@ -63,7 +64,7 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
                 fields[f"{name}.strides.{i}"] = rng.choice((0, 1, 1, 2, 5, -1, -3))
         if spec.kind is EngineKind.DMA:
             fields["dram_base"] = rng.randrange(DRAM_BYTES // 2)
-            fields["dram_dtype"] = rng.randint(0, 1)
+            fields["dram_dtype"] = rng.choice(FLOATS).value
             fields["lane_stride"] = rng.choice((0, 2, 4, 64, -64, rng.randint(-50, 50)))
             for i in range(4):
                 fields[f"dram_strides.{i}"] = rng.choice((0, 2, 4, 16, 20, rng.randint(-50, 50)))
@@ -84,7 +85,7 @@ def random_core(rng: random.Random) -> Core:
         ordinary = generator.standard_normal(memory.shape).astype(np.float32).view(np.uint32)
         wild = generator.integers(0, 2**32, memory.shape, dtype=np.uint32)
         memory[:] = np.where(generator.random(memory.shape) < 0.8, ordinary, wild)
-    core.stationary[:] = arithmetic.round_bf16(core.stationary)
+    core.stationary[:] = arithmetic.round_to(core.stationary, DType.BF16)
     core.weights[:] = core.stationary
     return core
 
@@ -126,12 +127,12 @@ class Naive:
                 old = [word("src0", lane, index) for lane, index in steps]
                 self.stationary[:, : counts[3]] = 0
                 for (lane, index), value in zip(steps, old, strict=True):
-                    self.stationary[lane, index[3]] = arithmetic.round_bf16(value)[0]
+                    self.stationary[lane, index[3]] = arithmetic.round_to(value, DType.BF16)[0]
             case Opcode.MATMUL:
                 moving = self.sbuf.copy()
                 for index in indices:
                     column = moving[:lanes, at("src0", index)]
-                    x = arithmetic.round_bf16(column).view(np.float32).astype(np.float64)
+                    x = arithmetic.round_to(column, DType.BF16).view(np.float32).astype(np.float64)
                     for m in range(f["columns"]):
                         acc = np.float32(0)
                         with np.errstate(all="ignore"):
@@ -173,23 +174,22 @@ class Naive:
                     y = arithmetic.add(y, bias)
                     writes.append((lane, index, evaluate(Function(f["op0"]), y)))
             case Opcode.DMA_LOAD | Opcode.DMA_STORE:
-                size = 2 if f["dram_dtype"] else 4
+                dtype = DType(f["dram_dtype"])
+                size = FORMATS[dtype].bytes
                 for lane, index in [(lane, index) for index in indices for lane in range(lanes)]:
                     address = f["dram_base"] + lane * f["lane_stride"]
                     address += sum(i * f[f"dram_strides.{d}"] for d, i in enumerate(index))
-                    address &= ~1
+                    address &= ~(size > 1)
                     element = slice(address, address + size)
                     target = self.sbuf[lane : lane + 1, at("local", index)]
                     if opcode is Opcode.DMA_LOAD:
-                        raw_word = int.from_bytes(self.dram[element].tobytes(), "little")
-                        target[0] = raw_word << (0 if size == 4 else 16)
+                        bits = np.frombuffer(self.dram[element].tobytes(), f"<u{size}")
+                        target[0] = arithmetic.unpack(bits, dtype)[0]
                     else:
-                        value = int(target[0]) if size == 4 else arithmetic.round_bf16(target)[0]
-                        value = int(value) >> (0 if size == 4 else 16)
-                        self.dram[element] = list(value.to_bytes(size, "little"))
+                        raw_bytes = arithmetic.pack(target, dtype).tobytes()
+                        self.dram[element] = np.frombuffer(raw_bytes, np.uint8)
         for lane, index, value in writes:
-            if f["dst.dtype"]:
-                value = arithmetic.round_bf16(value)
+            value = arithmetic.round_to(value, DType(f["dst.dtype"]))
             memory("dst")[lane, at("dst", index)] = value[0]
 
 

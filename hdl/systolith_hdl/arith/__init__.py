@@ -1,13 +1,16 @@
 """Floating-point cells: IEEE-754 binary32 with one rounding per operation, subnormals kept."""
 
 from .fp32 import FP32_LATENCY, Fp32Add, Fp32Mul
-from .rounding import leading_zeros, pack_fp32, round_bf16
+from .narrow import PackNarrow, RoundNarrow, WidenNarrow
+from .rounding import leading_zeros, pack_fp32
 
 __all__ = [
     "FP32_LATENCY",
     "Fp32Add",
     "Fp32Mul",
+    "PackNarrow",
+    "RoundNarrow",
+    "WidenNarrow",
     "leading_zeros",
     "pack_fp32",
-    "round_bf16",
 ]

@@ -83,22 +83,3 @@ def pack_fp32(m: Module, *, sign: Value, exponent: Value, raw: Value, nan: Value
     overflow = packed[31] | (packed[23:31] == 0xFF)
     finite = Mux(overflow, 0x7F800000, packed[:31])[:31]
     return Mux(nan, CANONICAL_NAN, Cat(finite, sign))[:32]
-
-
-def round_bf16(value: Value) -> Value:
-    """Rounds an FP32 word to bfloat16, to nearest even; any NaN gives 0x7FC0. Combinational.
-
-    Parameters
-    ----------
-    value : 32 bits
-
-    Returns
-    -------
-    16 bits
-    """
-    value = Value.cast(value)
-    assert len(value) == 32
-    nan = value[:31] > 0x7F800000
-    # Adding 0x7FFF, and one more when the kept part is odd, carries exactly when rounding up.
-    rounded = (value + 0x7FFF + value[16])[16:32]
-    return Mux(nan, CANONICAL_NAN >> 16, rounded)[:16]

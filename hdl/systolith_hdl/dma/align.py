@@ -1,23 +1,25 @@
-"""Between AXI beats and rows of elements, at any alignment of two bytes.
+"""Between AXI beats and rows of elements, at any alignment.
 
-Both directions work on halfwords (16 bits): a BF16 element is one, an FP32 element two. A beat has
-H of them, so a row of up to N elements takes up to ``2 * N / H`` *steps* of H halfwords.
+Both directions work on bytes. A beat has W of them, so a row of up to N elements of 1, 2 or 4 bytes
+takes up to ``4 * N / W`` *steps* of W bytes.
 """
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith import round_bf16
+from ..arith import PackNarrow, RoundNarrow, WidenNarrow
 from ..config import CoreConfig
+from ..emit import Once
+from ..formats import DType
 from .corner_turn import rotate_down, rotate_up
 from .tiles import tile_layout
 
 
 def run_position(config: CoreConfig) -> data.StructLayout:
-    """Where a run begins: halfword in its first beat, and that beat's place in its block."""
+    """Where a run begins: byte in its first beat, and that beat's place in its block."""
     return data.StructLayout(
-        {"offset": unsigned((config.axi_bytes // 2).bit_length() - 1), "beat": unsigned(4)}
+        {"offset": unsigned(config.axi_bytes.bit_length() - 1), "beat": unsigned(4)}
     )
 
 
@@ -29,7 +31,8 @@ class ReadAligner(wiring.Component):
 
     Members
     -------
-    wide : In(1), elements are FP32, else BF16, which is widened
+    dtype : In(DType), of the elements; narrow ones are widened
+    log_size : In(2), 0, 1 or 2: an element has ``1 << log_size`` bytes
     turn : In(1), a row is one lane of the tile, else one column
     merged : In(1), a run goes on over all rows of a pass along the innermost dimension, else every
         row is a run of its own
@@ -50,7 +53,8 @@ class ReadAligner(wiring.Component):
         count = unsigned(lanes.bit_length())
         super().__init__(
             {
-                "wide": In(1),
+                "dtype": In(DType),
+                "log_size": In(2),
                 "turn": In(1),
                 "merged": In(1),
                 "lanes": In(count),
@@ -77,34 +81,34 @@ class ReadAligner(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         lanes = self._config.lanes
-        half = self._config.axi_bytes // 2
-        log_half = half.bit_length() - 1
-        steps = 2 * lanes // half
+        width = self._config.axi_bytes
+        log_width = width.bit_length() - 1
+        steps = 4 * lanes // width
         tile = self.tile.payload
         beat = self.beats.payload
 
         # Place in the tile, in the row and in the run.
         row = Signal(range(lanes))
         step = Signal(range(steps))
-        begin = Signal(init=1)  # the next halfword is the first of a run
-        offset = Signal(log_half)
+        begin = Signal(init=1)  # the next byte is the first of a run
+        offset = Signal(log_width)
         # The run goes on in `held`, the beat before the one on offer, while `have` is high.
-        held = Signal(16 * half)
+        held = Signal(8 * width)
         have = Signal()
 
         length = Signal(range(lanes + 1))
-        rest = Signal(range(2 * lanes + 1))
-        taking = Signal(range(half + 1))
+        rest = Signal(range(4 * lanes + 1))
+        taking = Signal(range(width + 1))
         row_end = Signal()
         last_row = Signal()
         run_end = Signal()
-        start = Signal(log_half)
-        end = Signal(log_half + 2)
+        start = Signal(log_width)
+        end = Signal(log_width + 2)
         m.d.comb += [
             length.eq(Mux(self.turn, tile.columns, self.lanes)),
-            rest.eq((length << self.wide) - (step << log_half)),
-            row_end.eq(rest <= half),
-            taking.eq(Mux(row_end, rest, half)),
+            rest.eq((length << self.log_size) - (step << log_width)),
+            row_end.eq(rest <= width),
+            taking.eq(Mux(row_end, rest, width)),
             last_row.eq(row == Mux(self.turn, self.turned_rows, tile.columns) - 1),
             run_end.eq(row_end & (~self.merged | (last_row & tile.ends_inner))),
             start.eq(Mux(begin, self.run.payload.offset, offset)),
@@ -120,14 +124,14 @@ class ReadAligner(wiring.Component):
         go = Signal()
         m.d.comb += [
             active.eq(self.tile.valid & (~begin | self.run.valid)),
-            spans.eq(end > half),
+            spans.eq(end > width),
             hold.eq(active & ~have & spans & self.beats.valid),
             go.eq(
                 active & out_free & Mux(have, ~spans | self.beats.valid, ~spans & self.beats.valid)
             ),
             self.run.ready.eq(begin & (hold | go)),
             self.tile.ready.eq(go & row_end & last_row),
-            self.beats.ready.eq(hold | (go & Mux(have, spans, run_end | (end == half)))),
+            self.beats.ready.eq(hold | (go & Mux(have, spans, run_end | (end == width)))),
         ]
         with m.If(hold):
             m.d.sync += [held.eq(beat), have.eq(1), offset.eq(start), begin.eq(0)]
@@ -140,19 +144,19 @@ class ReadAligner(wiring.Component):
             with m.If(row_end):
                 m.d.sync += row.eq(Mux(last_row, 0, row + 1))
             with m.If(have):
-                m.d.sync += [held.eq(beat), have.eq((end != half) & ~run_end)]
+                m.d.sync += [held.eq(beat), have.eq((end != width) & ~run_end)]
                 with m.If(~spans):
                     m.d.sync += held.eq(held)
 
-        # Halfword i of the step is halfword start + i of (held, on offer).
+        # Byte i of the step is byte start + i of (held, on offer).
         low = Mux(have, held, beat)
         joined = Cat(
-            Mux(start <= p, low.word_select(p, 16), beat.word_select(p, 16)) for p in range(half)
+            Mux(start <= p, low.word_select(p, 8), beat.word_select(p, 8)) for p in range(width)
         )
-        picked = rotate_down(m, joined, start, unit=16, name="pick")
+        picked = rotate_down(m, joined, start, unit=8, name="pick")
 
-        # Output register: halfwords, widened to words only after it.
-        register = Signal(16 * half)
+        # Output register: bytes, widened to words only after it.
+        register = Signal(8 * width)
         register_step = Signal(range(steps))
         register_length = Signal(range(lanes + 1))
         out = self.rows.payload
@@ -170,21 +174,19 @@ class ReadAligner(wiring.Component):
                 out.info.eq(tile),
             ]
         for element in range(lanes):
-            wide_step, wide_place = divmod(element, half // 2)
-            narrow_step, narrow_place = divmod(element, half)
-            m.d.comb += [
-                out.words[element].eq(
-                    Mux(
-                        self.wide,
-                        register.word_select(wide_place, 32),
-                        Cat(Const(0, 16), register.word_select(narrow_place, 16)),
-                    )
-                ),
-                out.mask[element].eq(
-                    (register_step == Mux(self.wide, wide_step, narrow_step))
-                    & (element < register_length)
-                ),
-            ]
+            m.submodules[f"widen{element}"] = widen = Once(WidenNarrow(), "widen_narrow")
+            m.d.comb += widen.dtype.eq(self.dtype)
+            for log_size in range(3):
+                in_step, place = divmod(element, width >> log_size)
+                raw = register.word_select(place, 8 << log_size)
+                with m.If(self.log_size == log_size):
+                    m.d.comb += [
+                        widen.bits.eq(raw),
+                        out.words[element].eq(raw if log_size == 2 else widen.o),
+                        out.mask[element].eq(
+                            (register_step == in_step) & (element < register_length)
+                        ),
+                    ]
         return m
 
 
@@ -193,7 +195,7 @@ class WriteAligner(wiring.Component):
 
     Members
     -------
-    wide : In(1), elements are FP32, else words are rounded to BF16; stable
+    dtype, log_size : In, as those of `ReadAligner`: words are rounded to the type; stable
     row : In(stream of {words, length, run_end}); the first `length` words are written, right after
         the row before unless that had `run_end`
     run : In(stream of `run_position`), one for each run
@@ -208,7 +210,8 @@ class WriteAligner(wiring.Component):
         width = config.axi_bytes
         super().__init__(
             {
-                "wide": In(1),
+                "dtype": In(DType),
+                "log_size": In(2),
                 "row": In(
                     stream.Signature(
                         data.StructLayout(
@@ -238,53 +241,68 @@ class WriteAligner(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         lanes = self._config.lanes
-        half = self._config.axi_bytes // 2
-        log_half = half.bit_length() - 1
-        steps = 2 * lanes // half
+        width = self._config.axi_bytes
+        log_width = width.bit_length() - 1
+        steps = 4 * lanes // width
         row = self.row.payload
 
         step = Signal(range(steps))
         begin = Signal(init=1)
         flush = Signal()  # the run is over but for what is held
-        offset = Signal(log_half)
+        offset = Signal(log_width)
         place = Signal(4)  # of the beat being filled, in its block
-        held = Signal(16 * half)
-        held_mask = Signal(half)
+        held = Signal(8 * width)
+        held_mask = Signal(width)
 
-        rest = Signal(range(2 * lanes + 1))
-        giving = Signal(range(half + 1))
+        rest = Signal(range(4 * lanes + 1))
+        giving = Signal(range(width + 1))
         row_end = Signal()
         run_end = Signal()
-        start = Signal(log_half)
+        start = Signal(log_width)
         start_place = Signal(4)
-        end = Signal(log_half + 2)
+        end = Signal(log_width + 2)
         m.d.comb += [
-            rest.eq((row.length << self.wide) - (step << log_half)),
-            row_end.eq(rest <= half),
-            giving.eq(Mux(row_end, rest, half)),
+            rest.eq((row.length << self.log_size) - (step << log_width)),
+            row_end.eq(rest <= width),
+            giving.eq(Mux(row_end, rest, width)),
             run_end.eq(row_end & row.run_end),
             start.eq(Mux(begin, self.run.payload.offset, offset)),
             start_place.eq(Mux(begin, self.run.payload.beat, place)),
             end.eq(start + giving),
         ]
 
-        rounded = Cat(round_bf16(row.words[element]) for element in range(lanes))
-        words = row.words.as_value()
+        narrow = []
+        for element in range(lanes):
+            m.submodules[f"round{element}"] = rounding = Once(RoundNarrow(), "round_narrow")
+            m.submodules[f"pack{element}"] = pack = Once(PackNarrow(), "pack_narrow")
+            m.d.comb += [
+                rounding.word.eq(row.words[element]),
+                rounding.dtype.eq(self.dtype),
+                pack.word.eq(rounding.o),
+                pack.dtype.eq(self.dtype),
+            ]
+            narrow.append(pack.o)
         packed = Signal(32 * lanes)
-        m.d.comb += packed.eq(Mux(self.wide, words, rounded))
-        chunk = packed.word_select(step, 16 * half)
-        moved = rotate_up(m, chunk, start, unit=16, name="place")
+        with m.Switch(self.log_size):
+            with m.Case(0):
+                m.d.comb += packed.eq(Cat(element[:8] for element in narrow))
+            with m.Case(1):
+                m.d.comb += packed.eq(Cat(narrow))
+            with m.Case(2):
+                m.d.comb += packed.eq(row.words.as_value())
+        chunk = packed.word_select(step, 8 * width)
+        moved = rotate_up(m, chunk, start, unit=8, name="place")
 
-        filled = Signal(half)  # halfwords of this step in the beat being filled
-        spilled = Signal(half)  # and in the one after it
-        mask = Signal(half)
-        current = Signal(16 * half)
-        for p in range(half):
+        filled = Signal(width)  # bytes of this step in the beat being filled
+        spilled = Signal(width)  # and in the one after it
+        mask = Signal(width)
+        current = Signal(8 * width)
+        for p in range(width):
             m.d.comb += [
                 filled[p].eq((start <= p) & (end > p)),
-                spilled[p].eq(end > p + half),
-                current.word_select(p, 16).eq(
-                    Mux(filled[p], moved.word_select(p, 16), held.word_select(p, 16))
+                spilled[p].eq(end > p + width),
+                current.word_select(p, 8).eq(
+                    Mux(filled[p], moved.word_select(p, 8), held.word_select(p, 8))
                 ),
             ]
         m.d.comb += mask.eq(filled | Mux(begin, 0, held_mask))
@@ -296,7 +314,7 @@ class WriteAligner(wiring.Component):
         go = Signal()
         flushing = Signal()
         m.d.comb += [
-            full.eq((end >= half) | run_end),
+            full.eq((end >= width) | run_end),
             free.eq(~self.beats.valid | self.beats.ready),
             go.eq(self.row.valid & ~flush & (~begin | self.run.valid) & (~full | free)),
             flushing.eq(flush & free),
@@ -305,7 +323,7 @@ class WriteAligner(wiring.Component):
         ]
         out = self.beats.payload
         last = Signal()
-        m.d.comb += last.eq(Mux(flush, 1, (start_place == 15) | (run_end & (end <= half))))
+        m.d.comb += last.eq(Mux(flush, 1, (start_place == 15) | (run_end & (end <= width))))
         with m.If(self.beats.ready):
             m.d.sync += self.beats.valid.eq(0)
         with m.If((go & full) | flushing):
@@ -313,15 +331,15 @@ class WriteAligner(wiring.Component):
             m.d.sync += [
                 self.beats.valid.eq(1),
                 out.data.eq(Mux(flush, held, current)),
-                out.strb.eq(Cat(written[p // 2] for p in range(2 * half))),
+                out.strb.eq(written),
                 out.last.eq(last),
             ]
         with m.If(go):
             m.d.sync += [
                 step.eq(Mux(row_end, 0, step + 1)),
                 offset.eq(end),
-                begin.eq(run_end & (end <= half)),
-                flush.eq(run_end & (end > half)),
+                begin.eq(run_end & (end <= width)),
+                flush.eq(run_end & (end > width)),
                 place.eq(start_place + full),
                 held.eq(Mux(full, moved, current)),
                 held_mask.eq(Mux(full, spilled, mask)),

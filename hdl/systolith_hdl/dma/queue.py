@@ -6,8 +6,8 @@ from amaranth.lib.wiring import In, Out
 
 from ..access import AddressGenerator, pattern
 from ..config import CoreConfig
-from ..formats import DType
-from ..isa import SPECS, FaultCause, Opcode
+from ..formats import FORMATS, DType
+from ..isa import DMA_TYPES, SPECS, FaultCause, Opcode
 from ..ports import READ_LATENCY, IssuePort, ReadPort, WritePort, axi4_read, axi4_write
 from .align import ReadAligner, WriteAligner, run_position
 from .corner_turn import CornerTurn
@@ -41,14 +41,15 @@ class _State(enum.Enum, shape=2):
 
 
 class DmaQueue(wiring.Component):
-    """Copies between device DRAM and SBUF, converting packed FP32 or BF16 to words and back.
+    """Copies between device DRAM and SBUF, converting packed floats to words and back.
 
     Element (i0, i1, i2, i3) of lane l lies at DRAM byte
-    ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride`` modulo 2**48. DRAM addresses need
-    be even, nothing more (an FP32 may lie at any even address); bit 0 of an element's address is
-    ignored. BF16 is widened exactly; a store rounds to nearest even, any NaN to 0x7FC0. Lanes not
-    named keep their words. Elements that coincide, in SBUF or in DRAM, are written in the order
-    (i0, i1, i2, i3, l), index 3 inside the others and the lane inside that: the last one stays.
+    ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride`` modulo 2**48. An
+    element of one byte may lie anywhere; others need an even address, nothing more (FP32 too): bit
+    0 of theirs is ignored. Narrow types are widened exactly by a load; a store rounds to nearest
+    even, and any NaN to the type's canonical one. Lanes not named keep their words. Elements that
+    coincide, in SBUF or in DRAM, are written in the order (i0, i1, i2, i3, l), index 3 inside the
+    others and the lane inside that: the last one stays.
 
     How it moves is decided for each instruction by its strides (E = bytes of an element):
 
@@ -69,10 +70,12 @@ class DmaQueue(wiring.Component):
     beats, ``ceil((address % W + bytes) / W)``, but not fewer than the steps of W bytes its rows
     have (``ceil(row bytes / W)`` each, a row being N elements or, not turned, one column). The
     SBUF side takes one cycle per column at the same time. Aligned and with N lanes, merged,
-    columns and turned thus all move one beat per cycle; single moves one element per cycle.
+    columns and turned thus all move one beat per cycle, but for elements of one byte: N of them,
+    that is mostly half a beat. Single moves one element per cycle.
     From taking an instruction to `done`, 15 to 26 cycles come on top, and the latency of DRAM.
     At most `outstanding` bursts are answered per round trip to DRAM, which is what limits runs of
-    one beat (BF16 columns or turned, aligned; single) once the latency exceeds some 50 cycles.
+    one beat (columns or turned of narrow types, aligned; single) once the latency exceeds some 50
+    cycles.
 
     Parameters
     ----------
@@ -139,7 +142,8 @@ class DmaQueue(wiring.Component):
         finished = Signal()
 
         store = Signal()
-        wide = Signal()
+        dtype = Signal(DType)
+        log_size = Signal(2)
         turn = Signal()  # rows of a tile are lanes, else columns
         merged = Signal()
         blocks = Signal()  # tiles have up to N columns, else one
@@ -148,6 +152,7 @@ class DmaQueue(wiring.Component):
         pieces = Signal(16)  # tiles along the innermost dimension
         dense_elements = Signal(24)  # elements of a run when not turned
 
+        log_bytes = Signal(2)
         element_bytes = Signal(4)
         used_lanes = Signal(count)
         inner_stride = body.dram_strides[3]
@@ -160,13 +165,11 @@ class DmaQueue(wiring.Component):
         is_store = Signal()
         m.d.comb += [
             is_store.eq(instruction.header.opcode == Opcode.DMA_STORE),
-            element_bytes.eq(Mux(body.dram_dtype == DType.FP32, 4, 2)),
+            element_bytes.eq(1 << log_bytes),
             used_lanes.eq(instruction.header.lanes),
             dense_lanes.eq((lane_stride == element_bytes) | (used_lanes == 1)),
             dense_inner.eq(inner_stride == element_bytes),
-            dense_columns.eq(
-                inner_stride == Mux(body.dram_dtype == DType.FP32, used_lanes << 2, used_lanes << 1)
-            ),
+            dense_columns.eq(inner_stride == used_lanes << log_bytes),
             # The rows of a turned tile do not overlap: the order in which a store writes them is
             # then of no consequence.
             separate.eq(
@@ -175,10 +178,15 @@ class DmaQueue(wiring.Component):
             ),
             blocked.eq(dense_lanes | (dense_inner & (separate | ~is_store))),
         ]
+        with m.Switch(body.dram_dtype):
+            for each in sorted(DMA_TYPES, key=lambda member: member.value):
+                with m.Case(each):
+                    m.d.comb += log_bytes.eq(FORMATS[each].bytes.bit_length() - 1)
         with m.If(state == _State.PREPARE):
             m.d.sync += [
                 store.eq(is_store),
-                wide.eq(body.dram_dtype == DType.FP32),
+                dtype.eq(body.dram_dtype),
+                log_size.eq(log_bytes),
                 turn.eq(~dense_lanes),
                 merged.eq(dense_lanes & dense_columns),
                 blocks.eq(blocked),
@@ -252,12 +260,14 @@ class DmaQueue(wiring.Component):
                     dense_elements,
                 )
             ),
-            run.address.eq(Cat(Const(0, 1), nest.point.payload.address[1:])),
-            run.bytes.eq(Mux(wide, elements << 2, elements << 1)),
+            run.address.eq(
+                Cat(nest.point.payload.address[0] & (log_size == 0), nest.point.payload.address[1:])
+            ),
+            run.bytes.eq(elements << log_size),
             splitter.run.valid.eq(nest.point.valid & places.w_rdy),
             nest.point.ready.eq(splitter.run.ready & places.w_rdy),
             places.w_en.eq(nest.point.valid & splitter.run.ready),
-            places.w_data.eq(run.address[1 : log_beat + 4]),
+            places.w_data.eq(run.address[: log_beat + 4]),
         ]
         assert RUN_BYTES_BITS >= 24 + 2
         m.d.comb += [
@@ -330,7 +340,8 @@ class DmaQueue(wiring.Component):
 
         # ----------------------------------------------------------------- filling: rows (load)
         m.d.comb += [
-            read_aligner.wide.eq(wide),
+            read_aligner.dtype.eq(dtype),
+            read_aligner.log_size.eq(log_size),
             read_aligner.turn.eq(turn),
             read_aligner.merged.eq(merged),
             read_aligner.lanes.eq(used_lanes),
@@ -405,7 +416,8 @@ class DmaQueue(wiring.Component):
             write.valid.eq(~store & response.valid & local.address.valid),
             write.payload.address.eq(local.address.payload.address),
             write.payload.mask.eq(Cat(lane < used_lanes for lane in range(lanes))),
-            write_aligner.wide.eq(wide),
+            write_aligner.dtype.eq(dtype),
+            write_aligner.log_size.eq(log_size),
             write_aligner.row.valid.eq(store & response.valid),
             write_aligner.row.payload.words.eq(response.payload.words),
             write_aligner.row.payload.length.eq(response.payload.user.length),

@@ -70,7 +70,7 @@ class ScalarEngine(wiring.Component):
         # -- What the lanes need of the running instruction.
         control = Signal(T.CONTROL)
         scale, bias = Signal(32), Signal(32)
-        two_sources, bf16 = Signal(), Signal()
+        two_sources, dtype = Signal(), Signal(DType)
         mask = Signal(lanes)
         with m.If(take):
             m.d.sync += [
@@ -78,7 +78,7 @@ class ScalarEngine(wiring.Component):
                 scale.eq(scalar.body.imm0),
                 bias.eq(scalar.body.imm1),
                 two_sources.eq(has_src1),
-                bf16.eq(tensor.body.dst.dtype == DType.BF16),
+                dtype.eq(tensor.body.dst.dtype),
                 mask.eq(Cat(Const(lane, 8) < tensor.header.lanes for lane in range(lanes))),
             ]
             with m.Switch(tensor.header.op0):
@@ -106,7 +106,7 @@ class ScalarEngine(wiring.Component):
             m.d.comb += [
                 cell.en.eq(enable),
                 cell.control.eq(control),
-                cell.bf16.eq(bf16),
+                cell.dtype.eq(dtype),
                 cell.x.eq(src0.columns.payload.data[lane]),
                 cell.scale.eq(scale),
                 cell.bias.eq(Mux(two_sources, src1.columns.payload.data[lane], bias)),

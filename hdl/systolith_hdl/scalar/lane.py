@@ -4,9 +4,10 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigne
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul, leading_zeros, pack_fp32, round_bf16
+from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul, RoundNarrow, leading_zeros, pack_fp32
 from ..arith.rounding import EXP_BITS, RAW_BITS, RAW_INF, saturate5, shift_right_sticky
 from ..emit import Once
+from ..formats import DType
 from . import tables as T
 
 #: Enabled cycles from y to the function's result.
@@ -273,22 +274,22 @@ def _zeros(m: Module, value: Value) -> Value:
 
 
 class ScalarLane(wiring.Component):
-    """``function(x * scale + bias)``, rounded to BF16 if asked to.
+    """``function(x * scale + bias)``, rounded to a narrow type if asked to.
 
     Members
     -------
     en : In(1), low freezes every stage
-    control : In(`tables.CONTROL`), constant while its operands are in the pipeline; so is `bf16`
-    bf16 : In(1), round the result to bfloat16 (and keep it in FP32's encoding)
+    control : In(`tables.CONTROL`), constant while its operands are in the pipeline; so is `dtype`
+    dtype : In(DType), the result is rounded to it (and kept in FP32's encoding)
     x, scale, bias : In(32), FP32, sampled together in each enabled cycle
-    o : Out(32), FP32, combinational from registers and `bf16`
+    o : Out(32), FP32, combinational from registers and `dtype`
 
     Latency `LANE_LATENCY` enabled cycles, one result per enabled cycle.
     """
 
     en: In(1)
     control: In(T.CONTROL)
-    bf16: In(1)
+    dtype: In(DType)
     x: In(32)
     scale: In(32)
     bias: In(32)
@@ -299,6 +300,7 @@ class ScalarLane(wiring.Component):
         m.submodules.mul = mul = Once(Fp32Mul(), "fp32_mul")
         m.submodules.add = add = Once(Fp32Add(), "fp32_add")
         m.submodules.function = function = FunctionUnit()
+        m.submodules.rounding = rounding = Once(RoundNarrow(), "round_narrow")
         bias = self.bias
         for number in range(FP32_LATENCY):  # as long as the product takes
             delayed = Signal(32, name=f"bias_{number + 1}", reset_less=True)
@@ -315,6 +317,8 @@ class ScalarLane(wiring.Component):
             function.en.eq(self.en),
             function.control.eq(self.control),
             function.y.eq(add.o),
-            self.o.eq(Mux(self.bf16, Cat(Const(0, 16), round_bf16(function.o)), function.o)),
+            rounding.word.eq(function.o),
+            rounding.dtype.eq(self.dtype),
+            self.o.eq(rounding.o),
         ]
         return m

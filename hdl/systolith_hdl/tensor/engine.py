@@ -1,12 +1,14 @@
 """The tensor engine: LOAD_STATIONARY and MATMUL."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, ValueLike, unsigned
 from amaranth.lib import data, fifo, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..access import AddressGenerator, Pattern, ReadStreamer, pattern
-from ..arith import round_bf16
+from ..arith import RoundNarrow
 from ..config import CoreConfig
+from ..emit import Once
+from ..formats import DType
 from ..isa import SPECS, Opcode
 from ..ports import IssuePort, ReadPort, split_words
 from ..psum import ACCUMULATE_LATENCY, AccumulatePort, accumulate_tag
@@ -218,16 +220,16 @@ class TensorEngine(wiring.Component):
         ]
         with m.If(send & ~address.payload.last):
             m.d.sync += first_column.eq(0)
-        weights = split_words(m, stationary.columns.payload.data, name="weight")
-        words = split_words(m, moving.columns.payload.data, name="word")
+        weights = _rounded(m, stationary.columns.payload.data, DType.BF16, name="weight")
+        words = _rounded(m, moving.columns.payload.data, DType.BF16, name="word")
         m.d.sync += [
             array.weight.data.as_value().eq(
                 Cat(
-                    Mux(lane < loads.r_data.lanes, round_bf16(word), 0)
+                    Mux(lane < loads.r_data.lanes, word[16:], 0)
                     for lane, word in enumerate(weights)
                 )
             ),
-            array.moving.data.as_value().eq(Cat(round_bf16(word) for word in words)),
+            array.moving.data.as_value().eq(Cat(word[16:] for word in words)),
             array.moving.rows.eq(Cat(send & (lane < current.lanes) for lane in range(lanes))),
         ]
 
@@ -245,6 +247,16 @@ class TensorEngine(wiring.Component):
         )
         m.d.comb += self.issue.busy.eq(under_way != 0)
         return m
+
+
+def _rounded(m: Module, column: data.View, dtype: ValueLike, *, name: str) -> list[Value]:
+    """The words of a column, each rounded to a type."""
+    rounded = []
+    for lane, word in enumerate(split_words(m, column, name=name)):
+        m.submodules[f"round_{name}{lane}"] = cell = Once(RoundNarrow(), "round_narrow")
+        m.d.comb += [cell.word.eq(word), cell.dtype.eq(dtype)]
+        rounded.append(cell.o)
+    return rounded
 
 
 class _Queue(wiring.Component):

@@ -5,10 +5,9 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 from ..access import AddressGenerator, Pattern, elementwise_ports, pattern, place_streamers
-from ..arith import round_bf16
+from ..arith import RoundNarrow
 from ..config import CoreConfig
 from ..emit import Once
-from ..formats import DType
 from ..isa import INSTRUCTION_BITS, REDUCE_ACCUMULATORS, SPECS, AluOp, Opcode
 from ..ports import IssuePort
 from .alu import ALU_LATENCY
@@ -24,11 +23,6 @@ REDUCE_CYCLES = 13
 def lane_mask(lanes: Value, count: int) -> Value:
     """One bit for each of `count` lanes, high in the first `lanes`."""
     return Cat(Const(lane, 8) < lanes for lane in range(count))
-
-
-def narrow(word: Value, dtype: Value) -> Value:
-    """Rounds an FP32 word to the type it is written in, kept as FP32."""
-    return Mux(dtype == DType.BF16, Cat(Const(0, 16), round_bf16(word)), word)
 
 
 class VectorEngine(wiring.Component):
@@ -187,6 +181,7 @@ class VectorEngine(wiring.Component):
         written = dst.columns.payload
         for lane in range(lanes):
             m.submodules[f"lane{lane}"] = cell = Once(VectorLane(), "vector_lane")
+            m.submodules[f"round{lane}"] = rounding = Once(RoundNarrow(), "round_narrow")
             source0, source1 = src0.columns.payload.data[lane], src1.columns.payload.data[lane]
             memset = Mux(is_memset, scalar.body.imm0, source0)
             m.d.comb += [
@@ -200,7 +195,9 @@ class VectorEngine(wiring.Component):
                 cell.second.eq(second),
                 cell.index.eq(index),
                 cell.clear.eq(clear),
-                written.data[lane].eq(narrow(cell.o, running.body.dst.dtype)),
+                rounding.word.eq(cell.o),
+                rounding.dtype.eq(running.body.dst.dtype),
+                written.data[lane].eq(rounding.o),
             ]
         nonzero = Cat(getattr(m.submodules, f"lane{lane}").nonzero for lane in range(lanes))
         everywhere = (~is_predicated).replicate(lanes)

@@ -11,9 +11,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from systolith_hdl.formats import CANONICAL_NAN
+from systolith_hdl.formats import CANONICAL_NAN, FORMATS, DType
 from systolith_hdl.isa import REDUCE_ACCUMULATORS, REDUCTIONS, AluOp
 
 Words = np.ndarray[Any, np.dtype[np.uint32]]
@@ -53,11 +52,36 @@ def canonical(values: np.ndarray) -> Words:
     return np.where(nan, _NAN, words) if nan.any() else words
 
 
-def round_bf16(words: Words) -> Words:
-    """Rounds FP32 to bfloat16 and returns that value as FP32 again."""
-    with np.errstate(all="ignore"):
-        rounded = floats(words).astype(ml_dtypes.bfloat16).astype(np.float32)
-    return canonical(rounded)
+@_quiet
+def round_to(words: Words, dtype: DType) -> Words:
+    """Rounds FP32 to a narrow float and returns that value as FP32 again; FP32 itself returns
+    the words as they are."""
+    if dtype is DType.FP32:
+        return words
+    return canonical(floats(words).astype(FORMATS[dtype].numpy).astype(np.float32))
+
+
+@_quiet
+def pack(words: Words, dtype: DType) -> np.ndarray:
+    """Rounds FP32 to a narrow float; returns its bits, every NaN the canonical one of the type.
+    FP32 itself returns the words as they are."""
+    if dtype is DType.FP32:
+        return words
+    form = FORMATS[dtype]
+    values = floats(words).astype(form.numpy)
+    bits = values.view(f"u{form.bytes}")
+    return np.where(values != values, bits.dtype.type(form.nan), bits)
+
+
+@_quiet
+def unpack(bits: np.ndarray, dtype: DType) -> Words:
+    """FP32 words of packed floats: exact. A NaN of FP16 or FP8 becomes the canonical one, FP32 and
+    BF16 keep their bits."""
+    if dtype is DType.FP32:
+        return bits
+    if dtype is DType.BF16:
+        return bits.astype(np.uint32) << np.uint32(16)
+    return canonical(bits.view(FORMATS[dtype].numpy).astype(np.float32))
 
 
 @_quiet

@@ -327,11 +327,12 @@ class Core:
     def _writer(self, opcode: Opcode, fields: dict[str, int]) -> Callable[..., None]:
         """Writes words to dst in its type."""
         pattern = self._pattern(opcode, "dst", fields)
-        if fields["dst.dtype"] == DType.FP32.value:
+        dtype = DType(fields["dst.dtype"])
+        if dtype is DType.FP32:
             return pattern.write
 
         def write(words: Words, where: np.ndarray | None = None) -> None:
-            pattern.write(arithmetic.round_bf16(words), where)
+            pattern.write(arithmetic.round_to(words, dtype), where)
 
         return write
 
@@ -339,7 +340,7 @@ class Core:
         source = self._pattern(opcode, "src0", fields)
 
         def run() -> None:
-            words = arithmetic.round_bf16(source.read())
+            words = arithmetic.round_to(source.read(), DType.BF16)
             words = words.reshape(len(words), -1)
             self.stationary[:, : words.shape[1]] = 0
             self.stationary[: words.shape[0], : words.shape[1]] = words
@@ -355,7 +356,7 @@ class Core:
         accumulate = bool(fields["accumulate"])
 
         def run() -> None:
-            words = arithmetic.round_bf16(moving.read()).reshape(rows, -1)
+            words = arithmetic.round_to(moving.read(), DType.BF16).reshape(rows, -1)
             if self._fresh:
                 self.weights[:] = self.stationary
                 self._fresh = False
@@ -442,7 +443,7 @@ class Core:
         if (
             low < 0
             or high + size > len(self.dram)
-            or any(value % 2 for value in (base, *strides))
+            or (size > 1 and any(value % 2 for value in (base, *strides)))
             or (local.repeated is not None if load else _repeats(counts, strides, size))
         ):
             return self._dma_by_definition(opcode, fields)
@@ -450,7 +451,7 @@ class Core:
         # The same with strided windows: no index arrays.
         window = np.ndarray(
             counts,
-            np.dtype("<u4" if size == 4 else "<u2"),
+            np.dtype(f"<u{size}"),
             buffer=self.dram.data,
             offset=base,
             strides=strides,
@@ -458,12 +459,9 @@ class Core:
 
         def run() -> None:
             if load:
-                words = window if size == 4 else window.astype(np.uint32) << np.uint32(16)
-                local.write(words)
-            elif size == 4:
-                window[...] = local.read()
+                local.write(arithmetic.unpack(window, dtype))
             else:
-                window[...] = arithmetic.round_bf16(local.read()) >> 16
+                window[...] = arithmetic.pack(local.read(), dtype)
 
         return run
 

@@ -2,19 +2,20 @@
 
 Element (i0, i1, i2, i3) of lane l lies at DRAM byte
 ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride`` modulo 2**48, bit 0 of which is
-ignored. Elements that coincide are written in the order (i0, i1, i2, i3, l), the last index
-changing fastest, so the last of them stays.
+ignored unless an element has one byte. Elements that coincide are written in the order
+(i0, i1, i2, i3, l), the last index changing fastest, so the last of them stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import ml_dtypes
 import numpy as np
 from systolith_hdl.config import axi_bytes
-from systolith_hdl.formats import CANONICAL_NAN, FORMATS, DType
+from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import FaultCause
+
+from .arithmetic import pack, unpack
 
 _ADDRESSES = 1 << 48
 
@@ -56,11 +57,16 @@ def _elements(fields: Mapping[str, int]) -> np.ndarray:
     """Byte addresses of the elements [steps, lanes]."""
     strides = [*(fields[f"dram_strides.{d}"] for d in range(4)), fields["lane_stride"]]
     address = _walk(fields["dram_base"], strides, [*_counts(fields), fields["lanes"]])
-    return ((address % _ADDRESSES) & ~1).reshape(-1, fields["lanes"])
+    ignored = 0 if _element_bytes(fields) == 1 else 1
+    return ((address % _ADDRESSES) & ~ignored).reshape(-1, fields["lanes"])
+
+
+def _dtype(fields: Mapping[str, int]) -> DType:
+    return DType(fields["dram_dtype"])
 
 
 def _element_bytes(fields: Mapping[str, int]) -> int:
-    return FORMATS[DType(fields["dram_dtype"])].bytes
+    return FORMATS[_dtype(fields)].bytes
 
 
 def first_bad_burst(
@@ -132,13 +138,11 @@ def dma_load(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> N
     size = _element_bytes(fields)
     packed = np.dtype(f"<u{size}")
     if (element % size).any():
-        words = dram[element[..., None] + np.arange(size)].view(packed)[..., 0]
+        bits = dram[element[..., None] + np.arange(size)].view(packed)[..., 0]
     else:
-        words = dram.view(packed)[element // size]
-    if size == 2:
-        words = words.astype(np.uint32) << np.uint32(16)
+        bits = dram.view(packed)[element // size]
     # numpy assigns in order, so of the steps that meet in one column the last one stays.
-    sbuf[: fields["lanes"], _columns(fields)] = words.T
+    sbuf[: fields["lanes"], _columns(fields)] = unpack(bits, _dtype(fields)).T
 
 
 def dma_store(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> None:
@@ -147,14 +151,10 @@ def dma_store(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> 
     element = _elements(fields)
     size = _element_bytes(fields)
     words = np.ascontiguousarray(sbuf[: fields["lanes"], _columns(fields)].T)
-    if size == 2:
-        with np.errstate(all="ignore"):
-            rounded = words.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
-        nan = (words & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        words = np.where(nan, np.uint16(CANONICAL_NAN >> 16), rounded)
+    bits = pack(words, _dtype(fields))
     # numpy assigns in order, so of the elements that meet the last one stays.
     if (element % size).any():
-        raw = np.ascontiguousarray(words[..., None]).view(np.uint8)
+        raw = np.ascontiguousarray(bits[..., None]).view(np.uint8)
         dram[element[..., None] + np.arange(size)] = raw
     else:
-        dram.view(np.dtype(f"<u{size}"))[element // size] = words
+        dram.view(np.dtype(f"<u{size}"))[element // size] = bits

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
-from systolith_hdl.formats import FORMATS, DType, dtype_of
+from systolith_hdl.formats import FLOATS, FORMATS, DType, dtype_of
 from systolith_hdl.isa import (
     DMA_TYPES,
     MAX_WAITS,
@@ -45,7 +45,6 @@ from .tensors import (
 MAX_SEMAPHORE = (1 << 16) - 1
 
 _BITWISE = frozenset({AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR})
-_FP32_OR_BF16 = (DType.FP32, DType.BF16)
 
 
 @dataclasses.dataclass
@@ -310,10 +309,10 @@ class _Elementwise(_Engine):
         `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
         space, that of `dst` unless given.
         """
-        self._operand("dst", dst, self._BOTH, _FP32_OR_BF16)
+        self._operand("dst", dst, self._BOTH, FLOATS)
         for what, view in sources.values():
             # A view that rounds as a destination holds FP32 words all the same.
-            self._operand(what, view, self._BOTH, _FP32_OR_BF16)
+            self._operand(what, view, self._BOTH, FLOATS)
             if view.lanes != dst.lanes:
                 refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
         self._distinct(dst)
@@ -387,7 +386,7 @@ class _Vector(_Elementwise):
         )
 
     def copy(self, dst: View, src: View) -> None:
-        """dst = src, bits untouched unless dst is BF16."""
+        """dst = src, rounded to the type of dst; bits untouched if that is FP32."""
         self.tensor_scalar(dst, src, AluOp.BYPASS)
 
     def reduce(
@@ -407,7 +406,7 @@ class _Vector(_Elementwise):
             "op1": self._operation("op1", op1, AluOp, REDUCTIONS),
             "imm0": self._immediate("imm0", imm0, op0),
         }
-        self._operand("src0", src0, self._BOTH, _FP32_OR_BF16)
+        self._operand("src0", src0, self._BOTH, FLOATS)
         if not src0.shape or dst.shape != (*src0.shape[:-1], 1):
             refuse(
                 f"shape mismatch: the reduction of shape {src0.shape} needs a dst of shape "
@@ -465,7 +464,7 @@ class _Tensor(_Engine):
         `view.lanes` is K; the view has M columns in all, at most as many as the core has lanes,
         at one constant stride.
         """
-        self._operand("the stationary operand", view, (Space.SBUF,), _FP32_OR_BF16)
+        self._operand("the stationary operand", view, (Space.SBUF,), FLOATS)
         if view.size > self._builder.config.lanes:
             refuse(
                 f"the stationary operand has {view.size} columns, the array "
@@ -496,7 +495,7 @@ class _Tensor(_Engine):
         that dst names more than once is added to each time.
         """
         self._operand("dst", dst, (Space.PSUM,), (DType.FP32,))
-        self._operand("the moving operand", moving, (Space.SBUF,), _FP32_OR_BF16)
+        self._operand("the moving operand", moving, (Space.SBUF,), FLOATS)
         if self._stationary is None:
             refuse("matmul before any load_stationary")
         rows, columns = self._stationary
@@ -596,12 +595,12 @@ class _Dma(_Engine):
         queue: int | None,
     ) -> None:
         store = opcode is Opcode.DMA_STORE
-        self._operand("the local operand", view, (Space.SBUF,), _FP32_OR_BF16)
+        self._operand("the local operand", view, (Space.SBUF,), FLOATS)
         if not isinstance(dram, DramTensor):
             refuse(f"dram must be a DRAM tensor, not {type(dram).__name__}")
         if dram.dtype not in DMA_TYPES:
-            allowed = " and ".join(sorted(dtype.name for dtype in DMA_TYPES))
-            refuse(f"DMA moves {allowed} tensors: {dram}")
+            allowed = ", ".join(dtype.name for dtype in FLOATS)
+            refuse(f"DMA moves tensors of {allowed}: {dram}")
         if store and dram.kind == "constant":
             refuse(f"{dram} is a constant and cannot be stored to")
         tensors = self._builder.dram.tensors

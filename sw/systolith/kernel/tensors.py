@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 from systolith_hdl.config import CoreConfig
-from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.formats import FLOATS, FORMATS, DType
 from systolith_hdl.isa import Space
 
 from .source import refuse
@@ -109,7 +109,7 @@ class View:
     shape : up to 4 dimensions, outermost first
     strides : words
     lanes : partitions 0 to lanes-1 take part
-    dtype : as a destination: BF16 rounds what is written. Words hold FP32 in any case.
+    dtype : as a destination: what is written is rounded to it. Words hold FP32 in any case.
     """
 
     tile: Tile
@@ -164,9 +164,10 @@ class View:
         return found
 
     def astype(self, dtype: DType) -> View:
-        """Returns the same words as an operand of type `dtype` (FP32 or BF16)."""
-        if dtype not in (DType.FP32, DType.BF16):
-            refuse(f"SBUF and PSUM operands are FP32 or BF16, not {dtype!r}")
+        """Returns the same words as an operand of type `dtype`, a float."""
+        if dtype not in FLOATS:
+            allowed = ", ".join(known.name for known in FLOATS)
+            refuse(f"operands in SBUF and PSUM are {allowed}, not {dtype!r}")
         return dataclasses.replace(self, dtype=dtype)
 
     def with_lanes(self, lanes: int) -> View:

@@ -1,0 +1,208 @@
+"""Between FP32 and the narrow floating-point types: rounding, packing, widening. Combinational.
+
+One circuit serves all types of `formats.NARROW_FLOATS`; its constants come from `formats.FORMATS`.
+"""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from ..formats import CANONICAL_NAN, FORMATS, NARROW_FLOATS, DType
+from .rounding import leading_zeros
+
+_BIAS = FORMATS[DType.FP32].bias
+_INFINITY = 0x7F800000
+#: Types with fewer exponent bits than FP32. All their numbers are normal in FP32.
+_SHORT = tuple(t for t in NARROW_FLOATS if FORMATS[t].exponent < 8)
+
+
+def _least(dtype: DType) -> int:
+    """FP32's exponent field of the smallest normal number of a type."""
+    return _BIAS + 1 - FORMATS[dtype].bias
+
+
+class RoundNarrow(wiring.Component):
+    """Rounds an FP32 word to a type, to nearest even, and keeps the value as FP32.
+
+    What rounds past the type's largest number becomes infinity, in a type without infinities NaN;
+    every NaN becomes 0x7FC00000. A `dtype` that is no narrow float passes the word as it is.
+
+    Members
+    -------
+    word : In(32)
+    dtype : In(DType)
+    o : Out(32)
+    """
+
+    word: In(32)
+    dtype: In(DType)
+    o: Out(32)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        word = self.word
+        fraction, field = word[:23], word[23:31]
+
+        narrow, infinite = Signal(), Signal()
+        dropped = Signal(5)  # bits of a normal number's fraction that the type does not have
+        least = Signal(8)
+        largest = Signal(31)
+        with m.Switch(self.dtype):
+            for dtype in NARROW_FLOATS:
+                form = FORMATS[dtype]
+                with m.Case(dtype):
+                    m.d.comb += [
+                        narrow.eq(1),
+                        dropped.eq(23 - form.fraction),
+                        least.eq(_least(dtype)),
+                        largest.eq(form.largest),
+                        infinite.eq(form.infinite),
+                    ]
+
+        # `cut` lowest bits of the significand go: more of them below the type's normal range. The
+        # unit of what is kept is bit `cut`: 23 is the leading one's place, and of a number that
+        # is below one unit (24) or below half a unit (25 and more) nothing is kept.
+        exponent = Signal(8)
+        cut = Signal(9)
+        m.d.comb += [
+            exponent.eq(field | (field == 0)),
+            cut.eq(dropped + Mux(exponent < least, least - exponent, 0)),
+        ]
+        cuts = Signal(25)  # bit i: bit i of the significand goes
+        unit = Signal(24)  # the bit that rounding up adds to
+        m.d.comb += [
+            cuts.eq(Cat(cut > i for i in range(25))),
+            unit.eq(Cat(~cuts[0], cuts[:22] & ~cuts[1:23], cuts[22])),
+        ]
+        significand = Cat(fraction, field != 0)
+        odd = (significand & ~cuts[:24] & unit).any()
+        half = (significand & cuts[:24] & ~cuts[1:]).any()
+        rest = (significand & cuts[1:]).any()
+        up = Signal()
+        rounded = Signal(31)
+        m.d.comb += [
+            up.eq(half & (rest | odd)),
+            rounded.eq(Cat(fraction & ~cuts[:23], field) + Mux(up, unit, 0)),
+        ]
+        nan = (word[:31] > _INFINITY) | ((rounded > largest) & ~infinite)
+        value = Signal(31)
+        m.d.comb += value.eq(
+            Mux(rounded > largest, _INFINITY, Mux(cuts[23] & ~up, 0, rounded)),
+        )
+        m.d.comb += self.o.eq(
+            Mux(narrow, Mux(nan, CANONICAL_NAN, Cat(value, word[31])), word),
+        )
+        return m
+
+
+class PackNarrow(wiring.Component):
+    """Packs an FP32 word that `RoundNarrow` has rounded to a narrow float.
+
+    Members
+    -------
+    word : In(32), a number of the type, or the canonical NaN
+    dtype : In(DType), a narrow float
+    o : Out(16), of an 8-bit type the low half
+    """
+
+    word: In(32)
+    dtype: In(DType)
+    o: Out(16)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        word = self.word
+        field, sign = word[23:31], word[31]
+        nan = word[:31] > _INFINITY
+        least = Signal(8)
+        with m.Switch(self.dtype):
+            for dtype in _SHORT:
+                with m.Case(dtype):
+                    m.d.comb += least.eq(_least(dtype))
+        # Fraction and exponent as in FP16: the widest of each. Below the normal range the
+        # significand moves down; zero has none.
+        subnormal = Signal()
+        shift = Signal(4)
+        fraction = Signal(10)
+        exponent = Signal(5)
+        significand = Cat(word[13:23], field != 0)
+        m.d.comb += [
+            subnormal.eq(field < least),
+            shift.eq(Mux(subnormal, least - field, 0)),
+            fraction.eq(significand >> shift),
+            exponent.eq(Mux(subnormal, 0, field - (least - 1))),
+        ]
+        with m.Switch(self.dtype):
+            with m.Case(DType.BF16):
+                m.d.comb += self.o.eq(word[16:])
+            for dtype in _SHORT:
+                form = FORMATS[dtype]
+                magnitude = Cat(fraction[10 - form.fraction :], exponent[: form.exponent])
+                infinity = ((1 << form.exponent) - 1) << form.fraction
+                with m.Case(dtype):
+                    m.d.comb += self.o.eq(
+                        Mux(nan, form.nan, Cat(Mux(field == 0xFF, infinity, magnitude), sign))
+                    )
+        return m
+
+
+class WidenNarrow(wiring.Component):
+    """Widens a packed narrow float to FP32: exact. A NaN of FP16 or FP8 gives 0x7FC00000; one of
+    BF16 keeps its bits.
+
+    Members
+    -------
+    bits : In(16), of an 8-bit type the low half; what is above it does not matter
+    dtype : In(DType), a narrow float
+    o : Out(32)
+    """
+
+    bits: In(16)
+    dtype: In(DType)
+    o: Out(32)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        bits = self.bits
+        fraction = Signal(10)  # left-aligned
+        exponent = Signal(5)
+        least = Signal(8)
+        sign, infinity, nan = Signal(), Signal(), Signal()
+        with m.Switch(self.dtype):
+            for dtype in _SHORT:
+                form = FORMATS[dtype]
+                top = form.bits - 1
+                special = bits[form.fraction : top].all()
+                zero = bits[: form.fraction] == 0
+                with m.Case(dtype):
+                    m.d.comb += [
+                        fraction.eq(Cat(Const(0, 10 - form.fraction), bits[: form.fraction])),
+                        exponent.eq(bits[form.fraction : top]),
+                        sign.eq(bits[top]),
+                        least.eq(_least(dtype)),
+                    ]
+                    if form.infinite:
+                        m.d.comb += [infinity.eq(special & zero), nan.eq(special & ~zero)]
+                    else:
+                        m.d.comb += nan.eq(bits[:top] == form.nan)
+        # A subnormal's fraction 1xx.. is normal one place further down, 01x.. two places.
+        subnormal = Signal()
+        places = Signal(4)
+        field = Signal(8)
+        normal = Signal(10)
+        m.d.comb += [
+            subnormal.eq(exponent == 0),
+            places.eq(Mux(subnormal, leading_zeros(m, fraction) + 1, 0)),
+            field.eq(
+                Mux(subnormal & (fraction == 0), 0, least + exponent - Mux(subnormal, places, 1))
+            ),
+            normal.eq(fraction << places),
+        ]
+        with m.If(self.dtype == DType.BF16):
+            m.d.comb += self.o.eq(Cat(Const(0, 16), bits))
+        with m.Elif(nan):
+            m.d.comb += self.o.eq(CANONICAL_NAN)
+        with m.Else():
+            value = Mux(infinity, _INFINITY, Cat(Const(0, 13), normal, field))
+            m.d.comb += self.o.eq(Cat(value[:31], sign))
+        return m

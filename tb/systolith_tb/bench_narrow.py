@@ -1,0 +1,178 @@
+"""Bench of rounding, packing and widening, many copies side by side, against ml_dtypes."""
+
+import os
+
+import cocotb
+import numpy as np
+from amaranth.hdl import Module, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+from cocotb.triggers import FallingEdge
+from systolith_hdl.arith import PackNarrow, RoundNarrow, WidenNarrow
+from systolith_hdl.emit import Once
+from systolith_hdl.formats import CANONICAL_NAN, FORMATS, NARROW_FLOATS, DType
+
+from systolith_tb.clocking import start
+from systolith_tb.numerics import CORNERS, numpy_rng, pack, random_words, unpack
+
+#: Copies of each cell: this many vectors in a cycle.
+COPIES = 64
+
+
+class NarrowBench(wiring.Component):
+    """`COPIES` of each cell between registers.
+
+    Members
+    -------
+    dtype : In(DType)
+    words : In, FP32 words
+    rounded, bits : Out, of `words`, one cycle later
+    narrow : In, packed numbers
+    widened : Out, FP32 words of `narrow`, one cycle later
+    """
+
+    dtype: In(DType)
+    words: In(data.ArrayLayout(unsigned(32), COPIES))
+    rounded: Out(data.ArrayLayout(unsigned(32), COPIES))
+    bits: Out(data.ArrayLayout(unsigned(16), COPIES))
+    narrow: In(data.ArrayLayout(unsigned(16), COPIES))
+    widened: Out(data.ArrayLayout(unsigned(32), COPIES))
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        for i in range(COPIES):
+            m.submodules[f"round{i}"] = rounding = Once(RoundNarrow(), "round_narrow")
+            m.submodules[f"pack{i}"] = packing = Once(PackNarrow(), "pack_narrow")
+            m.submodules[f"widen{i}"] = widening = Once(WidenNarrow(), "widen_narrow")
+            m.d.comb += [
+                rounding.word.eq(self.words[i]),
+                packing.word.eq(rounding.o),
+                widening.bits.eq(self.narrow[i]),
+            ]
+            m.d.comb += [cell.dtype.eq(self.dtype) for cell in (rounding, packing, widening)]
+            m.d.sync += [
+                self.rounded[i].eq(rounding.o),
+                self.bits[i].eq(packing.o),
+                self.widened[i].eq(widening.o),
+            ]
+        return m
+
+
+def every_number(dtype: DType) -> np.ndarray:
+    """All bit patterns of a type, as unsigned integers."""
+    form = FORMATS[dtype]
+    return np.arange(1 << form.bits, dtype=np.uint32).astype(f"u{form.bytes}")
+
+
+def edges(dtype: DType) -> np.ndarray:
+    """FP32 words of all numbers of a type and all ties between neighbours, those next to each, and
+    the same around where overflow begins; both signs."""
+    form = FORMATS[dtype]
+    with np.errstate(all="ignore"):
+        values = every_number(dtype).view(form.numpy).astype(np.float64)
+    values = np.unique(np.abs(values[np.isfinite(values)]))
+    beyond = 2 * values[-1] - values[-2]  # what would come next
+    values = np.append(values, beyond)
+    ties = (values[1:] + values[:-1]) / 2
+    found = np.concatenate([values, ties])
+    with np.errstate(over="ignore"):
+        words = found.astype(np.float32)
+    assert (words.astype(np.float64) == found)[np.isfinite(words)].all()
+    around = (words.view(np.uint32)[:, None] + np.array([-1, 0, 1], np.int64)).ravel()
+    magnitudes = around[around >= 0].astype(np.uint32)
+    return np.concatenate([magnitudes, magnitudes | np.uint32(1 << 31)])
+
+
+def narrowed(words: np.ndarray, dtype: DType) -> tuple[np.ndarray, np.ndarray]:
+    """(FP32 words of the rounded numbers, their packed bits), by numpy and ml_dtypes."""
+    form = FORMATS[dtype]
+    with np.errstate(all="ignore"):
+        numbers = words.view(np.float32).astype(form.numpy)
+        wide = numbers.astype(np.float32)
+    nan = np.isnan(wide)
+    bits = numbers.view(f"u{form.bytes}").astype(np.uint16)
+    return (
+        np.where(nan, np.uint32(CANONICAL_NAN), wide.view(np.uint32)),
+        np.where(nan, np.uint16(form.nan), bits),
+    )
+
+
+def widened(bits: np.ndarray, dtype: DType) -> np.ndarray:
+    """FP32 words of packed numbers, by numpy and ml_dtypes; only BF16 keeps the bits of a NaN."""
+    if dtype is DType.BF16:
+        return bits.astype(np.uint32) << np.uint32(16)
+    with np.errstate(all="ignore"):
+        wide = bits.view(FORMATS[dtype].numpy).astype(np.float32)
+    return np.where(np.isnan(wide), np.uint32(CANONICAL_NAN), wide.view(np.uint32))
+
+
+def _check(what: str, given: np.ndarray, got: np.ndarray, wanted: np.ndarray) -> None:
+    assert len(got) == len(wanted) == len(given)
+    wrong = np.flatnonzero(got != wanted)
+    assert not len(wrong), (
+        f"{what}: {len(wrong)} of {len(got)} wrong, first {given[wrong[0]]:08x}: "
+        f"got {got[wrong[0]]:x}, wanted {wanted[wrong[0]]:x}"
+    )
+
+
+@cocotb.test(timeout_time=100, timeout_unit="ms")
+@cocotb.parametrize(dtype=[dtype.name for dtype in NARROW_FLOATS])
+async def narrow(dut, dtype: str) -> None:
+    """Rounds and packs all ties, all numbers and their neighbours, and $SYSTOLITH_VECTORS random
+    words; widens every number of the type."""
+    kind = DType[dtype]
+    rng = numpy_rng()
+    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 20)))
+    # Numbers of any magnitude, and as many again around and below the type's range.
+    spread = rng.integers(-40, 20, count // 2) + 127
+    near = (spread.astype(np.uint32) << 23) | (
+        rng.integers(0, 1 << 32, count // 2, dtype=np.uint32) & np.uint32(0x807FFFFF)
+    )
+    words = np.concatenate([CORNERS, edges(kind), random_words(rng, count - count // 2), near])
+    words = np.pad(words, (0, -len(words) % COPIES))
+    bits = every_number(kind)
+    batches = len(words) // COPIES
+    narrow_batches = -(-len(bits) // COPIES)
+    assert narrow_batches <= batches
+
+    await start(dut)
+    dut.dtype.value = kind.value
+    rounded: list[np.ndarray] = []
+    packed: list[np.ndarray] = []
+    wide: list[np.ndarray] = []
+    for batch in range(batches + 1):
+        await FallingEdge(dut.clk)
+        if batch:
+            rounded.append(unpack(dut.rounded, np.uint32, COPIES))
+            packed.append(unpack(dut.bits, np.uint16, COPIES))
+        if 0 < batch <= narrow_batches:
+            wide.append(unpack(dut.widened, np.uint32, COPIES))
+        if batch < batches:
+            dut.words.value = pack(words[batch * COPIES : (batch + 1) * COPIES])
+        if batch < narrow_batches:
+            noise = int(rng.integers(0, 256)) << 8 if FORMATS[kind].bits == 8 else 0
+            chunk = bits[batch * COPIES : (batch + 1) * COPIES].astype(np.uint16)
+            dut.narrow.value = pack(chunk | np.uint16(noise))
+    wanted_words, wanted_bits = narrowed(words, kind)
+    _check("rounded", words, np.concatenate(rounded), wanted_words)
+    # The upper half of what an 8-bit type packs to means nothing.
+    mask = np.uint16((1 << FORMATS[kind].bits) - 1)
+    _check("packed", words, np.concatenate(packed) & mask, wanted_bits)
+    _check("widened", bits, np.concatenate(wide)[: len(bits)], widened(bits, kind))
+    cocotb.log.info("%s: %d words, %d numbers", dtype, len(words), len(bits))
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
+async def other_types_pass(dut) -> None:
+    """A type that is no narrow float leaves words as they are, NaNs included."""
+    rng = numpy_rng()
+    words = np.concatenate([CORNERS, random_words(rng, 8 * COPIES)])
+    words = np.pad(words, (0, -len(words) % COPIES)).reshape(-1, COPIES)
+    await start(dut)
+    for kind in (DType.FP32, DType.INT32):
+        dut.dtype.value = kind.value
+        for chunk in words:
+            await FallingEdge(dut.clk)
+            dut.words.value = pack(chunk)
+            await FallingEdge(dut.clk)
+            _check(kind.name, chunk, unpack(dut.rounded, np.uint32, COPIES), chunk)
