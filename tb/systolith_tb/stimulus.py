@@ -161,6 +161,8 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
             fields[f"wait.{slot}.value"] = 0
             fields[f"wait.{slot}.mode"] = random.choice((1, 1, 3))
     word = int.from_bytes(encode(opcode, fields), "little")
+    if mutate and random.random() < 0.02:  # a bit seldom hits the opcode
+        word = word & ~0xFF | random.randrange(256)
     if mutate and random.random() < 0.2:
         bit = random.randrange(INSTRUCTION_BITS)
         if not 32 <= bit < 104 and not 8 <= bit < 32:  # waits and signals are above
