@@ -16,7 +16,7 @@ from amaranth.hdl import Shape, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES
-from .formats import FLOATS, DType
+from .formats import FLOATS, NARROW_FLOATS, DType
 
 ISA_VERSION = 1
 MAX_WAITS = 3
@@ -55,11 +55,12 @@ class Opcode(enum.Enum, shape=8):
     #: ends the engine's stream once all its earlier instructions have completed; the program is
     #: done when every engine has ended
     END = 0x01
-    #: stationary[k, m] <- src0, `lanes` rows (K), one column per step; counts 0 to 2 must be 1 and
-    #: count 3 is M, at most N (else BAD_COUNT). Rows from K on become zero, columns from M on keep
-    #: their weights
+    #: stationary[k, m] <- src0 rounded to its type, `lanes` rows (K), one column per step; counts 0
+    #: to 2 must be 1 and count 3 is M, at most N (else BAD_COUNT). Rows from K on become zero,
+    #: columns from M on keep their weights
     LOAD_STATIONARY = 0x10
-    #: dst[m, f] (+)= sum over k of stationary[k, m] * src0[k, f]; `lanes` = K, `columns` = M
+    #: dst[m, f] (+)= sum over k of stationary[k, m] * src0[k, f], src0 rounded to its type, which
+    #: may be another than the stationary operand's; `lanes` = K, `columns` = M
     MATMUL = 0x11
     #: dst = (src0 op0 imm0) op1 src1
     TENSOR_TENSOR = 0x20
@@ -338,7 +339,7 @@ _SBUF = frozenset({Space.SBUF})
 _PSUM = frozenset({Space.PSUM})
 _READ = frozenset({DType.FP32})
 _WRITE = frozenset(FLOATS)
-_MATMUL = frozenset({DType.BF16})
+_MATMUL = frozenset(NARROW_FLOATS)
 #: types DMA moves between DRAM and FP32 words
 DMA_TYPES = frozenset(FLOATS)
 

@@ -5,24 +5,27 @@ from collections import deque
 
 import cocotb
 import numpy as np
-from amaranth.hdl import Module, unsigned
+from amaranth.hdl import Cat, Module, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import FallingEdge
 from systolith_hdl.config import CoreConfig, get_config
+from systolith_hdl.formats import NARROW_FLOATS
 from systolith_hdl.ports import column_shape
 from systolith_hdl.tensor import SystolicArray, array_latency
+from systolith_hdl.tensor.mac import OPERAND_BITS
 
 from systolith_tb.clocking import start
-from systolith_tb.numerics import numpy_rng, pack, random_values, tile, to_bf16, unpack
+from systolith_tb.numerics import numpy_rng, pack, random_values, round_to, tile, unpack
 
 
 class ArrayBench(wiring.Component):
-    """`SystolicArray` with its structures taken apart, and a 16-bit tag."""
+    """`SystolicArray` with its structures taken apart, and a 16-bit tag. Operands are FP32 words,
+    of which the array gets the upper bits."""
 
     def __init__(self, config: CoreConfig) -> None:
         self._config = config
-        narrow_column = data.ArrayLayout(unsigned(16), config.lanes)
+        narrow_column = data.ArrayLayout(unsigned(32), config.lanes)
         super().__init__(
             {
                 "weight_valid": In(1),
@@ -45,6 +48,10 @@ class ArrayBench(wiring.Component):
         for bus in ("weight", "moving", "sums"):
             for field, _ in getattr(array, bus).shape():
                 inner, outer = getattr(array, bus)[field], getattr(self, f"{bus}_{field}")
+                if bus != "sums" and field == "data":
+                    words = (outer[lane][-OPERAND_BITS:] for lane in range(self._config.lanes))
+                    m.d.comb += inner.as_value().eq(Cat(words))
+                    continue
                 m.d.comb += outer.eq(inner) if bus == "sums" else inner.eq(outer)
         return m
 
@@ -59,19 +66,21 @@ async def run_array(dut, *, tiles: int, bubbles: float, tight: bool, special: bo
     loads: list[np.ndarray] = []
     matmuls: list[tuple[np.ndarray, int, bool]] = []
     expected: deque[tuple[int, np.ndarray]] = deque()  # tag, sums
-    current = np.zeros((lanes, lanes), np.uint16)
+    current = np.zeros((lanes, lanes), np.uint32)
     for index in range(tiles):
         swap = index == 0 or tight or rng.random() < 0.7
         if swap:
             columns = lanes if tight or index == 0 else int(rng.integers(1, lanes + 1))
-            load = to_bf16(random_values(rng, (lanes, columns), special))
+            dtype = NARROW_FLOATS[rng.integers(len(NARROW_FLOATS))]
+            load = round_to(random_values(rng, (lanes, columns), special), dtype)
             loads.append(load)
             # Columns that are not loaded keep the last load that had them.
             current = current.copy()
             current[:, :columns] = load
         rows = int(rng.integers(1, lanes + 1))
         width = lanes + 1 if tight else int(rng.integers(1, 2 * lanes + 2))
-        moving = to_bf16(random_values(rng, (lanes, width), special))
+        dtype = NARROW_FLOATS[rng.integers(len(NARROW_FLOATS))]
+        moving = round_to(random_values(rng, (lanes, width), special), dtype)
         matmuls.append((moving, rows, swap))
         sums = tile(current, moving, rows)
         for f in range(width):

@@ -15,7 +15,7 @@ from systolith.kernel import KernelBuilder
 from systolith.program import Program
 from systolith.runtime.driver import Driver
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import FLOATS, DType
+from systolith_hdl.formats import FLOATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function, WaitMode
 
 from .device import CocotbBackend, run_driver
@@ -49,9 +49,11 @@ def random_kernel(seed: int) -> Program:
     for start, lanes in tiles_m:
         acc = nc.psum.tile(f)
         for index, (row, rows) in enumerate(loaded):
-            nc.tensor.load_stationary(row["w"].view((lanes,), offset=start, lanes=rows))
+            stationary = row["w"].view((lanes,), offset=start, lanes=rows)
+            moving = row["x"].view((f,), lanes=rows)
+            nc.tensor.load_stationary(stationary.astype(rng.choice(NARROW_FLOATS)))
             nc.tensor.matmul(
-                acc.view((f,), lanes=lanes), row["x"].view((f,), lanes=rows), accumulate=index > 0
+                acc.view((f,), lanes=lanes), moving.astype(rng.choice(NARROW_FLOATS)), index > 0
             )
         a, b, c = (nc.sbuf.tile(f) for _ in range(3))
         results = [t.view((f,), lanes=lanes) for t in (a, b, c)]

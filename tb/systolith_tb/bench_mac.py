@@ -9,8 +9,9 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import FallingEdge
 from systolith_hdl.emit import Once
+from systolith_hdl.formats import NARROW_FLOATS, DType
 from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY, Mac
-from systolith_hdl.tensor.mac import recode_bf16
+from systolith_hdl.tensor.mac import OPERAND_BITS, recode
 
 from systolith_tb.clocking import start
 from systolith_tb.numerics import (
@@ -20,7 +21,7 @@ from systolith_tb.numerics import (
     numpy_rng,
     pack,
     random_words,
-    to_bf16,
+    round_to,
     unpack,
 )
 
@@ -33,14 +34,14 @@ class MacBench(wiring.Component):
 
     Members
     -------
-    a, w : In, bf16 words
+    a, w : In, FP32 words of narrow floats
     active : In, a bit for each copy
     acc : In, FP32 words
     o : Out, MUL_LATENCY + ADD_LATENCY cycles later
     """
 
-    a: In(data.ArrayLayout(unsigned(16), COPIES))
-    w: In(data.ArrayLayout(unsigned(16), COPIES))
+    a: In(data.ArrayLayout(unsigned(32), COPIES))
+    w: In(data.ArrayLayout(unsigned(32), COPIES))
     active: In(COPIES)
     acc: In(data.ArrayLayout(unsigned(32), COPIES))
     o: Out(data.ArrayLayout(unsigned(32), COPIES))
@@ -50,10 +51,10 @@ class MacBench(wiring.Component):
         acc = Signal.like(self.acc)
         m.d.sync += acc.eq(self.acc)
         for i in range(COPIES):
-            m.submodules[f"mac{i}"] = mac = Once(Mac(), "mac_bf16")
+            m.submodules[f"mac{i}"] = mac = Once(Mac(), "mac_narrow")
             m.d.comb += [
-                mac.a.as_value().eq(recode_bf16(m, self.a[i])),
-                mac.w.as_value().eq(recode_bf16(m, self.w[i])),
+                mac.a.as_value().eq(recode(m, self.a[i][-OPERAND_BITS:])),
+                mac.w.as_value().eq(recode(m, self.w[i][-OPERAND_BITS:])),
                 mac.active.eq(self.active[i]),
                 mac.acc.eq(acc[i]),
                 self.o[i].eq(mac.o),
@@ -61,15 +62,25 @@ class MacBench(wiring.Component):
         return m
 
 
-@cocotb.test(timeout_time=10, timeout_unit="ms")
+def random_operands(rng: np.random.Generator, count: int) -> np.ndarray:
+    """FP32 words of random numbers of all operand types, most of them not zero in their type."""
+    words = random_words(rng, count)
+    inside = (rng.integers(100, 146, count, dtype=np.uint32) << 23) | (words & 0x807FFFFF)
+    candidates = [round_to(words, DType.BF16), round_to(inside, DType.BF16)]
+    candidates += [round_to(inside, dtype) for dtype in NARROW_FLOATS]
+    return np.choose(rng.integers(0, len(candidates), count), candidates)
+
+
+@cocotb.test(timeout_time=100, timeout_unit="ms")
 async def mac_vectors(dut) -> None:
     """Random and corner operands, near cancellation, and rows that take no part."""
     rng = numpy_rng()
     count = int(os.environ.get("SYSTOLITH_VECTORS", "100000"))
-    corners = np.unique(np.concatenate([CORNERS >> 16, to_bf16(CORNERS)])).astype(np.uint16)
-    cross = [g.ravel() for g in np.meshgrid(corners, corners, CORNERS[::3])]
-    a = np.concatenate([cross[0], (random_words(rng, count) >> 16).astype(np.uint16)])
-    w = np.concatenate([cross[1], (random_words(rng, count) >> 16).astype(np.uint16)])
+    corners = np.unique(np.concatenate([round_to(CORNERS, dtype) for dtype in NARROW_FLOATS]))
+    cross = [g.ravel() for g in np.meshgrid(corners, corners, CORNERS[::7])]
+    cross_a, cross_w = cross[:2]
+    a = np.concatenate([cross_a, random_operands(rng, count)])
+    w = np.concatenate([cross_w, random_operands(rng, count)])
     acc = random_words(rng, count)
     # A third of the sums nearly cancel, a third has a product far below or above the sum.
     product = mac(np.full(count, 1 << 31, np.uint32), a[-count:], w[-count:])
@@ -101,8 +112,8 @@ async def mac_vectors(dut) -> None:
     wrong = np.flatnonzero(got != wanted)
     assert len(got) == len(a)
     assert not len(wrong), (
-        f"{len(wrong)} of {len(a)} wrong, first acc={acc[wrong[0]]:08x} a={a[wrong[0]]:04x} "
-        f"w={w[wrong[0]]:04x} active={active[wrong[0]]}: got {got[wrong[0]]:08x}, "
+        f"{len(wrong)} of {len(a)} wrong, first acc={acc[wrong[0]]:08x} a={a[wrong[0]]:08x} "
+        f"w={w[wrong[0]]:08x} active={active[wrong[0]]}: got {got[wrong[0]]:08x}, "
         f"wanted {wanted[wrong[0]]:08x}"
     )
     cocotb.log.info("compared %d MACs", len(a))

@@ -12,14 +12,14 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import FallingEdge, ReadOnly
 from systolith_hdl.config import CoreConfig, get_config
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import NARROW_FLOATS, DType
 from systolith_hdl.isa import SPECS, Opcode, Space
 from systolith_hdl.ports import READ_LATENCY, IssuePort, ReadPort, WritePort
 from systolith_hdl.psum import ACCUMULATE_LATENCY, Psum
 from systolith_hdl.tensor import TensorEngine, matmul_latency
 
 from systolith_tb.clocking import start
-from systolith_tb.numerics import add, numpy_rng, pack, random_values, tile, to_bf16, unpack
+from systolith_tb.numerics import add, numpy_rng, pack, random_values, round_to, tile, unpack
 
 
 class TensorBench(wiring.Component):
@@ -186,15 +186,16 @@ def instruction(
     lanes: int,
     columns: int = 0,
     accumulate: bool = False,
+    dtype: DType = DType.BF16,
 ) -> int:
-    """Encodes one tensor instruction."""
+    """Encodes one tensor instruction; `dtype` is that of the operand it reads."""
 
     def operand(base: int, strides: tuple[int, ...], space: Space, dtype: DType) -> dict:
         return {"base": base, "strides": list(strides), "space": space, "dtype": dtype}
 
     body: dict[str, object] = {
         "counts": list(counts),
-        "src0": operand(*src, Space.SBUF, DType.BF16),
+        "src0": operand(*src, Space.SBUF, dtype),
     }
     if opcode is Opcode.MATMUL:
         body |= {"dst": operand(*dst, Space.PSUM, DType.FP32), "columns": columns}
@@ -262,9 +263,10 @@ async def run_random(
         dut.rst.value = 0
         driver = TensorDriver(dut, sbuf, stall=stall, idle=idle)
 
-    stationary = np.zeros((lanes, lanes), np.uint16)
+    stationary = np.zeros((lanes, lanes), np.uint32)
     loads = matmuls = macs = written_words = 0
     for _ in range(int(os.environ.get("SYSTOLITH_INSTRUCTIONS", "300"))):
+        dtype = random.choice(NARROW_FLOATS)
         if not loads or rng.random() < 0.4:
             counts, base, strides = random_pattern(rng, config.sbuf_depth, lanes, repeat=True)
             rows = lanes if not loads or rng.random() < 0.5 else int(rng.integers(1, lanes + 1))
@@ -273,9 +275,15 @@ async def run_random(
             source = addresses(counts, base, strides)
             # Rows beyond K become zero; other columns keep the last load that had them.
             stationary[:, : len(source)] = 0
-            stationary[:rows, : len(source)] = to_bf16(sbuf[:rows, source])
+            stationary[:rows, : len(source)] = round_to(sbuf[:rows, source], dtype)
             driver.queue.append(
-                instruction(Opcode.LOAD_STATIONARY, counts=counts, src=(base, strides), lanes=rows)
+                instruction(
+                    Opcode.LOAD_STATIONARY,
+                    counts=counts,
+                    src=(base, strides),
+                    lanes=rows,
+                    dtype=dtype,
+                )
             )
             loads += 1
             continue
@@ -290,7 +298,7 @@ async def run_random(
         columns = int(rng.integers(1, lanes + 1))
         accumulate = bool(rng.random() < 0.6)
         source = addresses(counts, src_base, src_strides)
-        sums = tile(stationary[:, :columns], to_bf16(sbuf[:, source]), rows)
+        sums = tile(stationary[:, :columns], round_to(sbuf[:, source], dtype), rows)
         for f, address in enumerate(dst_base + offsets):
             old = psum[:columns, address]
             psum[:columns, address] = add(old, sums[:, f]) if accumulate else sums[:, f]
@@ -303,6 +311,7 @@ async def run_random(
                 lanes=rows,
                 columns=columns,
                 accumulate=accumulate,
+                dtype=dtype,
             )
         )
         matmuls += 1
@@ -356,7 +365,8 @@ async def latency(dut) -> None:
             await driver.step()
         assert driver.done_at[-1] - driver.taken_at[-1] == width + 4 + matmul_latency(config)
         assert int(dut.issue__busy.value)
-        sums = tile(to_bf16(sbuf[:, 8 : 8 + lanes]), to_bf16(sbuf[:, 40 : 40 + width]), lanes)
+        stationary = round_to(sbuf[:, 8 : 8 + lanes], DType.BF16)
+        sums = tile(stationary, round_to(sbuf[:, 40 : 40 + width], DType.BF16), lanes)
         psum[: lanes - 1, 3 : 3 + width] = add(psum[: lanes - 1, 3 : 3 + width], sums[:-1])
         last = await driver.read_psum(3 + width - 1, 1)
         assert (last[:, 0] == psum[:, 3 + width - 1]).all()

@@ -2,9 +2,8 @@
 
 import random
 
-import ml_dtypes
 import numpy as np
-from systolith_hdl.formats import CANONICAL_NAN
+from systolith_hdl.formats import CANONICAL_NAN, FORMATS, DType
 
 # Corners, signs apart: zero, smallest and largest subnormals, the binades around them, one and its
 # neighbours, ties, the largest numbers, infinity, quiet and signaling NaN.
@@ -39,28 +38,28 @@ def random_words(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.choose(rng.integers(0, len(kinds), count), kinds).astype(np.uint32)
 
 
-def to_bf16(words: np.ndarray) -> np.ndarray:
-    """Rounds FP32 words (uint32) to bf16 words (uint16), NaNs canonical."""
+def round_to(words: np.ndarray, dtype: DType) -> np.ndarray:
+    """Rounds FP32 words to a type, kept as FP32, NaNs canonical."""
     with np.errstate(all="ignore"):
-        narrow = words.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
-    nan = (words & 0x7FFFFFFF) > 0x7F800000
-    return np.where(nan, np.uint16(0x7FC0), narrow).astype(np.uint16)
+        narrow = words.view(np.float32).astype(FORMATS[dtype].numpy).astype(np.float32)
+    return canonical(narrow.view(np.uint32))
 
 
-def bf16_value(words: np.ndarray) -> np.ndarray:
-    """float64 of bf16 words."""
-    return (words.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+def double(words: np.ndarray) -> np.ndarray:
+    """float64 of FP32 words."""
+    return words.view(np.float32).astype(np.float64)
 
 
 def mac(acc: np.ndarray, a: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """FP32 words of ``acc + a * w`` for FP32 words `acc` and bf16 words `a`, `w`."""
+    """FP32 words of ``acc + a * w`` for FP32 words, of which `a` and `w` hold narrow floats."""
     with np.errstate(all="ignore"):
-        total = acc.view(np.float32).astype(np.float64) + bf16_value(a) * bf16_value(w)
+        total = double(acc) + double(a) * double(w)
         return canonical(total.astype(np.float32).view(np.uint32))
 
 
 def tile(stationary: np.ndarray, moving: np.ndarray, rows: int) -> np.ndarray:
-    """Sums (M, F) as FP32 words: bf16 words stationary (K, M) and moving (K, F), K order."""
+    """Sums (M, F) as FP32 words: words of narrow floats, stationary (K, M) and moving (K, F), in
+    K order."""
     acc = np.zeros((stationary.shape[1], moving.shape[1]), np.uint32)
     for k in range(rows):
         a, w = np.broadcast_arrays(moving[k][None, :], stationary[k][:, None])

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 import pytest
 import softfloatpy as sf
@@ -40,7 +39,12 @@ WORDS = st.one_of(
     ),
     st.builds(lambda s, f: s << 31 | f, st.integers(0, 1), st.integers(0, 2**24)),
 )
-BF16_WORDS = WORDS.map(lambda w: w & 0xFFFF0000)
+#: numbers of any type the tensor engine multiplies, as FP32: 10 bits of fraction hold them all
+OPERANDS = st.one_of(WORDS, st.integers(0x32800000, 0x48000000)).flatmap(
+    lambda w: st.sampled_from(
+        [int(arithmetic.round_to(np.array([w], np.uint32), t)[0]) for t in NARROW_FLOATS]
+    )
+)
 
 
 def words(values: object) -> np.ndarray:
@@ -241,25 +245,27 @@ def test_reduce(operation: AluOp, row: list[int]) -> None:
 @settings(max_examples=300)
 @given(k=st.integers(1, 6), m=st.integers(1, 3), f=st.integers(1, 3), data=st.data())
 def test_matmul_is_a_chain_of_single_roundings(k: int, m: int, f: int, data: st.DataObject) -> None:
-    w = np.array(data.draw(st.lists(BF16_WORDS, min_size=k * m, max_size=k * m)), np.uint32)
-    x = np.array(data.draw(st.lists(BF16_WORDS, min_size=k * f, max_size=k * f)), np.uint32)
+    w = np.array(data.draw(st.lists(OPERANDS, min_size=k * m, max_size=k * m)), np.uint32)
+    x = np.array(data.draw(st.lists(OPERANDS, min_size=k * f, max_size=k * f)), np.uint32)
     w, x = w.reshape(k, m), x.reshape(k, f)
     got = arithmetic.matmul(w, x)
     for i in range(m):
         for j in range(f):
             acc = soft(0)
             for step in range(k):
-                # A fused multiply-add of FP32 rounds once, and every BF16 value is an FP32 value.
+                # A fused multiply-add of FP32 rounds once, and every operand is an FP32 number.
                 acc = sf.f32_mul_add(soft(int(w[step, i])), soft(int(x[step, j])), acc)
             assert int(got[i, j]) == from_soft(acc)
 
 
-def test_both_matmul_paths_agree() -> None:
+@pytest.mark.parametrize("dtype", NARROW_FLOATS)
+def test_both_matmul_paths_agree(dtype: DType) -> None:
     """Values near one take the FP32 path; a single tiny one takes the whole tile off it."""
     rng = np.random.default_rng(1)
+    kind = FORMATS[dtype].numpy
     for _ in range(20):
-        w = rng.standard_normal((16, 8)).astype(ml_dtypes.bfloat16).astype(np.float32)
-        x = rng.standard_normal((16, 5)).astype(ml_dtypes.bfloat16).astype(np.float32)
+        w = rng.standard_normal((16, 8)).astype(np.float16).astype(np.float32)
+        x = rng.standard_normal((16, 5)).astype(kind).astype(np.float32)
         fast = arithmetic.matmul(w.view(np.uint32), x.view(np.uint32))
         wide = np.concatenate([x, np.full((16, 1), 2.0**-120, np.float32)], axis=1)
         assert not arithmetic._safe(wide.view(np.uint32))
@@ -269,7 +275,7 @@ def test_both_matmul_paths_agree() -> None:
 
 @given(st.lists(WORDS, min_size=1, max_size=8))
 def test_safe_products_are_exact(row: list[int]) -> None:
-    values = words(row) & np.uint32(0xFFFF0000)
+    values = words(row) & np.uint32(0xFFFFE000)
     if arithmetic._safe(values):
         floats = arithmetic.floats(values)
         for a in floats:

@@ -296,7 +296,17 @@ def test_matmul_fields() -> None:
     assert strides(load, "src0") == [0, 0, 0, 2] and load["lanes"] == 2
     assert (matmul["lanes"], matmul["columns"], matmul["accumulate"]) == (2, 3, 1)
     assert strides(matmul, "dst") == [0, 0, 4, 1] and strides(matmul, "src0") == [0, 0, 8, 2]
-    assert matmul["src0.dtype"] == DType.BF16.value
+    assert load["src0.dtype"] == matmul["src0.dtype"] == DType.BF16.value
+
+
+def test_operand_types_of_a_matmul() -> None:
+    """FP32 views are rounded to BF16, others to their own type, each operand for itself."""
+    kit = Kit()
+    kit.nc.tensor.load_stationary(kit.a.view(4).astype(DType.FP8_E5M2))
+    kit.nc.tensor.matmul(kit.p.view(), kit.b.view().astype(DType.FP8_E4M3))
+    kit.nc.tensor.matmul(kit.p.view(), kit.b.view())
+    types = [DType(fields["src0.dtype"]) for _, fields in instructions(kit, "tensor")[:3]]
+    assert types == [DType.FP8_E5M2, DType.FP8_E4M3, DType.BF16]
 
 
 def test_accumulating_into_a_column_repeatedly() -> None:

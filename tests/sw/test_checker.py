@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systolith.golden.checker import Fault, check
 from systolith_hdl.config import PRESETS
-from systolith_hdl.formats import FLOATS
+from systolith_hdl.formats import FLOATS, NARROW_FLOATS
 from systolith_hdl.isa import (
     SPECS,
     USED_BITS,
@@ -97,6 +97,9 @@ def test_causes() -> None:
     for dtype in FLOATS:
         assert c(op.MEMSET, dst__dtype=dtype.value) is None
         assert c(op.DMA_STORE, dram_dtype=dtype.value) is None
+        matmul = None if dtype in NARROW_FLOATS else FaultCause.BAD_TYPE
+        assert c(op.MATMUL, src0__dtype=dtype.value) is matmul
+        assert c(op.LOAD_STATIONARY, src0__dtype=dtype.value) is matmul
     assert c(op.DMA_STORE, dram_dtype=9) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, dst__space=0) is FaultCause.BAD_SPACE
     assert c(op.LOAD_STATIONARY, src0__space=1) is FaultCause.BAD_SPACE

@@ -124,15 +124,17 @@ class Naive:
         steps = [(lane, index) for index in indices for lane in range(lanes)]
         match opcode:
             case Opcode.LOAD_STATIONARY:
+                dtype = DType(f["src0.dtype"])
                 old = [word("src0", lane, index) for lane, index in steps]
                 self.stationary[:, : counts[3]] = 0
                 for (lane, index), value in zip(steps, old, strict=True):
-                    self.stationary[lane, index[3]] = arithmetic.round_to(value, DType.BF16)[0]
+                    self.stationary[lane, index[3]] = arithmetic.round_to(value, dtype)[0]
             case Opcode.MATMUL:
+                dtype = DType(f["src0.dtype"])
                 moving = self.sbuf.copy()
                 for index in indices:
                     column = moving[:lanes, at("src0", index)]
-                    x = arithmetic.round_to(column, DType.BF16).view(np.float32).astype(np.float64)
+                    x = arithmetic.round_to(column, dtype).view(np.float32).astype(np.float64)
                     for m in range(f["columns"]):
                         acc = np.float32(0)
                         with np.errstate(all="ignore"):

@@ -26,7 +26,7 @@ from ..config import CoreConfig
 from ..emit import Once
 from ..ports import column_shape, split_words
 from .delay import Delay
-from .mac import ADD_LATENCY, MUL_LATENCY, Mac, Narrow, recode_bf16
+from .mac import ADD_LATENCY, MUL_LATENCY, OPERAND_BITS, Mac, Narrow, recode
 
 
 def array_latency(config: CoreConfig) -> int:
@@ -74,7 +74,7 @@ class ProcessingElement(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        m.submodules.mac = mac = Once(Mac(), "mac_bf16")
+        m.submodules.mac = mac = Once(Mac(), "mac_narrow")
 
         # Registers of this cell that a reset need not touch: what is stale in them is overtaken
         # by no new element, and counts for nothing until a new load.
@@ -160,9 +160,9 @@ class SystolicArray(wiring.Component):
 
     Members
     -------
-    weight : In {valid, first, data}: one column of the stationary operand, N bf16 words (row 0
-        first); `first` with column 0 of a load
-    moving : In {valid, swap, rows, data, tag}: one moving column, N bf16 words; a row whose bit in
+    weight : In {valid, first, data}: one column of the stationary operand, N operands of
+        `OPERAND_BITS` (row 0 first); `first` with column 0 of a load
+    moving : In {valid, swap, rows, data, tag}: one moving column, N operands; a row whose bit in
         `rows` is clear takes no part. `swap` and `rows` must be 0 when not `valid`.
     sums : Out {valid, data, tag}: N FP32 words; lane m is the sum over active rows k, in
         ascending order from +0, of moving[k] * stationary[k, m]. `array_latency` cycles after
@@ -173,7 +173,7 @@ class SystolicArray(wiring.Component):
         self._config = config
         self._tag = tag
         lanes = config.lanes
-        narrow_column = data.ArrayLayout(unsigned(16), lanes)
+        narrow_column = data.ArrayLayout(unsigned(OPERAND_BITS), lanes)
         super().__init__(
             {
                 "weight": In(data.StructLayout({"valid": 1, "first": 1, "data": narrow_column})),
@@ -207,9 +207,9 @@ class SystolicArray(wiring.Component):
             moving = Signal(MovingElement, name=f"moving{lane}", reset_less=True)
             weight = Signal(Narrow, name=f"weight{lane}", reset_less=True)
             m.d.sync += [
-                moving.value.as_value().eq(recode_bf16(m, moving_words[lane])),
+                moving.value.as_value().eq(recode(m, moving_words[lane])),
                 moving.active.eq(self.moving.rows[lane]),
-                weight.as_value().eq(recode_bf16(m, weight_words[lane])),
+                weight.as_value().eq(recode(m, weight_words[lane])),
             ]
             edge = Cat(moving.value, moving.active, swap, weight, weight_valid, weight_first)
             cycles = lane * ADD_LATENCY

@@ -13,6 +13,7 @@ from ..isa import SPECS, Opcode
 from ..ports import IssuePort, ReadPort, split_words
 from ..psum import ACCUMULATE_LATENCY, AccumulatePort, accumulate_tag
 from .array import SystolicArray, array_latency
+from .mac import OPERAND_BITS
 
 #: Instructions of each class taken from the sequencer ahead of their turn. From being taken to its
 #: first column being sent one needs 5 cycles, in which others of one column each may follow.
@@ -26,6 +27,8 @@ class _Load(data.Struct):
 
     #: rows it loads; the others become zero
     lanes: unsigned(8)
+    #: what the words are rounded to
+    dtype: DType
     #: swaps sent before it may begin: the shadow weights are in use until then
     swaps: _COUNT
 
@@ -35,6 +38,7 @@ class _Matmul(data.Struct):
 
     dst: Pattern
     lanes: unsigned(8)
+    dtype: DType
     columns: unsigned(8)
     accumulate: unsigned(1)
     #: a LOAD_STATIONARY came before it and after the MATMUL before it
@@ -53,7 +57,8 @@ class TensorEngine(wiring.Component):
 
     Each class of instruction is in order; loads run in the background of matmuls. A MATMUL uses the
     last LOAD_STATIONARY before it, one without a load since the MATMUL before it reuses the weights
-    in place. Lanes `columns` and above of the destination keep their values.
+    in place. Words are rounded to the operand's type, narrow floats of any two types, as they are
+    read. Lanes `columns` and above of the destination keep their values.
 
     A load writes all N rows of the columns it has (rows from its `lanes` on with what SBUF holds
     there); columns it does not have keep the weights of the last load that had them.
@@ -119,12 +124,14 @@ class TensorEngine(wiring.Component):
             loads.w_en.eq(take_load),
             load_sources.w_data.eq(pattern(body.src0, body.counts)),
             loads.w_data.lanes.eq(header.lanes),
+            loads.w_data.dtype.eq(body.src0.dtype),
             loads.w_data.swaps.eq(swaps_taken),
             moving_sources.w_en.eq(take_matmul),
             matmuls.w_en.eq(take_matmul),
             moving_sources.w_data.eq(pattern(body.src0, body.counts)),
             matmuls.w_data.dst.eq(pattern(body.dst, body.counts)),
             matmuls.w_data.lanes.eq(header.lanes),
+            matmuls.w_data.dtype.eq(body.src0.dtype),
             matmuls.w_data.columns.eq(body.columns),
             matmuls.w_data.accumulate.eq(header.accumulate),
             matmuls.w_data.swap.eq(fresh),
@@ -220,16 +227,13 @@ class TensorEngine(wiring.Component):
         ]
         with m.If(send & ~address.payload.last):
             m.d.sync += first_column.eq(0)
-        weights = _rounded(m, stationary.columns.payload.data, DType.BF16, name="weight")
-        words = _rounded(m, moving.columns.payload.data, DType.BF16, name="word")
+        weights = _rounded(m, stationary.columns.payload.data, loads.r_data.dtype, name="weight")
+        words = _rounded(m, moving.columns.payload.data, current.dtype, name="word")
         m.d.sync += [
             array.weight.data.as_value().eq(
-                Cat(
-                    Mux(lane < loads.r_data.lanes, word[16:], 0)
-                    for lane, word in enumerate(weights)
-                )
+                Cat(Mux(lane < loads.r_data.lanes, word, 0) for lane, word in enumerate(weights))
             ),
-            array.moving.data.as_value().eq(Cat(word[16:] for word in words)),
+            array.moving.data.as_value().eq(Cat(words)),
             array.moving.rows.eq(Cat(send & (lane < current.lanes) for lane in range(lanes))),
         ]
 
@@ -250,12 +254,12 @@ class TensorEngine(wiring.Component):
 
 
 def _rounded(m: Module, column: data.View, dtype: ValueLike, *, name: str) -> list[Value]:
-    """The words of a column, each rounded to a type."""
+    """The words of a column, each rounded to a type, as operands of the array."""
     rounded = []
     for lane, word in enumerate(split_words(m, column, name=name)):
         m.submodules[f"round_{name}{lane}"] = cell = Once(RoundNarrow(), "round_narrow")
         m.d.comb += [cell.word.eq(word), cell.dtype.eq(dtype)]
-        rounded.append(cell.o)
+        rounded.append(cell.o[-OPERAND_BITS:])
     return rounded
 
 

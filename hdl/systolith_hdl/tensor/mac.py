@@ -20,29 +20,38 @@ MUL_LATENCY = 1
 ADD_LATENCY = 3
 
 
+#: Bits of an operand's significand: those of FP16, the operand type with most.
+SIGNIFICAND_BITS = 11
+#: An operand on its way to the array is an FP32 word without the fraction bits that no operand type
+#: has: sign, exponent and 10 bits of fraction.
+OPERAND_BITS = 1 + 8 + SIGNIFICAND_BITS - 1
+
+
 class Narrow(data.Struct):
-    """A number as it travels in the array: value = significand / 2**7 * 2**exponent.
+    """A number as it travels in the array: value = significand / 2**10 * 2**exponent.
 
     Operands are recoded once, at the array's edge, so that no MAC has to look at subnormals. The
-    encoding holds every bf16 number; FP16 and FP8 need only a wider significand.
+    encoding holds every number of every operand type (BF16, FP16, FP8), so all PEs are one design
+    and any two types can be multiplied.
     """
 
     sign: unsigned(1)
     #: of the normalised number: -133 (the smallest bf16 subnormal) to 127
     exponent: signed(9)
-    #: 128 to 255; 0 means zero, and only then is the top bit clear
-    significand: unsigned(8)
+    #: 1024 to 2047; 0 means zero, and only then is the top bit clear
+    significand: unsigned(SIGNIFICAND_BITS)
     inf: unsigned(1)
     nan: unsigned(1)
 
 
-def recode_bf16(m: Module, word: Value) -> Value:
-    """Returns the bits of the `Narrow` equal to a bf16 word. Combinational."""
-    fraction, field = word[:7], word[7:15]
+def recode(m: Module, word: Value) -> Value:
+    """Returns the bits of the `Narrow` equal to an operand of `OPERAND_BITS`. Combinational."""
+    assert len(word) == OPERAND_BITS
+    fraction, field = word[: SIGNIFICAND_BITS - 1], word[SIGNIFICAND_BITS - 1 : -1]
     subnormal = Signal()
-    zeros = Signal(3)
+    zeros = Signal(4)
     exponent = Signal(signed(9))
-    significand = Signal(8)
+    significand = Signal(SIGNIFICAND_BITS)
     m.d.comb += [
         subnormal.eq(field == 0),
         zeros.eq(leading_zeros(m, fraction)),
@@ -52,15 +61,15 @@ def recode_bf16(m: Module, word: Value) -> Value:
     ]
     special = field == 0xFF
     return Cat(
-        word[15], exponent, significand, special & (fraction == 0), special & (fraction != 0)
+        word[-1], exponent, significand, special & (fraction == 0), special & (fraction != 0)
     )
 
 
 class Mac(wiring.Component):
     """``o = acc + a * w``, rounded once to FP32, to nearest even.
 
-    The product is exact. Subnormals are kept, overflow gives infinity, every NaN result is
-    0x7FC00000. In numpy: ``float32(float64(acc) + float64(a) * float64(w))``.
+    The product is exact: its significand has 22 bits. Subnormals are kept, overflow gives infinity,
+    every NaN result is 0x7FC00000. In numpy: ``float32(float64(acc) + float64(a) * float64(w))``.
 
     The cell never stalls. `a`, `w` and `active` are sampled in cycle t, `acc` in cycle
     t + MUL_LATENCY; `o` holds the result in cycle t + MUL_LATENCY + ADD_LATENCY. One result per
@@ -85,7 +94,7 @@ class Mac(wiring.Component):
         a, w = self.a, self.w
 
         # Multiply. `exponent` is the FP32 exponent of the product's top bit, biased.
-        product = Signal(16)
+        product = Signal(2 * SIGNIFICAND_BITS)
         exponent = Signal(signed(10))
         tiny = Signal()
         up = Signal()
@@ -97,14 +106,19 @@ class Mac(wiring.Component):
             # the adder takes them for subnormals with a sticky bit; those above it keep their
             # exponent, since the sum may come back into range.
             tiny.eq(exponent <= 1),
-            up.eq(~product[15] & ~tiny),
-            zero.eq(~(a.significand[7] & w.significand[7])),
+            up.eq(~product[-1] & ~tiny),
+            zero.eq(~(a.significand[-1] & w.significand[-1])),
         ]
         aligned = Signal(RAW_BITS - 1)
         down = Mux(tiny, saturate5((1 - exponent)[:EXP_BITS]), 0)[:5]
         m.d.comb += aligned.eq(
             shift_right_sticky(
-                m, Cat(Const(0, RAW_BITS - 1 - 16), Mux(up, product << 1, product)[:16]), down
+                m,
+                Cat(
+                    Const(0, RAW_BITS - 1 - len(product)),
+                    Mux(up, product << 1, product)[: len(product)],
+                ),
+                down,
             )
         )
         infinite = a.inf | w.inf

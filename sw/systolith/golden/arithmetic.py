@@ -217,19 +217,19 @@ def matmul(stationary: Words, moving: Words) -> Words:
 
     Parameters
     ----------
-    stationary : [K, M] FP32 words that hold bfloat16 values
+    stationary : [K, M] FP32 words that hold values of narrow floats
     moving : [K, F], likewise
     """
     w, x = floats(stationary), floats(moving)
     if _safe(stationary) and _safe(moving):
-        # The products have 16 significant bits and are normal, so FP32 holds them exactly.
+        # The products have up to 22 significant bits and are normal: FP32 holds them exactly.
         products = w[:, :, None] * x[:, None, :]
         total = np.zeros(products.shape[1:], np.float32)
         for product in products:
             total += product
         return canonical(total)
     # FP64 holds every product exactly. Its sum with an FP32 number rounds to 53 bits first, which
-    # is innocuous: at least 2 * 24 + 2 bits.
+    # is innocuous (docs/numerics.md).
     acc = np.zeros((w.shape[1], x.shape[1]), np.float32)
     for k in range(w.shape[0]):
         exact = w[k].astype(np.float64)[:, None] * x[k].astype(np.float64)[None, :]

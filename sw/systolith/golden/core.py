@@ -338,9 +338,10 @@ class Core:
 
     def _load_stationary(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         source = self._pattern(opcode, "src0", fields)
+        dtype = DType(fields["src0.dtype"])
 
         def run() -> None:
-            words = arithmetic.round_to(source.read(), DType.BF16)
+            words = arithmetic.round_to(source.read(), dtype)
             words = words.reshape(len(words), -1)
             self.stationary[:, : words.shape[1]] = 0
             self.stationary[: words.shape[0], : words.shape[1]] = words
@@ -354,9 +355,10 @@ class Core:
         dst = self._pattern(opcode, "dst", fields, lanes=columns)
         shape = (columns, *operand_counts(opcode, "dst", fields))
         accumulate = bool(fields["accumulate"])
+        dtype = DType(fields["src0.dtype"])
 
         def run() -> None:
-            words = arithmetic.round_to(moving.read(), DType.BF16).reshape(rows, -1)
+            words = arithmetic.round_to(moving.read(), dtype).reshape(rows, -1)
             if self._fresh:
                 self.weights[:] = self.stationary
                 self._fresh = False

@@ -451,6 +451,11 @@ class _Scalar(_Elementwise):
             self._emit(Opcode.ACTIVATE, dst, {"src0": ("src", src)}, fields)
 
 
+def _matmul_type(view: View) -> DType:
+    """Type that the tensor engine rounds a view's words to."""
+    return DType.BF16 if view.dtype is DType.FP32 else view.dtype
+
+
 class _Tensor(_Engine):
     """Instructions of the tensor engine."""
 
@@ -459,10 +464,10 @@ class _Tensor(_Engine):
         self._stationary: tuple[int, int] | None = None  #: (K, M) of what was loaded last
 
     def load_stationary(self, view: View) -> None:
-        """stationary[k, m] = bf16 of lane k of column m of `view`.
+        """stationary[k, m] = lane k of column m of `view`, rounded to the view's type.
 
-        `view.lanes` is K; the view has M columns in all, at most as many as the core has lanes,
-        at one constant stride.
+        A view of type FP32 is rounded to BF16. `view.lanes` is K; the view has M columns in all, at
+        most as many as the core has lanes, at one constant stride.
         """
         self._operand("the stationary operand", view, (Space.SBUF,), FLOATS)
         if view.size > self._builder.config.lanes:
@@ -481,15 +486,17 @@ class _Tensor(_Engine):
                 "lanes": flat.lanes,
                 **self._counts(flat.shape),
                 **self._encode_operand(
-                    "src0", flat, self._pad("view", flat, flat.shape), DType.BF16
+                    "src0", flat, self._pad("view", flat, flat.shape), _matmul_type(flat)
                 ),
             },
             [self._access(flat, False)],
         )
 
     def matmul(self, dst: View, moving: View, accumulate: bool = False) -> None:
-        """dst[m, f] (+)= sum over k of stationary[k, m] * bf16(moving[k, f]).
+        """dst[m, f] (+)= sum over k of stationary[k, m] * moving[k, f].
 
+        `moving` is rounded to its view's type, FP32 to BF16; that of the stationary operand may
+        be another.
         `moving.lanes` must be the K and `dst.lanes` the M of the stationary operand; both views
         have the same shape, F columns in all. With `accumulate` the sum is added to dst; a column
         that dst names more than once is added to each time.
@@ -519,7 +526,7 @@ class _Tensor(_Engine):
                 **self._counts(dst.shape),
                 **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), DType.FP32),
                 **self._encode_operand(
-                    "src0", moving, self._pad("moving", moving, dst.shape), DType.BF16
+                    "src0", moving, self._pad("moving", moving, dst.shape), _matmul_type(moving)
                 ),
             },
             [

@@ -109,7 +109,8 @@ class View:
     shape : up to 4 dimensions, outermost first
     strides : words
     lanes : partitions 0 to lanes-1 take part
-    dtype : as a destination: what is written is rounded to it. Words hold FP32 in any case.
+    dtype : as a destination: what is written is rounded to it; as an operand of the tensor engine:
+        what is read is. Words hold FP32 in any case.
     """
 
     tile: Tile

@@ -49,23 +49,23 @@ inline unsigned int fast_mul(unsigned int a, unsigned int b) {
 }
 
 // Exact product of two numbers in the encoding `Narrow` of tensor/mac.py: sign in bit 0, exponent
-// in bits 1 to 9, significand in bits 10 to 17, infinity in bit 18, NaN in bit 19.
+// in bits 1 to 9, significand in bits 10 to 20, infinity in bit 21, NaN in bit 22.
 //
-// The significands' product has 16 bits and exponents reach from -266 to 254: all of it fits in a
+// The significands' product has 22 bits and exponents reach from -266 to 254: all of it fits in a
 // double.
 inline double fast_product(unsigned int a, unsigned int w) {
     using namespace systolith;
     uint64_t sign = static_cast<uint64_t>((a ^ w) & 1) << 63;
-    if (__builtin_expect((a | w) >> 18, 0)) {
-        bool zero = !((a >> 17) & (w >> 17) & 1);
-        bool nan = (a | w) >> 19 || zero;
+    if (__builtin_expect((a | w) >> 21, 0)) {
+        bool zero = !((a >> 20) & (w >> 20) & 1);
+        bool nan = (a | w) >> 22 || zero;
         return nan ? std::numeric_limits<double>::quiet_NaN()
                    : bits_as<double>(sign | uint64_t{0x7FF} << 52);
     }
-    int32_t significand = ((a >> 10) & 0xFF) * ((w >> 10) & 0xFF);
+    int32_t significand = ((a >> 10) & 0x7FF) * ((w >> 10) & 0x7FF);
     int32_t exponent = (static_cast<int32_t>(a << 22) >> 23) + (static_cast<int32_t>(w << 22) >> 23);
-    // Two significands of 2**7 for 1.0.
-    uint64_t scale = static_cast<uint64_t>(exponent - 14 + 1023) << 52;
+    // Two significands of 2**10 for 1.0.
+    uint64_t scale = static_cast<uint64_t>(exponent - 20 + 1023) << 52;
     return static_cast<double>(significand) * bits_as<double>(sign | scale);
 }
 
@@ -73,9 +73,9 @@ inline double fast_product(unsigned int a, unsigned int w) {
 //
 // The double is exact if the sum's bits span at most 53 places. If they span more, one of the
 // operands is far smaller than the other:
-// - the product (16 bits), below 2**-36 of acc. Acc has 24 bits.
+// - the product (22 bits), below 2**-30 of acc. Acc has 24 bits.
 // - acc (24 bits), below 2**-28 of the product. The product is then in the normal range of FP32 or
-//   above it, since no bit of acc is below 2**-149, and with 16 bits is FP32 but for its range.
+//   above it, since no bit of acc is below 2**-149, and with 22 bits is FP32 but for its range.
 // The larger one is thus an FP32 number (or beyond their range), and the sum is closer to it than
 // any tie between FP32 numbers, the one with infinity included. It rounds to the larger one (or to infinity) whether or not
 // it is rounded to a double first, which does not take it across a tie.

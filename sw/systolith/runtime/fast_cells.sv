@@ -40,11 +40,11 @@ module fp32_mul(
         end
 endmodule
 
-module mac_bf16(
+module mac_narrow(
     input clk,
     input rst,
-    input [19:0] a,
-    input [19:0] w,
+    input [22:0] a,
+    input [22:0] w,
     input active,
     input [31:0] acc,
     output reg [31:0] o = 0
@@ -53,7 +53,7 @@ module mac_bf16(
     real addend = 0.0;
     reg [31:0] stage_1 = 0, stage_2 = 0;
     always @(posedge clk) begin
-        addend <= active ? fast_product({12'b0, a}, {12'b0, w}) : -0.0;
+        addend <= active ? fast_product({9'b0, a}, {9'b0, w}) : -0.0;
         stage_1 <= fast_accumulate(acc, addend);
         stage_2 <= stage_1;
         o <= stage_2;
