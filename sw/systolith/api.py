@@ -9,20 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
 from systolith_hdl.formats import DType
 
 from .compiler import MATMUL_TYPES, Compiled, argument_name, compile_step
+from .compiler.ir import ARRAY_TYPE_NAMES, ARRAY_TYPES, array_type
 from .errors import DeviceError, UnsupportedError
 from .program import Program
 from .runtime import Counters, DeviceTensor, Driver, LoadedProgram, open_backend
 
 __all__ = ["Device", "DeviceArray", "Jitted", "jit"]
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOAT32 = np.dtype(np.float32)
 _BOOL = np.dtype(np.bool_)
 
 
@@ -85,7 +83,7 @@ class Device:
             self._doomed.pop().unload()
 
     def put(self, array: Any) -> DeviceArray:
-        """Copies a float32, bfloat16 or bool array to the device."""
+        """Copies an array of a type the chip has (any of its floats, or bool) to the device."""
         host = np.asarray(array)
         _check_dtype(host.dtype, "the array")
         result = self._empty(host.shape, host.dtype, "array")
@@ -141,7 +139,7 @@ class DeviceArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """float32, bfloat16 or bool."""
+        """float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or bool."""
         return self._dtype
 
     @property
@@ -203,7 +201,7 @@ def _unload(device: Device, loaded: LoadedProgram) -> None:
 
 def _stored_type(dtype: np.dtype) -> DType:
     """Type in device DRAM; bools are 1.0 and 0.0."""
-    return DType.BF16 if dtype == _BFLOAT16 else DType.FP32
+    return ARRAY_TYPES[dtype.name]
 
 
 def _to_stored(array: np.ndarray) -> np.ndarray:
@@ -211,9 +209,9 @@ def _to_stored(array: np.ndarray) -> np.ndarray:
 
 
 def _check_dtype(dtype: np.dtype, what: str) -> None:
-    if dtype not in (_FLOAT32, _BFLOAT16, _BOOL):
+    if array_type(dtype) is None:
         raise TypeError(
-            f"{what} is {dtype.name}; the chip takes float32, bfloat16 and bool "
+            f"{what} is {dtype.name}; the chip takes {ARRAY_TYPE_NAMES} "
             f"(convert it, for example with .astype({'np.float32'}))"
         )
 
@@ -376,9 +374,10 @@ def jit(fn: Callable[..., Any] | None = None, *, device: Device, matmul: str = "
 
     Parameters
     ----------
-    fn : any function of pytrees of float32, bfloat16 and bool arrays of rank 0 to 2; Python
-        floats are float32 scalars
-    matmul : type the operands of matrix products are rounded to; "bfloat16" is what this chip has
+    fn : any function of pytrees of float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 and bool
+        arrays of rank 0 to 2; Python floats are float32 scalars
+    matmul : type that float32 operands of matrix products are rounded to: "bfloat16", "float16",
+        "float8_e4m3fn" or "float8_e5m2". Operands of those types are multiplied as they are.
 
     The result takes and returns the same pytrees. What it returns are `DeviceArray` handles: the
     state stays on the device, and goes into the next call without a copy. Like `jax.jit` it

@@ -72,7 +72,7 @@ def test_python_floats_do_not_promote(device):
     "argument,words",
     [
         (np.ones(3), "float64"), (np.ones(3, np.int64), "int64"), (np.ones(3, complex), "complex"),
-        (np.ones(3, np.int32), "int32"), (np.ones(3, np.float16), "float16"), (3, "int 3"),
+        (np.ones(3, np.int32), "int32"), (np.ones(3, ml_dtypes.float8_e4m3), "float8_e4m3"), (3, "int 3"),
         ("text", "str"), (jax.random.key(0), "key"),
     ],
 )  # fmt: skip
@@ -221,7 +221,10 @@ def test_stats_disassembly_and_program(device, tmp_path):
 
 
 def test_matmul_type(device):
-    with pytest.raises(systolith.UnsupportedError, match=r"float32.*supported: bfloat16"):
+    with pytest.raises(
+        systolith.UnsupportedError,
+        match=r"float32.*supported: bfloat16, float16, float8_e4m3fn, float8_e5m2",
+    ):
         systolith.jit(lambda x: x, device=device, matmul="float32")
 
 

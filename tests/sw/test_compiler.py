@@ -171,17 +171,81 @@ def test_masks_as_arguments(device, rng):
     check(device, lambda m, x: (jnp.where(m, x, 2.0), ~m, m), mask, floats(rng, 5, 7))
 
 
-def test_bfloat16(device, rng):
-    x = floats(rng, 5, 7).astype(ml_dtypes.bfloat16)
+NARROW = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_types(device, rng, name):
+    kind = jnp.dtype(name)
+    x = floats(rng, 5, 7).astype(kind)
 
     def fn(x):
         # Every operation rounds, as it does in JAX when it is not fused.
-        y = x * jnp.bfloat16(3) + x
-        return y, y.astype(jnp.float32) + 1.0, (y.astype(jnp.float32) * 1.001).astype(jnp.bfloat16)
+        y = x * jnp.asarray(3, kind) + x
+        wide = y.astype(jnp.float32)
+        return y, wide + 1.0, (wide * 1.001).astype(kind), jnp.where(x > 0, x, y).T
 
     leaves, _ = run(device, fn, x)
     for mine, theirs in leaves:
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_conversions_between_narrow_types(device, rng):
+    """Each type to each other one, with overflow, subnormals and NaN."""
+    for old, new in itertools.permutations(NARROW, 2):
+        with np.errstate(all="ignore"):
+            x = floats(rng, 122) * np.float32(10) ** rng.integers(-6, 6, 122)
+            x[:2] = 0, np.nan
+            x = x.astype(jnp.dtype(old))
+            want = x.astype(np.float32).astype(jnp.dtype(new)).astype(np.float32)
+        got = np.asarray(systolith.jit(lambda x, new=new: x.astype(new), device=device)(x))
+        assert got.dtype == jnp.dtype(new)
+        np.testing.assert_array_equal(got.astype(np.float32), want, err_msg=f"{old} to {new}")
+
+
+def chain(a, b, tiles):
+    """The documented sum: in the order of k, one rounding to float32 for each product, and one
+    for each tile of k."""
+    total = None
+    for first in range(0, a.shape[1], tiles):
+        acc = np.zeros((a.shape[0], b.shape[1]), np.float32)
+        for k in range(first, min(first + tiles, a.shape[1])):
+            product = np.float64(a[:, k])[:, None] * np.float64(b[k])
+            acc = np.float32(np.float64(acc) + product)
+        total = acc if total is None else total + acc
+    return total
+
+
+@pytest.mark.parametrize("left", NARROW)
+@pytest.mark.parametrize("right", NARROW)
+def test_products_of_narrow_arrays(device, rng, left, right):
+    """Both operands as they are, bit for bit the documented sum; so are float32 operands under
+    `matmul=`, and a product of two arrays of one type is rounded to it."""
+    a = floats(rng, 6, 21).astype(jnp.dtype(left))
+    b = floats(rng, 21, 9).astype(jnp.dtype(right))
+    want = chain(a, b, device.config.lanes)
+
+    def mixed(a, b):
+        dims = (((1,), (0,)), ((), ()))
+        return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+    got = systolith.jit(mixed, device=device)(a, b)
+    np.testing.assert_array_equal(np.asarray(got), want)
+    wide = systolith.jit(mixed, device=device, matmul=left)(a.astype(np.float32), b)
+    np.testing.assert_array_equal(np.asarray(wide), want)
+    if left == right:
+        same = systolith.jit(lambda a, b: a @ b, device=device)(a, b)
+        np.testing.assert_array_equal(np.asarray(same), want.astype(a.dtype))
+        turned = systolith.jit(lambda a, b: b.T @ a.T, device=device)(a, b)
+        np.testing.assert_array_equal(np.asarray(turned), want.T.astype(a.dtype))
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_matmul_rounds_float32_operands(device, rng, name):
+    a, b = floats(rng, 6, 21), floats(rng, 21, 9)
+    got = systolith.jit(lambda a, b: a @ b, device=device, matmul=name)(a, b)
+    narrow = (v.astype(jnp.dtype(name)) for v in (a, b))
+    np.testing.assert_array_equal(np.asarray(got), chain(*narrow, device.config.lanes))
 
 
 # --- shapes ---------------------------------------------------------------------------------
@@ -400,7 +464,7 @@ def test_unsupported_primitive_names_everything(device):
         (lambda x: x[None] * jnp.ones((2, 1, 1)), "two dimensions"),
         (lambda x: jnp.einsum("bi,bi->b", x, x), "batched"),
         (lambda x: x.astype(jnp.int32), "int32"),
-        (lambda x: x.astype(jnp.float16), "float16"),
+        (lambda x: x.astype(jnp.float8_e4m3b11fnuz), "float8_e4m3b11fnuz"),
         (lambda x: jnp.dot(x, x.T, precision="highest"), "precision"),
         (lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * 2, x), "supported"),
         (lambda x: jnp.zeros((2, 2, 2)), "rank"),

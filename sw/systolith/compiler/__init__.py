@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from systolith_hdl.config import CoreConfig
+from systolith_hdl.formats import FORMATS, NARROW_FLOATS, DType
 
 from ..errors import CompileError, UnsupportedError
 from ..program import Program
@@ -25,8 +26,8 @@ from .trace import trace
 
 __all__ = ["Binding", "Compiled", "argument_name", "compile_step"]
 
-#: types that `matmul=` names: what the tensor engine rounds its operands to
-MATMUL_TYPES = ("bfloat16",)
+#: types that `matmul=` names: what the tensor engine rounds float32 operands to
+MATMUL_TYPES: dict[str, DType] = {FORMATS[dtype].numpy.name: dtype for dtype in NARROW_FLOATS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,8 @@ def compile_step(
     Parameters
     ----------
     args, kwargs : pytrees of `jax.ShapeDtypeStruct`
-    matmul : type the tensor engine's operands are rounded to
+    matmul : type that float32 operands of matrix products are rounded to; those of a narrow type
+        keep it
     name : of the program; default: that of the function
 
     Raises
@@ -92,7 +94,7 @@ def compile_step(
         dumps[after] = graph.dump()
         verify_ir(graph, after)
 
-    graph = trace(closed, [binding.name for binding in inputs])
+    graph = trace(closed, [binding.name for binding in inputs], MATMUL_TYPES[matmul])
     passed(graph, "trace")
     eliminate_dead(graph)
     passed(graph, "dead code")

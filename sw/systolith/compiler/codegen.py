@@ -22,7 +22,7 @@ from ..errors import CompileError
 from ..kernel import DramTensor, KernelBuilder, Tile, View
 from ..program import Program
 from .fuse import affine
-from .ir import Form, Graph, Op, Shape, Use, Value, operand_form
+from .ir import ARRAY_TYPES, Form, Graph, Op, Shape, Use, Value, operand_form
 from .layout import columns
 
 _INFINITY = 1 << 60  #: position of a need that never comes
@@ -669,7 +669,11 @@ class Generator:
         depth = op.operands[0].shape[1]
         rows, cols = op.result.shape
         across, free = (rows, cols) if op.form is Form.ROWS else (cols, rows)
+        left_type, right_type = op.attrs["types"]
         stationary, moving = (left, right) if op.form is Form.ROWS else (right, left)
+        stationary_type, moving_type = (
+            (left_type, right_type) if op.form is Form.ROWS else (right_type, left_type)
+        )
         blocks = -(-across // lanes)
         home = self._home(op.result)
         assert op.form is not None
@@ -679,11 +683,13 @@ class Generator:
             m = min(lanes, across - block * lanes)
             used = min(lanes, depth - k * lanes)
             self._nc.tensor.load_stationary(
-                stationary.view((m,), offset=k * across + block * lanes, lanes=used)
+                stationary.view((m,), offset=k * across + block * lanes, lanes=used).astype(
+                    stationary_type
+                )
             )
             self._nc.tensor.matmul(
                 psum.view((length,), offset=offset, lanes=m),
-                moving.view((length,), offset=k * free + start, lanes=used),
+                moving.view((length,), offset=k * free + start, lanes=used).astype(moving_type),
                 accumulate=k > 0,
             )
 
@@ -717,4 +723,4 @@ class Generator:
 
 def _dram_type(dtype: np.dtype) -> DType:
     """Type in DRAM; masks are 1.0 and 0.0."""
-    return DType.BF16 if np.dtype(dtype).name == "bfloat16" else DType.FP32
+    return ARRAY_TYPES[np.dtype(dtype).name]

@@ -18,7 +18,7 @@ actb       function, scale             ``function(a * scale + b)``
 select     on_false, on_true           operands: mask, then those of on_false and on_true that
                                        are no number (None); ``on_true where mask else on_false``
 reduce     op0, imm0, op1, axis        op1-reduction of ``a op0 imm0`` along an axis, kept as 1
-dot                                    ``a @ b``, operands rounded to the matmul type
+dot        types                       ``a @ b``, each operand rounded to its type
 reshape                                elements of ``a`` in row-major order in another shape
 slice      start, step                 ``a[start[0]::step[0], start[1]::step[1]]``, cut to the
                                        result's shape
@@ -34,12 +34,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import FLOATS, FORMATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function
 
 from ..errors import CompileError
 
 Shape = tuple[int, int]
+
+#: Name of an array's type -> what the chip keeps it in; bools are 1.0 or 0.0.
+ARRAY_TYPES: dict[str, DType] = {
+    **{FORMATS[dtype].numpy.name: dtype for dtype in FLOATS},
+    "bool": DType.FP32,
+}
+#: ``float32, bfloat16, ... or bool``, for messages
+ARRAY_TYPE_NAMES = " or ".join((", ".join(list(ARRAY_TYPES)[:-1]), list(ARRAY_TYPES)[-1]))
+
+
+def array_type(dtype: Any) -> DType | None:
+    """What an array of a numpy type is kept in, or None if the chip does not have it."""
+    return ARRAY_TYPES.get(np.dtype(dtype).name)
 
 
 class Form(enum.Enum):
@@ -65,7 +78,7 @@ class Value:
     ----------
     id : unique in its graph
     shape : rows, columns
-    dtype : FP32, or BF16 for a value rounded to it
+    dtype : FP32, or a narrow float for a value rounded to it
     name : for messages: the argument's path, or the primitive that made it
     """
 
@@ -290,6 +303,10 @@ def _pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(type(v) is int for v in value)
 
 
+def _operand_types(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(v in NARROW_FLOATS for v in value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What `verify_ir` demands of one kind: operand counts, attributes, the result's shape."""
@@ -319,7 +336,7 @@ RULES: dict[str, Rule] = {
         },
         _shape_reduce,
     ),
-    "dot": Rule((2,), {}, _shape_dot),
+    "dot": Rule((2,), {"types": _operand_types}, _shape_dot),
     "reshape": Rule((1,), {}, _shape_reshape),
     "slice": Rule((1,), {"start": _pair, "step": _pair}, _shape_slice),
     "fill": Rule((0,), {"value": _number}, lambda op: op.result.shape),
@@ -350,7 +367,7 @@ def verify_ir(graph: Graph, after: str) -> None:
         require(value not in defined, op, f"{value} is defined twice")
         require(value.id not in ids, op, f"two values have the number {value.id}")
         require(min(value.shape) >= 1, op, f"{value} is empty")
-        require(value.dtype in (DType.FP32, DType.BF16), op, f"{value} has a type SBUF lacks")
+        require(value.dtype in FLOATS, op, f"{value} has a type SBUF lacks")
         defined.add(value)
         ids.add(value.id)
 

@@ -18,17 +18,15 @@ import jax
 import jax.extend.core
 import jax.extend.source_info_util
 import numpy as np
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import AluOp, Function
 
 from ..errors import CompileError, UnsupportedError
-from .ir import Graph, Op, Shape, Use, Value, broadcast
+from .ir import ARRAY_TYPE_NAMES, Graph, Op, Shape, Use, Value, array_type, broadcast
 
 #: A traced tensor: the IR's value where the chip computes it, an array where it is known now.
 #: The value's shape broadcasts to `canonical` of the JAX shape.
 Ref = Use | np.ndarray
-
-_DTYPES = {"float32": DType.FP32, "bfloat16": DType.BF16, "bool": DType.FP32}
 
 #: what `b op a` is as `a op' b`
 MIRRORED = {
@@ -123,9 +121,15 @@ def uniform(array: np.ndarray) -> float | None:
 
 
 class Tracer:
-    """Builds a graph, one equation after the other."""
+    """Builds a graph, one equation after the other.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    matmul : narrow float that FP32 operands of matrix products are rounded to
+    """
+
+    def __init__(self, matmul: DType) -> None:
+        self.matmul = matmul
         self.graph = Graph()
         self._source: str | None = None
         self._label = ""
@@ -142,12 +146,13 @@ class Tracer:
 
     def input(self, shape: Sequence[int], dtype: np.dtype, name: str) -> Use:
         """A new input; raises UnsupportedError for a shape or type the compiler lacks."""
-        if len(shape) > 2 or 0 in shape or np.dtype(dtype).name not in _DTYPES:
+        kept = array_type(dtype)
+        if len(shape) > 2 or 0 in shape or kept is None:
             raise UnsupportedError(
-                f"argument {name} is {np.dtype(dtype).name}{list(shape)}; arguments are float32, "
-                "bfloat16 or bool, of rank 0 to 2, and not empty"
+                f"argument {name} is {np.dtype(dtype).name}{list(shape)}; arguments are "
+                f"{ARRAY_TYPE_NAMES}, of rank 0 to 2, and not empty"
             )
-        value = self.value(canonical(shape), _DTYPES[np.dtype(dtype).name], name)
+        value = self.value(canonical(shape), kept, name)
         self.graph.inputs.append(value)
         return Use(value)
 
@@ -344,10 +349,10 @@ class Tracer:
             if 0 in aval.shape:
                 raise refuse("empty tensors are not supported")
         for aval in outs:
-            if np.dtype(aval.dtype).name not in _DTYPES:
+            if array_type(aval.dtype) is None:
                 raise refuse(
                     f"{np.dtype(aval.dtype).name} is not a type the chip computes with "
-                    "(float32, bfloat16, bool)"
+                    f"({ARRAY_TYPE_NAMES})"
                 )
         first = len(self.graph.ops)
         try:
@@ -362,29 +367,30 @@ class Tracer:
         ]
 
     def _rounded(self, ref: Ref, aval: Any, fresh: dict[Value, Op]) -> Ref:
-        """Rounds the result of an equation to bfloat16 if that is its type."""
-        if not isinstance(ref, Use) or np.dtype(aval.dtype).name != "bfloat16":
+        """Rounds the result of an equation to its type if that is a narrow one."""
+        dtype = array_type(aval.dtype)
+        if not isinstance(ref, Use) or dtype is None or dtype is DType.FP32:
             return ref
-        if ref.value.dtype is DType.BF16:
+        if _includes(dtype, ref.value.dtype):
             return ref
         op = fresh.get(ref.value)
         if op is not None and op.kind in ("tt", "ts", "act", "actb", "reduce"):
             # The last operation itself rounds what it writes; it must not be taken for the
             # one that does not.
             self._known_ops = {k: u for k, u in self._known_ops.items() if u.value is not ref.value}
-            ref.value.dtype = DType.BF16
+            ref.value.dtype = dtype
             return ref
-        if op is None and _exact_in_bfloat16(self.graph, ref.value):
+        if op is None and _is_mask(self.graph, ref.value):
             return ref
-        return self.round_bfloat16(ref)
+        return self.rounded(ref, dtype)
 
-    def round_bfloat16(self, use: Use) -> Use:
-        """`use` rounded to bfloat16."""
+    def rounded(self, use: Use, dtype: DType) -> Use:
+        """`use` rounded to a narrow float."""
         return self.emit(
             "ts",
             [use],
             use.shape,
-            DType.BF16,
+            dtype,
             op0=AluOp.BYPASS,
             imm0=0.0,
             op1=AluOp.BYPASS,
@@ -392,8 +398,14 @@ class Tracer:
         )
 
 
-def _exact_in_bfloat16(graph: Graph, value: Value) -> bool:
-    """Whether an existing value is a mask."""
+def _includes(dtype: DType, other: DType) -> bool:
+    """Whether a type has every number of another one."""
+    wide, narrow = FORMATS[dtype], FORMATS[other]
+    return wide.exponent >= narrow.exponent and wide.fraction >= narrow.fraction
+
+
+def _is_mask(graph: Graph, value: Value) -> bool:
+    """Whether an existing value is a mask, whose 1.0 and 0.0 every type has."""
     compares = (AluOp.EQ, AluOp.NE, AluOp.LT, AluOp.LE, AluOp.GT, AluOp.GE)
     logical = (AluOp.LOGICAL_AND, AluOp.LOGICAL_OR, AluOp.LOGICAL_XOR)
     for op in graph.ops:
@@ -601,8 +613,10 @@ def _reduce_precision(t: Tracer, eqn: Any, a: Ref) -> Ref:
     bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
     if bits == (8, 23):
         return a
-    if bits == (8, 7):
-        return t.round_bfloat16(t.use(a))
+    # FP8_E4M3 overflows to NaN, a reduced precision of its widths to infinity.
+    for dtype in (DType.BF16, DType.FP16, DType.FP8_E5M2):
+        if bits == (FORMATS[dtype].exponent, FORMATS[dtype].fraction):
+            return t.rounded(t.use(a), dtype)
     raise _Refuse(f"precision of {bits[0]} exponent and {bits[1]} mantissa bits")
 
 
@@ -718,9 +732,12 @@ def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
         p not in (None, jax.lax.Precision.DEFAULT)
         for p in (precision if isinstance(precision, tuple) else (precision,))
     ):
-        raise _Refuse(f"precision {precision} is not supported (operands are rounded to bfloat16)")
+        raise _Refuse(f"precision {precision} is not supported (operands have narrow types)")
     a_shape, b_shape = (v.aval.shape for v in eqn.invars)
     left, right = t.full(a, canonical(a_shape)), t.full(b, canonical(b_shape))
+    # Narrow arrays are multiplied as they are.
+    kept = [array_type(v.aval.dtype) for v in eqn.invars]
+    types = tuple(t.matmul if dtype in (None, DType.FP32) else dtype for dtype in kept)
     if len(a_axes) == 2:
         # Everything is summed: elementwise, in FP32.
         same = dict(zip(a_axes, b_axes, strict=True))[0] == 0
@@ -738,24 +755,25 @@ def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
     if (m, f) == (1, 1):
         product = t.mul(left, right.t)
         return t.reduce(AluOp.ADD, product, 1)
-    result = t.emit("dot", [left, right], (m, f))
+    result = t.emit("dot", [left, right], (m, f), types=types)
     # A matrix times a vector is a vector: [M, 1] is its column.
     return result.t if len(a_shape) == 2 and len(b_shape) == 1 else result
 
 
-def trace(closed: Any, names: Sequence[str]) -> Graph:
+def trace(closed: Any, names: Sequence[str], matmul: DType = DType.BF16) -> Graph:
     """Lowers a whole step.
 
     Parameters
     ----------
     closed : what `jax.make_jaxpr` returned
     names : of its arguments, for messages
+    matmul : narrow float that FP32 operands of matrix products are rounded to
 
     Raises
     ------
     UnsupportedError : names the primitive, the shapes and the user's source line
     """
-    tracer = Tracer()
+    tracer = Tracer(matmul)
     inputs = [
         tracer.input(var.aval.shape, var.aval.dtype, name)
         for var, name in zip(closed.jaxpr.invars, names, strict=True)
@@ -763,10 +781,10 @@ def trace(closed: Any, names: Sequence[str]) -> Graph:
     results = tracer.run(closed.jaxpr, closed.consts, inputs)
     for ref, atom in zip(results, closed.jaxpr.outvars, strict=True):
         aval = atom.aval
-        if len(aval.shape) > 2 or 0 in aval.shape or np.dtype(aval.dtype).name not in _DTYPES:
+        if len(aval.shape) > 2 or 0 in aval.shape or array_type(aval.dtype) is None:
             raise UnsupportedError(
-                f"an output is {describe(aval)}; outputs are float32, bfloat16 or bool, of rank "
-                "0 to 2, and not empty"
+                f"an output is {describe(aval)}; outputs are {ARRAY_TYPE_NAMES}, of rank 0 to 2, "
+                "and not empty"
             )
         tracer.graph.outputs.append(tracer.full(ref, canonical(aval.shape)))
     return tracer.graph
