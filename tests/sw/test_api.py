@@ -72,7 +72,8 @@ def test_python_floats_do_not_promote(device):
     "argument,words",
     [
         (np.ones(3), "float64"), (np.ones(3, np.int64), "int64"), (np.ones(3, complex), "complex"),
-        (np.ones(3, np.int32), "int32"), (np.ones(3, ml_dtypes.float8_e4m3), "float8_e4m3"), (3, "int 3"),
+        (np.ones(3, np.int32), "int32"), (np.ones(3, ml_dtypes.float8_e4m3), "float8_e4m3"),
+        (3, "int 3"),
         ("text", "str"), (jax.random.key(0), "key"),
     ],
 )  # fmt: skip
