@@ -143,7 +143,8 @@ def main() -> None:
     odd_table = Table("product", "cycles", "ratio to whole tiles")
     for row in odd:
         name = " x ".join(map(str, row["shape"]))
-        lines.append(f"| {name} | {row['cycles']:,} | {row['ratio']:.2f} |")
+        met = "" if row["ratio"] <= 1.15 else " (missed)"
+        lines.append(f"| {name} | {row['cycles']:,} | {row['ratio']:.2f}{met} |")
         odd_table.add_row(name, f"{row['cycles']:,}", f"{row['ratio']:.2f}")
     console.print(table)
     console.print(odd_table)
