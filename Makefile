@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test lint setup docs clean
+.PHONY: train test bench lint setup docs clean
 
 train: setup
 	$(BIN)/systolith train digits --device rtl --config small
@@ -17,6 +17,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Utilization on the RTL at N = 16; writes docs/performance.md.
+bench: setup
+	$(BIN)/python benchmarks/gemm.py
 
 # The pages in docs/ that follow from the sources.
 docs: setup

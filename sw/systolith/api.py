@@ -29,7 +29,8 @@ class Device:
 
     Parameters
     ----------
-    kind : "rtl", the chip's gates, or "golden", its numpy model: same results bit for bit
+    kind : "rtl", the chip's gates; "rtl-fast", the same with floating-point cells in C++: same
+        results and cycles; or "golden", the chip's numpy model: same results, no clock
     config : preset name or `CoreConfig`
     dram_bytes : size of the device DRAM
     dram_latency : cycles from an accepted burst to its first beat ("golden" has no clock)
@@ -52,7 +53,7 @@ class Device:
         progress: Callable[[str], None] | None = None,
     ) -> None:
         options: dict[str, Any] = {"dram_bytes": dram_bytes}
-        if kind == "rtl":
+        if kind in ("rtl", "rtl-fast"):
             options["dram_latency"] = dram_latency
             options["dram_bytes_per_cycle"] = dram_bytes_per_cycle
             if progress is not None:

@@ -44,6 +44,7 @@ class DeviceKind(enum.StrEnum):
     """Devices that programs run on."""
 
     rtl = "rtl"
+    rtl_fast = "rtl-fast"
     golden = "golden"
 
 
@@ -63,7 +64,10 @@ ConfigOption = Annotated[
 @train_app.command("digits")
 def train_digits(
     device: Annotated[
-        DeviceKind, typer.Option(help="The chip's gates, or its numpy model.")
+        DeviceKind,
+        typer.Option(
+            help="The chip's gates, the same with floating point in C++, or its numpy model."
+        ),
     ] = DeviceKind.rtl,
     config: ConfigOption = "small",  # type: ignore[assignment]
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,

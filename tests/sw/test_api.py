@@ -91,6 +91,16 @@ def test_shapes_the_chip_lacks(device):
             fn(ones(*shape))
 
 
+def test_shapes_that_do_not_go_together(device):
+    """A wrong shape at call time is JAX's own error, with both shapes, and harms nothing."""
+    fn = systolith.jit(lambda x, w: x @ w, device=device)
+    good = ones(3, 4), ones(4, 2)
+    fn(*good)
+    with pytest.raises(TypeError, match=r"(?s)dot_general.*\(3, 5\).*\(4, 2\)|contracting.*5.*4"):
+        fn(ones(3, 5), ones(4, 2))
+    np.testing.assert_array_equal(np.asarray(fn(*good)), np.full((3, 2), 4, np.float32))
+
+
 def test_compiles_once_for_each_signature(device):
     traced = []
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,10 @@ _MAX_STRIDE = (1 << 15) - 1
 _MAX_COUNT = (1 << 16) - 1
 _PIECES = 4  #: instructions an operation on many tiles is made of, at most
 _PIECE_COLUMNS = 64  #: columns of each of them, at least
+_ARRIVAL = 1.25  #: cycles in which a column of an operand arrives, about
+_ENDING = 4  #: parts in which the last block of a matrix product leaves PSUM
+_ENDING_COLUMNS = 32  #: columns of each of them, at least
+_LOAD_PIECES = 32  #: the same for the operands of a matrix product, which begins with the first
 
 
 @dataclasses.dataclass(eq=False)
@@ -148,7 +152,9 @@ class Generator:
         return self._homes[value]
 
     def _prefetch(self) -> None:
-        """Loads inputs ahead of everything, in the order of first use, into half of SBUF."""
+        """Loads inputs ahead of everything, in the order of first use, into half of SBUF; those
+        of the first operation into as much as its result leaves."""
+        lanes = self._config.lanes
         budget = self._config.sbuf_depth // 2
         wanted = [
             (at[0], number, home, form)
@@ -159,9 +165,14 @@ class Generator:
         ]
         wanted.sort(key=lambda item: item[:2])
         for first, group in itertools.groupby(wanted, key=lambda item: item[0]):
+            op = self._graph.ops[first]
+            if first == 0 and op.form is not None:
+                room = self._config.sbuf_depth - columns(op.result.shape, op.form, lanes)
+                budget = max(budget, room)
             # Operands of one operation come in turns: it can begin with the first pieces of all.
+            # Nothing is stored before the first operation, so all queues load for it.
             loads: list[Iterator[None]] = []
-            for _, _, home, form in group:
+            for number, (_, _, home, form) in enumerate(group):
                 size = columns(home.value.shape, form, self._config.lanes)
                 if size > budget:
                     budget = 0
@@ -169,8 +180,16 @@ class Generator:
                 budget -= size
                 tile = self._allocate(size, home.value.name)
                 home.tiles[form] = tile
-                loads.append(self._transfers(home, form, tile, home.dram[0], True, None))
-            op = self._graph.ops[first]
+                queue = number % self._config.dma_queues if first == 0 else None
+                pieces = _LOAD_PIECES if op.kind == "dot" else _PIECES
+                # The array needs one block of the stationary operand before it can begin.
+                stationary = 0 if op.form is Form.ROWS else 1
+                head = 0
+                if op.kind == "dot" and op.operands[stationary].value is home.value:
+                    head = lanes
+                loads.append(
+                    self._transfers(home, form, tile, home.dram[0], True, queue, pieces, head)
+                )
             with self._nc.label(f"load operands of {op.label}", source=op.source or "jax"):
                 for _ in itertools.zip_longest(*loads):
                     pass
@@ -280,7 +299,15 @@ class Generator:
             pass
 
     def _transfers(
-        self, home: _Home, form: Form, tile: Tile, copy: _DramCopy, load: bool, queue: int | None
+        self,
+        home: _Home,
+        form: Form,
+        tile: Tile,
+        copy: _DramCopy,
+        load: bool,
+        queue: int | None,
+        pieces: int = _PIECES,
+        head: int = 0,
     ) -> Iterator[None]:
         """The same piece by piece: each step of the iterator makes one instruction."""
         item = FORMATS[copy.tensor.dtype].bytes
@@ -292,7 +319,9 @@ class Generator:
                 used = lanes if load else 1
             else:
                 lane, step = (row, col) if form is Form.ROWS else (col, row)
-            for tile0, count, free0, length in self._pieces(first, tiles, free):
+            for tile0, count, free0, length in self._pieces(
+                first, tiles, free, pieces, 0 if first else head
+            ):
                 view = tile.view(
                     (count, length), (free, 1), offset=tile0 * free + free0, lanes=used
                 )
@@ -309,13 +338,20 @@ class Generator:
                 yield
 
     @staticmethod
-    def _pieces(first: int, tiles: int, free: int) -> Iterator[tuple[int, int, int, int]]:
+    def _pieces(
+        first: int, tiles: int, free: int, most: int = _PIECES, head: int = 0
+    ) -> Iterator[tuple[int, int, int, int]]:
         """(tile, tiles, start, length) of the pieces that a walk over tiles is made in.
 
         A long walk is cut into a few, so that what reads its result can begin before its end;
-        and no piece has counts or strides that an instruction cannot hold.
+        and no piece has counts or strides that an instruction cannot hold. With `head` the first
+        columns of the first tile are a piece of their own.
         """
-        step = max(-(-tiles // _PIECES), -(-_PIECE_COLUMNS // free))
+        if 0 < head < free <= _MAX_COUNT:
+            yield first, 1, 0, head
+            yield first, 1, head, free - head
+            first, tiles = first + 1, tiles - 1
+        step = max(-(-tiles // most), -(-_PIECE_COLUMNS // free))
         if free > _MAX_STRIDE:
             step = 1
         for tile in range(first, first + tiles, step):
@@ -677,16 +713,20 @@ class Generator:
         blocks = -(-across // lanes)
         home = self._home(op.result)
         assert op.form is not None
+        loaded: tuple[int, int] | None = None  # what the array holds: (block, tile of K)
 
         def product(psum: Tile, offset: int, block: int, k: int, start: int, length: int) -> None:
             """psum[:, offset:] (+)= columns `start` on of one block of rows, over one tile of K."""
+            nonlocal loaded
             m = min(lanes, across - block * lanes)
             used = min(lanes, depth - k * lanes)
-            self._nc.tensor.load_stationary(
-                stationary.view((m,), offset=k * across + block * lanes, lanes=used).astype(
-                    stationary_type
+            if loaded != (block, k):
+                self._nc.tensor.load_stationary(
+                    stationary.view((m,), offset=k * across + block * lanes, lanes=used).astype(
+                        stationary_type
+                    )
                 )
-            )
+                loaded = block, k
             self._nc.tensor.matmul(
                 psum.view((length,), offset=offset, lanes=m),
                 moving.view((length,), offset=k * free + start, lanes=used).astype(moving_type),
@@ -694,7 +734,9 @@ class Generator:
             )
 
         tiles = -(-depth // lanes)
-        if blocks * free <= self._config.psum_depth // 2:
+        # PSUM holds what is not rounded.
+        stays = home.needs and op.result.dtype is DType.FP32
+        if stays and blocks * free <= self._config.psum_depth // 2:
             psum = self._psum(blocks * free, op.result.name)
             pairs = [(block, k) for block in range(blocks) for k in range(tiles)]
             if self._arrives_in_pieces(op):
@@ -703,22 +745,90 @@ class Generator:
                 product(psum, block * free, block, k, 0, free)
             home.tiles[op.form] = psum
             return
-        # Too large to stay: through PSUM piece by piece, four of which are in flight.
+        # Through PSUM, as many blocks of rows at once as it holds. While operands arrive, K is
+        # outermost, so that the product begins with their first tiles; then block after block is
+        # finished, copied out, and stored if it is a result of the program, while the next are
+        # at work.
         result = self._result(op)
-        piece = self._config.psum_depth // 4
-        for block in range(blocks):
-            for start in range(0, free, piece):
-                length = min(piece, free - start)
-                psum = self._psum(length, op.result.name)
-                for k in range(tiles):
+        piece = min(free, self._config.psum_depth // 4)
+        store = self._output_store(op)
+        parts = [
+            (block, start, min(piece, free - start))
+            for start in range(0, free, piece)
+            for block in range(blocks)
+        ]
+        arriving = self._arrives_in_pieces(op)
+        while parts:
+            room = max(1, self._nc.psum.free_columns // piece)
+            group, parts = parts[:room], parts[room:]
+            accumulators = [self._psum(length, op.result.name) for _, _, length in group]
+            work = sum(length for _, _, length in group)
+            early = int(_ARRIVAL * tiles * (across + free) / work) if arriving else 0
+            early = min(early, tiles - 1)
+            arriving = False
+            for k in range(early):
+                for psum, (block, start, length) in zip(accumulators, group, strict=True):
+                    product(psum, 0, block, k, start, length)
+            for psum, (block, start, length) in zip(accumulators, group, strict=True):
+                # The very last block ends in smaller steps: nothing is left to hide it behind.
+                last = not parts and psum is accumulators[-1]
+                step = max(_ENDING_COLUMNS, -(-length // _ENDING)) if last else length
+                for k in range(early, tiles - 1):
                     product(psum, 0, block, k, start, length)
                 m = min(lanes, across - block * lanes)
-                self._move(
-                    result.view((length,), offset=block * free + start, lanes=m),
-                    psum.view((length,), lanes=m),
-                )
+                for number, at in enumerate(range(0, length, step)):
+                    count = min(step, length - at)
+                    product(psum, at, block, tiles - 1, start + at, count)
+                    done = result.view((count,), offset=block * free + start + at, lanes=m)
+                    done = done.astype(op.result.dtype)
+                    sums = psum.view((count,), offset=at, lanes=m)
+                    if last and number % 2:
+                        self._nc.vector.copy(done, sums)
+                    elif last:
+                        self._nc.scalar.activate(done, sums, Function.IDENTITY, 1.0, -0.0)
+                    else:
+                        self._move(done, sums)
+                    if store is not None:
+                        store(done, block * lanes, start + at)
+            for psum in accumulators:
                 self._pinned.discard(psum)
                 self._nc.psum.free(psum)
+
+    def _output_store(self, op: Op) -> Callable[[View, int, int], None] | None:
+        """How to store a part of a matrix product that is a result of the program, given its
+        view, first row and first column (columns and rows if the form is COLS); None if it is
+        none. The whole then counts as stored."""
+        for index, use in enumerate(self._graph.outputs):
+            if use.value is op.result and not self._stored[index]:
+                break
+        else:
+            return None
+        self._stored[index] = True
+        cols = use.shape[1]
+        row, col = (1, cols) if use.transposed else (cols, 1)
+        lane, step = (row, col) if op.form is Form.ROWS else (col, row)
+        tensor = self._output_tensors[index]
+        item = FORMATS[tensor.dtype].bytes
+        if tensor.dtype is self._home(op.result).value.dtype:
+            self._home(op.result).dram.append(_DramCopy(tensor, 0, (row, col)))
+
+        # With nothing left to load, all queues store.
+        queues = [self._last_queue]
+        if op is self._graph.ops[-1]:
+            queues = list(range(self._config.dma_queues))
+        turns = itertools.cycle(queues)
+
+        def store(view: View, across: int, free: int) -> None:
+            self._nc.dma.store(
+                view,
+                tensor,
+                (across * lane + free * step) * item,
+                (step * item,),
+                lane * item,
+                queue=next(turns),
+            )
+
+        return store
 
 
 def _dram_type(dtype: np.dtype) -> DType:

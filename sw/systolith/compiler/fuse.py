@@ -117,6 +117,18 @@ def _merge(op: Op, index: int, producer: Op) -> bool:
     return False
 
 
+def _rounds_dot(op: Op, producer: Op) -> bool:
+    """Whether `op` does no more than round the matrix product that `producer` makes."""
+    return (
+        producer.kind == "dot"
+        and op.kind == "ts"
+        and op.attrs["op0"] is op.attrs["op1"] is AluOp.BYPASS
+        and op.result.dtype is not DType.FP32
+        and op.result.shape == producer.result.shape
+        and not op.operands[0].transposed
+    )
+
+
 def fuse(graph: Graph) -> None:
     """Merges an operation into its only reader where one instruction can do both."""
     changed = True
@@ -134,6 +146,12 @@ def fuse(graph: Graph) -> None:
                 # A rounded intermediate has to be rounded.
                 if value.dtype is not DType.FP32:
                     continue
+                if _rounds_dot(op, producer):
+                    # The product is rounded as it leaves PSUM.
+                    producer.result = op.result
+                    gone.add(op)
+                    changed = True
+                    break
                 if _merge(op, index, producer):
                     gone.add(producer)
                     changed = True

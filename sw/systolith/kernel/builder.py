@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ from .tensors import (
 )
 
 MAX_SEMAPHORE = (1 << 16) - 1
+_MAX_RUNS = 128  #: intervals kept of one DRAM access
 
 _BITWISE = frozenset({AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR})
 
@@ -70,6 +72,28 @@ class _Access:
     low: int
     high: int
     write: bool
+
+
+def _runs(
+    shape: Sequence[int], strides: Sequence[int], offset: int, item: int
+) -> list[tuple[int, int]]:
+    """The byte intervals of a strided DRAM access, exact; empty if they are more than _MAX_RUNS.
+
+    Blocks of rows of one matrix interleave in DRAM: taken from their lowest to their highest
+    byte, stores of different columns would seem to meet.
+    """
+    run = item
+    dims = sorted((abs(s), n, s) for s, n in zip(strides, shape, strict=True) if n > 1 and s)
+    while dims and dims[0][0] <= run:
+        size, n, stride = dims.pop(0)
+        run += size * (n - 1)
+        offset += min(0, stride * (n - 1))
+    if math.prod(n for _, n, _ in dims) > _MAX_RUNS:
+        return []
+    starts = [offset]
+    for _, n, stride in dims:
+        starts = [start + i * stride for start in starts for i in range(n)]
+    return [(start, start + run - 1) for start in starts]
 
 
 class _Memory:
@@ -638,6 +662,10 @@ class _Dma(_Engine):
                 f"view shape {view.shape}, strides {strides}, offset {offset}, "
                 f"lane_stride {lane_stride}"
             )
+        intervals = [(low, high)]
+        if store or dram.kind == "scratch":
+            shape = (*view.shape, view.lanes)
+            intervals = _runs(shape, (*strides, lane_stride), int(offset), item) or intervals
         queue = self._queue(queue, store, view.size * view.lanes * item)
         padded = (0,) * (MAX_DIMS - len(strides)) + strides
         self._builder._append(
@@ -655,7 +683,7 @@ class _Dma(_Engine):
                 "dram_dtype": dram.dtype.value,
             },
             [self._access(view, not store)],
-            dram=(dram.index, low, high, store),
+            dram=(dram.index, intervals, store),
         )
 
 
@@ -737,11 +765,11 @@ class KernelBuilder:
         opcode: Opcode,
         fields: dict[str, Any],
         accesses: list[_Access],
-        dram: tuple[int, int, int, bool] | None = None,
+        dram: tuple[int, Sequence[tuple[int, int]], bool] | None = None,
     ) -> None:
         """Adds an instruction to a progress stream and finds what it waits for.
 
-        `dram` is (tensor index, lowest byte, highest byte, is a write).
+        `dram` is (tensor index, intervals from lowest to highest byte, is a write).
         """
         self._check_open()
         node = self._clocks.next_node(stream)
@@ -749,8 +777,9 @@ class KernelBuilder:
         for access in accesses:
             self._maps[access.space].access(access.low, access.high, node, access.write, needed)
         if dram is not None:
-            index, low, high, write = dram
-            self._dram_maps[index].access(low, high, node, write, needed)
+            index, intervals, write = dram
+            for low, high in intervals:
+                self._dram_maps[index].access(low, high, node, write, needed)
         waits = self._clocks.add(stream, needed)
         for other, at in waits:
             self._nodes[other][at].signal = True

@@ -42,6 +42,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, str] = {
     "golden": "systolith.golden.device:GoldenDevice",
     "rtl": "systolith.runtime.rtl:RtlBackend",
+    "rtl-fast": "systolith.runtime.rtl:FastRtlBackend",
 }
 
 

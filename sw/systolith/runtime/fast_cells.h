@@ -1,7 +1,7 @@
 // The arithmetic of the floating-point cells of the `rtl-fast` device, called from fast_cells.sv.
 //
-// Included in front of every file that Verilator writes, so that the calls are inlined: as calls
-// they would cost more than the arithmetic.
+// Included in front of every file that Verilator writes: the function it puts around each import
+// then holds the arithmetic itself, not another call.
 
 #ifndef SYSTOLITH_FAST_CELLS_H
 #define SYSTOLITH_FAST_CELLS_H
@@ -69,16 +69,16 @@ inline double fast_product(unsigned int a, unsigned int w) {
     return static_cast<double>(significand) * bits_as<double>(sign | scale);
 }
 
-// acc + addend, rounded once to FP32, although it is rounded to a double on the way.
+// acc + addend, rounded once to FP32 although it is rounded to a double on the way. The addend is a
+// product, or -0 to add nothing, not even to -0.
 //
-// The double is exact if the sum's bits span at most 53 places. If they span more, one of the
-// operands is far smaller than the other:
-// - the product (22 bits), below 2**-30 of acc. Acc has 24 bits.
-// - acc (24 bits), below 2**-28 of the product. The product is then in the normal range of FP32 or
-//   above it, since no bit of acc is below 2**-149, and with 22 bits is FP32 but for its range.
-// The larger one is thus an FP32 number (or beyond their range), and the sum is closer to it than
-// any tie between FP32 numbers, the one with infinity included. It rounds to the larger one (or to infinity) whether or not
-// it is rounded to a double first, which does not take it across a tie.
+// The double is exact if the sum's bits span at most 53 places. If they span more, one of the two is
+// far below the other:
+// - the product (22 bits) below 2**-30 of acc, or
+// - acc (24 bits) below 2**-28 of the product. The product then has no bit below FP32's smallest
+//   subnormal, since acc has none, so with its 22 bits it is an FP32 number, or above their range.
+// The sum is then closer to the larger one than to any tie between FP32 numbers (or, above their
+// range, to the tie with infinity), and rounding to a double first does not take it across one.
 inline unsigned int fast_accumulate(unsigned int acc, double addend) {
     using namespace systolith;
     return fp32_bits(static_cast<float>(static_cast<double>(bits_as<float>(acc)) + addend));

@@ -1,5 +1,5 @@
 // The floating-point cells of the `rtl-fast` device: ports, latency and bits of the gates, the
-// arithmetic in C++ (fast_cells.h). Registers are updated as in the gates, one call per clock edge.
+// arithmetic in C++ (fast_cells.h), called once per clock edge.
 
 import "DPI-C" pure function int unsigned fast_add(input int unsigned a, input int unsigned b);
 import "DPI-C" pure function int unsigned fast_mul(input int unsigned a, input int unsigned b);

@@ -5,12 +5,13 @@
 // each direction moves at most `bytes_per_cycle` (AXI4 has a read and a write channel); an address
 // outside the DRAM is answered DECERR.
 
+#include <cfenv>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <memory>
 
-#include "Vchip.h"
+#include "Vtop.h"
 #include "verilated.h"
 
 namespace {
@@ -29,7 +30,7 @@ struct Burst {
 
 struct Sim {
     std::unique_ptr<VerilatedContext> context{new VerilatedContext};
-    std::unique_ptr<Vchip> top;
+    std::unique_ptr<Vtop> top;
     uint8_t* dram = nullptr;
     uint64_t dram_bytes = 0;
     uint64_t latency = 0;
@@ -40,10 +41,33 @@ struct Sim {
     std::deque<Burst> reads, writes, responses;
 };
 
+// While it lives, floating point rounds to nearest and keeps subnormals, whatever the caller's
+// thread was set to: the cells of `rtl-fast` compute with it.
+class DefaultFloat {
+public:
+    DefaultFloat() {
+        std::fegetenv(&saved_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultFloat() { std::fesetenv(&saved_); }
+    DefaultFloat(const DefaultFloat&) = delete;
+    DefaultFloat& operator=(const DefaultFloat&) = delete;
+
+private:
+    std::fenv_t saved_;
+};
+
 template <typename T>
 uint8_t* bytes(T& port) {
     return reinterpret_cast<uint8_t*>(&port);
 }
+
+// What moved on the host port in a cycle.
+struct Host {
+    bool aw, w, b, ar, r;
+    uint8_t response;  // of b or r
+    uint32_t data;     // of r
+};
 
 bool inside(const Sim& s, uint64_t address, uint32_t size) {
     return address <= s.dram_bytes && size <= s.dram_bytes - address;
@@ -51,8 +75,8 @@ bool inside(const Sim& s, uint64_t address, uint32_t size) {
 
 // One clock cycle. Inputs are set from the model's state, outputs settle, handshakes are sampled,
 // then the edge.
-void step(Sim& s) {
-    Vchip& t = *s.top;
+Host step(Sim& s) {
+    Vtop& t = *s.top;
     constexpr uint32_t bus = SYSTOLITH_AXI_BYTES;
     constexpr uint64_t cap = 2 * bus;
 
@@ -89,6 +113,13 @@ void step(Sim& s) {
     t.clk = 0;
     t.eval();
 
+    Host host{t.s_axil_awvalid && t.s_axil_awready,
+              t.s_axil_wvalid && t.s_axil_wready,
+              t.s_axil_bvalid && t.s_axil_bready,
+              t.s_axil_arvalid && t.s_axil_arready,
+              t.s_axil_rvalid && t.s_axil_rready,
+              t.s_axil_bvalid ? t.s_axil_bresp : t.s_axil_rresp,
+              t.s_axil_rdata};
     bool ar = t.m_axi_arvalid && t.m_axi_arready;
     bool r = reading && t.m_axi_rready;
     bool aw = t.m_axi_awvalid && t.m_axi_awready;
@@ -135,6 +166,7 @@ void step(Sim& s) {
     t.clk = 1;
     t.eval();
     ++s.cycle;
+    return host;
 }
 
 }  // namespace
@@ -142,8 +174,9 @@ void step(Sim& s) {
 extern "C" {
 
 Sim* sim_create(uint8_t* dram, uint64_t dram_bytes, uint64_t latency, uint64_t bytes_per_cycle) {
+    DefaultFloat environment;
     auto* s = new Sim;
-    s->top.reset(new Vchip{s->context.get(), "chip"});
+    s->top.reset(new Vtop{s->context.get(), "chip"});
     s->dram = dram;
     s->dram_bytes = dram_bytes;
     s->latency = latency;
@@ -166,6 +199,7 @@ uint64_t sim_written_bytes(const Sim* s) { return s->written_bytes; }
 
 // Runs until the interrupt is high or `max_cycles` have passed; returns whether it is high.
 int sim_run(Sim* s, uint64_t max_cycles) {
+    DefaultFloat environment;
     for (uint64_t i = 0; i < max_cycles; ++i) {
         if (s->top->irq) return 1;
         step(*s);
@@ -175,7 +209,8 @@ int sim_run(Sim* s, uint64_t max_cycles) {
 
 // AXI4-Lite accesses. Return the response code, or -1 if the chip did not answer.
 int sim_write(Sim* s, uint32_t address, uint32_t data) {
-    Vchip& t = *s->top;
+    DefaultFloat environment;
+    Vtop& t = *s->top;
     t.s_axil_awaddr = address;
     t.s_axil_awvalid = 1;
     t.s_axil_wdata = data;
@@ -183,40 +218,30 @@ int sim_write(Sim* s, uint32_t address, uint32_t data) {
     t.s_axil_wvalid = 1;
     t.s_axil_bready = 1;
     for (int i = 0; i < 1000; ++i) {
-        t.clk = 0;
-        t.eval();
-        bool aw = t.s_axil_awvalid && t.s_axil_awready;
-        bool w = t.s_axil_wvalid && t.s_axil_wready;
-        bool b = t.s_axil_bvalid;
-        int response = t.s_axil_bresp;
-        step(*s);
-        if (aw) t.s_axil_awvalid = 0;
-        if (w) t.s_axil_wvalid = 0;
-        if (b) {
+        Host host = step(*s);
+        if (host.aw) t.s_axil_awvalid = 0;
+        if (host.w) t.s_axil_wvalid = 0;
+        if (host.b) {
             t.s_axil_bready = 0;
-            return response;
+            return host.response;
         }
     }
     return -1;
 }
 
 int sim_read(Sim* s, uint32_t address, uint32_t* data) {
-    Vchip& t = *s->top;
+    DefaultFloat environment;
+    Vtop& t = *s->top;
     t.s_axil_araddr = address;
     t.s_axil_arvalid = 1;
     t.s_axil_rready = 1;
     for (int i = 0; i < 1000; ++i) {
-        t.clk = 0;
-        t.eval();
-        bool ar = t.s_axil_arvalid && t.s_axil_arready;
-        bool r = t.s_axil_rvalid;
-        int response = t.s_axil_rresp;
-        *data = t.s_axil_rdata;
-        step(*s);
-        if (ar) t.s_axil_arvalid = 0;
-        if (r) {
+        Host host = step(*s);
+        if (host.ar) t.s_axil_arvalid = 0;
+        if (host.r) {
             t.s_axil_rready = 0;
-            return response;
+            *data = host.data;
+            return host.response;
         }
     }
     return -1;

@@ -1,13 +1,16 @@
-"""The `rtl` device: the chip's Verilog as a shared library, built by Verilator and cached."""
+"""The `rtl` and `rtl-fast` devices: the chip's Verilog as a shared library, built by Verilator and
+cached."""
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import inspect
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from systolith_hdl.config import CoreConfig
@@ -23,9 +26,11 @@ from systolith_hdl.toolchain import (
 )
 
 from ..errors import BackendError, DeviceError, DeviceTimeout
+from .verilog import FAST_CELLS, FAST_CELLS_HEADER, with_fast_cells, with_held_inputs
 
 _HARNESS = Path(__file__).with_name("rtl.cpp")
-_LIBRARY = "libchip.so"
+_LIBRARY = "libsimulator.so"
+_TOP = "simulated_chip"
 
 
 def kept_modules(config: CoreConfig) -> tuple[str, ...]:
@@ -42,7 +47,7 @@ def _keep_file(config: CoreConfig) -> str:
 Progress = Callable[[str], None]
 
 
-def _verilator_args(config: CoreConfig) -> list[str]:
+def _verilator_args(top: str, cflags: str) -> list[str]:
     return [
         "--cc",
         "--exe",
@@ -50,7 +55,9 @@ def _verilator_args(config: CoreConfig) -> list[str]:
         "-j",
         "2",
         "--top-module",
-        "chip",
+        top,
+        "--prefix",
+        "Vtop",
         "-O3",
         "--x-assign",
         "fast",
@@ -63,7 +70,7 @@ def _verilator_args(config: CoreConfig) -> list[str]:
         "-Wno-fatal",
         "-Wno-lint",
         "-CFLAGS",
-        f"-fPIC -DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
+        f"-fPIC {cflags}",
         "-MAKEFLAGS",
         "OPT_FAST=-O2 OPT_SLOW=-O0 OPT_GLOBAL=-O2",
         "-LDFLAGS",
@@ -73,20 +80,45 @@ def _verilator_args(config: CoreConfig) -> list[str]:
     ]
 
 
-def build(config: CoreConfig, progress: Progress = lambda message: None) -> Path:
-    """Builds the shared library of a config, or finds it in the cache; returns its path.
+def verilate(
+    name: str,
+    top: str,
+    emit: Callable[[], str],
+    harness: Path,
+    *,
+    sources: str,
+    cflags: str = "",
+    keep: str = "",
+    fast: bool = False,
+    progress: Progress = lambda message: None,
+) -> Path:
+    """Builds Verilog and a C++ harness into a shared library, or finds it in the cache.
 
-    The cache key is the chip's sources, the config, the harness, the flags and the tools, so an
-    unchanged design is never built twice. Raises ToolError naming a missing tool, or the log of a
-    failed build.
+    Parameters
+    ----------
+    name : what is built, for messages and the name of the folder
+    top : top module, the class `Vtop` for the harness
+    emit : returns the Verilog; called only to build
+    harness : C++ file
+    sources : hash of everything the Verilog follows from
+    cflags : for the harness
+    keep : Verilator control file
+    fast : the floating-point cells are replaced by C++
+
+    Returns the library's path. Raises ToolError naming a missing tool, or the log of a failed
+    build.
     """
     binary, environment, flags = verilator_env()
-    keep = _keep_file(config)
-    arguments = _verilator_args(config) + flags
+    arguments = _verilator_args(top, cflags) + flags
+    cells = FAST_CELLS.read_text() if fast else ""
+    header = FAST_CELLS_HEADER.read_text() if fast else ""
+    if fast:
+        # Seen by every file that Verilator writes, from the folder below.
+        arguments += ["--compiler-include", f"../{FAST_CELLS_HEADER.name}"]
     key = content_hash(
-        sources_hash(), repr(config), keep, _HARNESS.read_text(), repr(arguments), binary, cxx()
+        sources, keep, harness.read_text(), cells, header, repr(arguments), binary, cxx()
     )
-    folder = cache_dir() / f"chip-{config.name}-{key}"
+    folder = cache_dir() / f"{name}-{key}"
     library = folder / _LIBRARY
     if library.exists():
         progress("using the cached simulator")
@@ -96,17 +128,21 @@ def build(config: CoreConfig, progress: Progress = lambda message: None) -> Path
         fcntl.flock(lock, fcntl.LOCK_EX)
         if library.exists():
             return library
-        progress(f"emitting the Verilog of {config.name}")
-        (folder / "chip.v").write_text(to_verilog(Chip(config), "chip"))
+        progress(f"emitting the Verilog of {name}")
+        verilog = emit()
+        if fast:
+            verilog = with_fast_cells(verilog, cells)
+            (folder / FAST_CELLS_HEADER.name).write_text(header)
+        (folder / "design.v").write_text(verilog)
         (folder / "keep.vlt").write_text(keep)
         log = folder / "build.log"
-        progress(f"building the simulator of {config.name}")
+        progress(f"building the simulator of {name}")
         unfinished = folder / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        command = [binary, *arguments, "--Mdir", str(unfinished), "keep.vlt", "chip.v"]
+        command = [binary, *arguments, "--Mdir", unfinished.name, "keep.vlt", "design.v"]
         with open(log, "w") as out:
             done = subprocess.run(
-                [*command, str(_HARNESS)],
+                [*command, str(harness)],
                 cwd=folder,
                 env=environment,
                 stdout=out,
@@ -122,8 +158,30 @@ def build(config: CoreConfig, progress: Progress = lambda message: None) -> Path
     return library
 
 
+def build(
+    config: CoreConfig, progress: Progress = lambda message: None, *, fast: bool = False
+) -> Path:
+    """Builds the shared library of a config, or finds it in the cache; returns its path.
+
+    `fast` replaces the floating-point cells by C++ of the same latency and bits. The cache key is
+    the chip's sources, the config, the harness, the flags and the tools, so an unchanged design is
+    never built twice. Raises ToolError naming a missing tool, or the log of a failed build.
+    """
+    return verilate(
+        f"chip-{config.name}{'-fast' if fast else ''}",
+        _TOP,
+        lambda: with_held_inputs(to_verilog(Chip(config), "chip"), "chip", _TOP),
+        _HARNESS,
+        sources=content_hash(sources_hash(), inspect.getsource(with_held_inputs), repr(config)),
+        cflags=f"-DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
+        keep=_keep_file(config),
+        fast=fast,
+        progress=progress,
+    )
+
+
 class RtlBackend:
-    """The chip in all gates, behind the device interface.
+    """The Verilated chip behind the device interface.
 
     Parameters
     ----------
@@ -132,6 +190,7 @@ class RtlBackend:
     dram_latency : cycles from an accepted burst to its first beat
     dram_bytes_per_cycle : bandwidth of each direction; 2 per lane if None
     progress : called with a line of text when a long step begins
+    fast : the floating-point cells are C++ instead of gates: same bits, same cycles
     """
 
     def __init__(
@@ -142,6 +201,7 @@ class RtlBackend:
         dram_latency: int = 20,
         dram_bytes_per_cycle: int | None = None,
         progress: Progress = lambda message: None,
+        fast: bool = False,
     ) -> None:
         if dram_bytes_per_cycle is None:
             dram_bytes_per_cycle = 2 * config.lanes
@@ -151,7 +211,7 @@ class RtlBackend:
             raise BackendError(f"dram_bytes_per_cycle must be positive, not {dram_bytes_per_cycle}")
         self.config = config
         self.dram = np.zeros(dram_bytes, np.uint8)
-        library = ctypes.CDLL(str(build(config, progress)))
+        library = ctypes.CDLL(str(build(config, progress, fast=fast)))
         u32, u64, handle = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
         for name, result, arguments in (
             ("sim_create", handle, [handle, u64, u64, u64]),
@@ -213,3 +273,10 @@ class RtlBackend:
         if self._sim:
             self._library.sim_destroy(self._sim)
             self._sim = None
+
+
+class FastRtlBackend(RtlBackend):
+    """The `rtl-fast` device: `RtlBackend` with its floating-point cells in C++; same options."""
+
+    def __init__(self, config: CoreConfig, **options: Any) -> None:
+        super().__init__(config, fast=True, **options)

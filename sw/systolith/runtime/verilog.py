@@ -1,0 +1,74 @@
+"""What the simulator changes in the chip's Verilog: how its inputs arrive, and, for `rtl-fast`, the
+floating-point cells."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from systolith_hdl.arith import FP32_LATENCY
+from systolith_hdl.tensor.mac import ADD_LATENCY, MUL_LATENCY
+from systolith_hdl.toolchain import ToolError
+
+#: SystemVerilog cells with their arithmetic in C++, and that C++.
+FAST_CELLS = Path(__file__).with_name("fast_cells.sv")
+FAST_CELLS_HEADER = Path(__file__).with_name("fast_cells.h")
+_MODULES = ("fp32_add", "fp32_mul", "mac_narrow")
+
+_PORT = re.compile(r"^\s*(input|output)(?: reg| wire)?\s*(\[\d+:0\])?\s*(\w+)\b", re.MULTILINE)
+
+
+def _module(text: str, name: str) -> str:
+    found = re.findall(rf"^module {name}\s*\(.*?^endmodule\n", text, re.MULTILINE | re.DOTALL)
+    if len(found) != 1:
+        raise ToolError(f"module {name} stands {len(found)} times in the Verilog, not once")
+    return str(found[0])
+
+
+def ports(text: str, name: str) -> dict[str, tuple[str, str]]:
+    """Ports of a module: name -> (direction, range; "" for one bit)."""
+    found = _PORT.findall(_module(text, name))
+    return {port: (direction, width) for direction, width, port in found}
+
+
+def with_fast_cells(text: str, cells: str) -> str:
+    """Returns the Verilog `text` with its floating-point cells replaced by those of `cells`.
+
+    Cells that are not in `text` are left out. Raises ToolError if the ports or the latencies are
+    not those of the gates.
+    """
+    if (FP32_LATENCY, MUL_LATENCY, ADD_LATENCY) != (3, 1, 3):
+        raise ToolError(f"{FAST_CELLS.name} is written for other latencies than the gates have")
+    used = [cell for cell in _MODULES if re.search(rf"^module {cell}\s*\(", text, re.MULTILINE)]
+    head = cells[: cells.index("\nmodule ")]
+    replaced = [head, "\n"]
+    for cell in used:
+        if ports(text, cell) != ports(cells, cell):
+            raise ToolError(f"{FAST_CELLS.name}: the ports of {cell} are not those of the gates")
+        text = text.replace(_module(text, cell), "")
+        replaced.append(_module(cells, cell))
+    return "\n".join([*replaced, text])
+
+
+def with_held_inputs(text: str, name: str, top: str) -> str:
+    """Returns the Verilog with a module `top` around the module `name`, of the same ports, that
+    takes the inputs over at falling clock edges (the reset at rising ones).
+
+    Verilator works out everything that hangs on a top-level input anew in every `eval`, and by way
+    of the reset that is most of the chip. Behind registers it is worked out once a cycle.
+    """
+    lines, pins = [], []
+    inside = ports(text, name)
+    for port, (direction, width) in inside.items():
+        source = port
+        if direction == "input" and port != "clk":
+            source = f"{port}_held"
+            edge = "posedge" if port == "rst" else "negedge"
+            lines += [
+                f"  reg {width} {source} = 0;",
+                f"  always @({edge} clk) {source} <= {port};",
+            ]
+        pins.append(f"    .{port}({source})")
+    heading = ",\n".join(f"  {way} {width} {port}" for port, (way, width) in inside.items())
+    body = [f"module {top}(\n{heading}\n);", *lines, f"  {name} inner(", ",\n".join(pins), "  );"]
+    return "\n".join([text, *body, "endmodule", ""])
