@@ -100,17 +100,22 @@ def run_bench(
                 log_file=build_dir / "build.log",
             )
         with tempfile.TemporaryDirectory(prefix=f"systolith-{name}-") as run_dir:
-            results = runner.test(
-                test_module=test_module,
-                hdl_toplevel=name,
-                hdl_toplevel_lang="verilog",
-                build_dir=build_dir,
-                test_dir=run_dir,
-                results_xml=str(Path(run_dir) / "results.xml"),
-                seed=seed,
-                testcase=testcase,
-                extra_env={"COCOTB_RANDOM_SEED": str(seed), **(env or {})},
-            )
+            try:
+                results = runner.test(
+                    test_module=test_module,
+                    hdl_toplevel=name,
+                    hdl_toplevel_lang="verilog",
+                    build_dir=build_dir,
+                    test_dir=run_dir,
+                    results_xml=str(Path(run_dir) / "results.xml"),
+                    seed=seed,
+                    testcase=testcase,
+                    extra_env={"COCOTB_RANDOM_SEED": str(seed), **(env or {})},
+                )
+            except SystemExit:  # cocotb's way to say that a test failed
+                raise AssertionError(
+                    f"{name}: a test failed; replay it with SYSTOLITH_SEED={seed}"
+                ) from None
             ran, failed = get_results(results)
     finally:
         os.environ.clear()
