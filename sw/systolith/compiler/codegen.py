@@ -759,9 +759,11 @@ class Generator:
         ]
         arriving = self._arrives_in_pieces(op)
         while parts:
-            room = max(1, self._nc.psum.free_columns // piece)
-            group, parts = parts[:room], parts[room:]
-            accumulators = [self._psum(length, op.result.name) for _, _, length in group]
+            group: list[tuple[int, int, int]] = []
+            accumulators: list[Tile] = []
+            while parts and (not group or self._nc.psum.largest_free >= parts[0][2]):
+                group.append(parts.pop(0))
+                accumulators.append(self._psum(group[-1][2], op.result.name))
             work = sum(length for _, _, length in group)
             early = int(_ARRIVAL * tiles * (across + free) / work) if arriving else 0
             early = min(early, tiles - 1)
