@@ -29,7 +29,7 @@ class Core(wiring.Component):
         not `running`
     halt : In(1), stops issue and new DMA bursts, so that AXI drains
     stream_base : In(48) x engines
-    watchdog : In(32), as the register
+    watchdog, seed : In(32), as the registers
     axi_read, axi_write : Out, the AXI4 channels
     quiet : Out(1), no AXI transaction is offered or outstanding
     running, done, fault, cycles, macs, busy, instructions, semaphores : Out, as the registers
@@ -46,6 +46,7 @@ class Core(wiring.Component):
                 "halt": In(1),
                 "stream_base": In(48).array(engines),
                 "watchdog": In(32),
+                "seed": In(32),
                 "axi_read": Out(axi4_read(config, id_width=width)),
                 "axi_write": Out(axi4_write(config, id_width=width)),
                 "quiet": Out(1),
@@ -194,6 +195,7 @@ class Core(wiring.Component):
                 sequencer.start.eq(self.start),
                 sequencer.halt.eq(halt),
                 sequencer.base.eq(self.stream_base[index]),
+                sequencer.seed.eq(self.seed),
             ]
         for queue in queues:
             m.d.comb += queue.stop.eq(self.halt)
@@ -315,6 +317,7 @@ class Chip(wiring.Component):
             core.halt.eq(resetting | soft_reset),
             core.start.eq(host.start & idle),
             core.watchdog.eq(host.watchdog),
+            core.seed.eq(host.seed),
             host.running.eq(core.running),
             host.done.eq(core.done),
             host.resetting.eq(resetting | soft_reset),

@@ -32,7 +32,7 @@ class HostPort(wiring.Component):
     start, reset : Out(1), high for a cycle when CONTROL is written so
     interrupt : Out(1)
     event : In(1), high for a cycle when a program ended or faulted
-    watchdog : Out(32);  stream_base : Out(64) x engines
+    watchdog, seed : Out(32);  stream_base : Out(64) x engines
     running, done, resetting, fault, cycles, macs, busy, instructions, semaphores : In, read-only
         values
     """
@@ -48,6 +48,7 @@ class HostPort(wiring.Component):
                 "interrupt": Out(1),
                 "event": In(1),
                 "watchdog": Out(32),
+                "seed": Out(32),
                 "stream_base": Out(64).array(engines),
                 "running": In(1),
                 "done": In(1),
@@ -68,8 +69,10 @@ class HostPort(wiring.Component):
         interrupt_status = Signal()
         interrupt_enable = Signal(init=regs.REGISTERS["IRQ_ENABLE"].reset)
         watchdog = Signal(32, init=regs.REGISTERS["WATCHDOG"].reset)
+        seed = Signal(32, init=regs.REGISTERS["SEED"].reset)
         m.d.comb += [
             self.watchdog.eq(watchdog),
+            self.seed.eq(seed),
             self.interrupt.eq(interrupt_status & interrupt_enable),
         ]
 
@@ -98,6 +101,7 @@ class HostPort(wiring.Component):
             "FAULT_PC": self.fault.pc,
             "FAULT_ADDRESS": self.fault.address,
             "WATCHDOG": watchdog,
+            "SEED": seed,
             "CYCLES": self.cycles,
             "MACS": self.macs,
             "STREAM_BASE": [self.stream_base[e] for e in engines],
@@ -167,6 +171,8 @@ class HostPort(wiring.Component):
                                     m.d.sync += interrupt_enable.eq(merged(interrupt_enable)[0])
                                 elif name == "WATCHDOG":
                                     m.d.sync += watchdog.eq(merged(watchdog))
+                                elif name == "SEED":
+                                    m.d.sync += seed.eq(merged(seed))
                                 elif name == "STREAM_BASE":
                                     half = self.stream_base[index][32 * word : 32 * word + 32]
                                     m.d.sync += half.eq(merged(half))

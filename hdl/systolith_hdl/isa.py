@@ -18,7 +18,7 @@ from amaranth.lib import data, enum
 from .config import INSTRUCTION_BYTES
 from .formats import FLOATS, NARROW_FLOATS, DType
 
-ISA_VERSION = 1
+ISA_VERSION = 2
 MAX_WAITS = 3
 INSTRUCTION_BITS = 8 * INSTRUCTION_BYTES
 
@@ -167,6 +167,17 @@ class Function(enum.Enum, shape=6):
     ERF = 10
 
 
+class Rounding(enum.Enum, shape=1):
+    """How a result becomes a narrow float; other destination types round nothing."""
+
+    #: to nearest, ties to even
+    NEAREST = 0
+    #: to one of the two neighbours, to each with a probability that makes the mean exact; the
+    #: random bits follow from the SEED register, the engine, the number of instructions it issued
+    #: before this one, the element and the lane (see docs/numerics.md)
+    STOCHASTIC = 1
+
+
 class WaitMode(enum.Enum, shape=2):
     """When a wait is satisfied."""
 
@@ -238,7 +249,8 @@ class Header(data.Struct):
     op1: unsigned(6)
     lanes: unsigned(8)
     accumulate: unsigned(1)
-    reserved: unsigned(3)
+    rounding: Rounding
+    reserved: unsigned(2)
 
 
 class Operand(data.Struct):
@@ -340,7 +352,7 @@ _PSUM = frozenset({Space.PSUM})
 _READ = frozenset({DType.FP32})
 _WRITE = frozenset(FLOATS)
 _MATMUL = frozenset(NARROW_FLOATS)
-#: types DMA moves between DRAM and FP32 words
+#: types DMA moves between DRAM and 32-bit words
 DMA_TYPES = frozenset(FLOATS)
 
 _DST = {"dst": (_BOTH, _WRITE)}
@@ -366,46 +378,46 @@ SPECS: dict[Opcode, Spec] = {
     Opcode.TENSOR_TENSOR: Spec(
         kind=EngineKind.VECTOR,
         body=TensorTensorBody,
-        header=frozenset({"op0", "op1", "lanes"}),
+        header=frozenset({"op0", "op1", "lanes", "rounding"}),
         operands={**_DST, **_SRC0, **_SRC1},
     ),
     Opcode.TENSOR_SCALAR: Spec(
         kind=EngineKind.VECTOR,
         body=TensorScalarBody,
-        header=frozenset({"op0", "op1", "lanes"}),
+        header=frozenset({"op0", "op1", "lanes", "rounding"}),
         operands={**_DST, **_SRC0},
     ),
     Opcode.REDUCE: Spec(
         kind=EngineKind.VECTOR,
         body=TensorScalarBody,
-        header=frozenset({"op0", "op1", "lanes"}),
+        header=frozenset({"op0", "op1", "lanes", "rounding"}),
         operands={**_DST, **_SRC0},
         unused=frozenset({"imm1", "dst.strides.3"}),
     ),
     Opcode.MEMSET: Spec(
         kind=EngineKind.VECTOR,
         body=TensorScalarBody,
-        header=frozenset({"lanes"}),
+        header=frozenset({"lanes", "rounding"}),
         operands={**_DST},
         unused=frozenset({"imm1", "src0"}),
     ),
     Opcode.COPY_PREDICATED: Spec(
         kind=EngineKind.VECTOR,
         body=TensorTensorBody,
-        header=frozenset({"lanes"}),
+        header=frozenset({"lanes", "rounding"}),
         operands={**_DST, **_SRC0, **_SRC1},
         unused=frozenset({"imm0"}),
     ),
     Opcode.ACTIVATE: Spec(
         kind=EngineKind.SCALAR,
         body=TensorScalarBody,
-        header=frozenset({"op0", "lanes"}),
+        header=frozenset({"op0", "lanes", "rounding"}),
         operands={**_DST, **_SRC0},
     ),
     Opcode.ACTIVATE_TENSOR_BIAS: Spec(
         kind=EngineKind.SCALAR,
         body=TensorTensorBody,
-        header=frozenset({"op0", "lanes"}),
+        header=frozenset({"op0", "lanes", "rounding"}),
         operands={**_DST, **_SRC0, **_SRC1},
     ),
     Opcode.DMA_LOAD: Spec(
@@ -417,7 +429,7 @@ SPECS: dict[Opcode, Spec] = {
     Opcode.DMA_STORE: Spec(
         kind=EngineKind.DMA,
         body=DmaBody,
-        header=frozenset({"lanes"}),
+        header=frozenset({"lanes", "rounding"}),
         operands={"local": (_SBUF, _READ)},
     ),
 }

@@ -84,6 +84,8 @@ class IssuePort(wiring.Signature):
     instruction : Out(stream of 512 bits); an engine takes it when it can start or queue it.
         In-order: an engine begins an instruction's memory accesses only after those of the
         instruction before it that could conflict are finished.
+    counter : Out(32), number of instructions before the offered one in the engine's stream
+    seed : Out(32), of stochastic rounding; steady while a program runs
     done : In(1), high for one cycle for each finished instruction, in order. All its writes are
         visible to reads accepted in later cycles. An engine with two classes of instruction
         (tensor) has `done_load` as well, for LOAD_STATIONARY: its reads are finished.
@@ -94,6 +96,8 @@ class IssuePort(wiring.Signature):
         super().__init__(
             {
                 "instruction": Out(stream.Signature(unsigned(INSTRUCTION_BITS))),
+                "counter": Out(32),
+                "seed": Out(32),
                 "done": In(1),
                 "busy": In(1),
             }

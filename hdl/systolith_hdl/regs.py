@@ -72,8 +72,8 @@ _ALL = (
                 offset=1,
                 width=1,
                 doc="Stops issue, waits until no AXI transaction is outstanding, then resets the "
-                "core. Memories and the registers STREAM_BASE, WATCHDOG, IRQ_ENABLE keep their "
-                "values.",
+                "core. Memories and the registers STREAM_BASE, WATCHDOG, SEED, IRQ_ENABLE keep "
+                "their values.",
             ),
         ),
     ),
@@ -120,6 +120,12 @@ _ALL = (
         reset=1_000_000,
         doc="Cycles without progress (no instruction completed, no AXI data beat moved, no column "
         "read or written by an engine) after which a running core faults; 0 never does.",
+    ),
+    Register(
+        name="SEED",
+        address=0x034,
+        access="rw",
+        doc="Seed of stochastic rounding. Not to be written while a program runs.",
     ),
     Register(name="CYCLES", address=0x040, access="ro", words=2, doc="Cycles since START."),
     Register(

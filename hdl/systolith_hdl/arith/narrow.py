@@ -22,7 +22,8 @@ def _least(dtype: DType) -> int:
 
 
 class RoundNarrow(wiring.Component):
-    """Rounds an FP32 word to a type, to nearest even, and keeps the value as FP32.
+    """Rounds an FP32 word to a type, to nearest even or stochastically, and keeps the value as
+    FP32.
 
     What rounds past the type's largest number becomes infinity, in a type without infinities NaN;
     every NaN becomes 0x7FC00000. A `dtype` that is no narrow float passes the word as it is.
@@ -31,11 +32,17 @@ class RoundNarrow(wiring.Component):
     -------
     word : In(32)
     dtype : In(DType)
+    stochastic : In(1), rounds up in magnitude if the part of the number that the type does not
+        hold plus as many low bits of `random` reaches one unit of the type. A number below 2**-8
+        of the type's smallest becomes zero.
+    random : In(32)
     o : Out(32)
     """
 
     word: In(32)
     dtype: In(DType)
+    stochastic: In(1)
+    random: In(32)
     o: Out(32)
 
     def elaborate(self, platform: object) -> Module:
@@ -46,6 +53,7 @@ class RoundNarrow(wiring.Component):
         narrow, infinite = Signal(), Signal()
         dropped = Signal(5)  # bits of a normal number's fraction that the type does not have
         least = Signal(8)
+        smallest = Signal(8)  # FP32's exponent field of the smallest number of the type
         largest = Signal(31)
         with m.Switch(self.dtype):
             for dtype in NARROW_FLOATS:
@@ -55,39 +63,49 @@ class RoundNarrow(wiring.Component):
                         narrow.eq(1),
                         dropped.eq(23 - form.fraction),
                         least.eq(_least(dtype)),
+                        smallest.eq(max(_least(dtype) - form.fraction, 0)),
                         largest.eq(form.largest),
                         infinite.eq(form.infinite),
                     ]
 
         # `cut` lowest bits of the significand go: more of them below the type's normal range. The
         # unit of what is kept is bit `cut`: 23 is the leading one's place, and of a number that
-        # is below one unit (24) or below half a unit (25 and more) nothing is kept.
+        # is below one unit (24) or below half a unit (25 and more) nothing is kept: it becomes
+        # zero or the smallest number. The numbers of BF16 reach as far down as FP32's exponents
+        # do, so there `cut` is 16 at most.
         exponent = Signal(8)
         cut = Signal(9)
         m.d.comb += [
             exponent.eq(field | (field == 0)),
             cut.eq(dropped + Mux(exponent < least, least - exponent, 0)),
         ]
-        cuts = Signal(25)  # bit i: bit i of the significand goes
+        cuts = Signal(33)  # bit i: bit i of the significand goes
         unit = Signal(24)  # the bit that rounding up adds to
         m.d.comb += [
-            cuts.eq(Cat(cut > i for i in range(25))),
+            cuts.eq(Cat(cut > i for i in range(33))),
             unit.eq(Cat(~cuts[0], cuts[:22] & ~cuts[1:23], cuts[22])),
         ]
         significand = Cat(fraction, field != 0)
         odd = (significand & ~cuts[:24] & unit).any()
-        half = (significand & cuts[:24] & ~cuts[1:]).any()
-        rest = (significand & cuts[1:]).any()
+        half = (significand & cuts[:24] & ~cuts[1:25]).any()
+        rest = (significand & cuts[1:25]).any()
+        # Ones above the bits that go let the carry out of them run to the top.
+        noisy = Signal(33)
+        m.d.comb += noisy.eq((significand | ~cuts[:32])[:32] + (self.random & cuts[:32]))
         up = Signal()
         rounded = Signal(31)
         m.d.comb += [
-            up.eq(half & (rest | odd)),
+            up.eq(Mux(self.stochastic, noisy[32] & ~cuts[32], half & (rest | odd))),
             rounded.eq(Cat(fraction & ~cuts[:23], field) + Mux(up, unit, 0)),
         ]
         nan = (word[:31] > _INFINITY) | ((rounded > largest) & ~infinite)
         value = Signal(31)
         m.d.comb += value.eq(
-            Mux(rounded > largest, _INFINITY, Mux(cuts[23] & ~up, 0, rounded)),
+            Mux(
+                rounded > largest,
+                _INFINITY,
+                Mux(cuts[23], Mux(up, smallest << 23, 0), rounded),
+            ),
         )
         m.d.comb += self.o.eq(
             Mux(narrow, Mux(nan, CANONICAL_NAN, Cat(value, word[31])), word),

@@ -81,6 +81,7 @@ class Sequencer(wiring.Component):
     start : In(1), begins at `base`; only while `idle`
     halt : In(1), no further instruction is issued
     base : In(48)
+    seed : In(32), passed on to the engine
     axi : Out(axi4_read), instruction fetch
     issue : Out(IssuePort)
     done_load : In(1), as IssuePort.done for LOAD_STATIONARY (tensor only, else unused)
@@ -105,6 +106,7 @@ class Sequencer(wiring.Component):
                 "start": In(1),
                 "halt": In(1),
                 "base": In(48),
+                "seed": In(32),
                 "axi": Out(axi4_read(config, id_width=0)),
                 "issue": Out(IssuePort()),
                 "done_load": In(1),
@@ -218,6 +220,8 @@ class Sequencer(wiring.Component):
             go.eq(holding & ~pending.any() & ~stop),
             self.issue.instruction.valid.eq(go & ~internal & queue_ready),
             self.issue.instruction.payload.eq(word),
+            self.issue.counter.eq(next_pc),
+            self.issue.seed.eq(self.seed),
             own.valid.eq(
                 holding & ~stop & Mux(pending.any(), acquire, internal & signals & drained)
             ),

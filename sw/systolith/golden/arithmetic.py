@@ -53,12 +53,41 @@ def canonical(values: np.ndarray) -> Words:
 
 
 @_quiet
-def round_to(words: Words, dtype: DType) -> Words:
+def round_to(words: Words, dtype: DType, random: Words | None = None) -> Words:
     """Rounds FP32 to a narrow float and returns that value as FP32 again; FP32 itself returns
-    the words as they are."""
+    the words as they are. To nearest even, or stochastically with the `random` words."""
     if dtype is DType.FP32:
         return words
+    if random is not None:
+        return _round_stochastic(words, dtype, random)
     return canonical(floats(words).astype(FORMATS[dtype].numpy).astype(np.float32))
+
+
+def _round_stochastic(words: Words, dtype: DType, random: Words) -> Words:
+    """Rounds FP32 to a narrow float: up in magnitude if the part of the number that the type does
+    not hold, plus as many of the low bits of `random`, reaches one unit of the type.
+
+    A number below 2**-8 of the type's smallest becomes zero: its part would need more than 32
+    random bits.
+    """
+    form = FORMATS[dtype]
+    words, random = np.broadcast_arrays(words, random)
+    exponent = np.maximum((words >> 23) & 0xFF, 1).astype(np.int64)
+    hidden = ((words >> 23) & 0xFF != 0).astype(np.uint64) << np.uint64(23)
+    significand = (words & 0x7FFFFF).astype(np.uint64) | hidden
+    least = 127 + 1 - form.bias  # FP32's exponent field of the type's smallest normal number
+    dropped = np.uint64(23 - form.fraction) + np.maximum(least - exponent, 0).astype(np.uint64)
+    cut = np.minimum(dropped, np.uint64(32))
+    noise = random & ((np.uint64(1) << cut) - np.uint64(1))
+    kept = np.where(dropped > 32, np.uint64(0), (significand + noise) >> cut)
+    # kept units of 2**(exponent - 150 + cut): few bits, exact in float64.
+    value = np.ldexp(kept.astype(np.float64), (exponent - 150).astype(int) + cut.astype(int))
+    largest = np.uint32(form.largest).view(np.float32)
+    value = np.where(value > largest, np.inf if form.infinite else np.nan, value)
+    special = (words & _ABS) >= _INFINITY
+    value = np.where(special, np.inf if form.infinite else np.nan, value)
+    signed = np.where(words >> 31 == 1, -value, value).astype(np.float32)
+    return np.where(is_nan(words), _NAN, canonical(signed))
 
 
 @_quiet

@@ -25,6 +25,7 @@ from systolith_hdl.isa import (
     FaultCause,
     Function,
     Opcode,
+    Rounding,
     Space,
     WaitMode,
     decode,
@@ -33,7 +34,7 @@ from systolith_hdl.isa import (
 
 from systolith.errors import BackendError
 
-from . import arithmetic, dma
+from . import arithmetic, dither, dma
 from .activation import evaluate
 from .arithmetic import Words
 from .checker import Fault, check, operand_counts, operand_strides
@@ -144,6 +145,7 @@ class Core:
         background, and what MATMULs use; the first MATMUL after a load takes over the former.
         Kept over runs and resets, but a load that no MATMUL took over is forgotten by a reset
     semaphores, pc, instructions, macs : counts since the start
+    seed : of stochastic rounding
     running, fault : state
     """
 
@@ -157,6 +159,8 @@ class Core:
         self.psum: Words = np.zeros((config.lanes, config.psum_depth), np.uint32)
         self.stationary: Words = np.zeros((config.lanes,) * 2, np.uint32)
         self.weights: Words = np.zeros((config.lanes,) * 2, np.uint32)
+        self.seed = 0
+        self._issued = (0, 0)  # engine and index of the instruction that executes
         self._kinds = [engine_kind(engine) for engine in config.engines]
         #: (engine kind, 64 bytes) -> what they do to this core
         self._cache: dict[tuple[object, bytes], _Prepared] = {}
@@ -183,8 +187,10 @@ class Core:
         self._next: list[_Prepared | None] = [None] * engines
         self._slot = [0] * engines  # wait slots of the next instruction that have held already
 
-    def start(self, bases: list[int]) -> None:
-        """Starts every engine at its byte address; zeroes semaphores and counters."""
+    def start(self, bases: list[int], *, seed: int = 0) -> None:
+        """Starts every engine at its byte address; zeroes semaphores and counters. `seed` is that
+        of stochastic rounding."""
+        self.seed = seed
         self._bases = [base & ~(INSTRUCTION_BYTES - 1) for base in bases]
         self._clear()
         self.fault = None
@@ -251,6 +257,7 @@ class Core:
                 semaphores[sem] -= value
             self._slot[engine] += 1
         if prepared.run is not None:
+            self._issued = (engine, self.pc[engine])
             fault = prepared.run()
             if fault is not None:
                 self._stop(engine, fault)
@@ -269,14 +276,17 @@ class Core:
         self._ended[engine] = prepared.end
         return True
 
-    def execute(self, raw: bytes, engine: str) -> Fault | None:
+    def execute(self, raw: bytes, engine: str, *, counter: int = 0) -> Fault | None:
         """Executes one instruction at once, without its waits and signal; returns its fault.
 
-        For comparing a single engine with this model; counts nothing.
+        For comparing a single engine with this model; counts nothing. `counter` is the number of
+        instructions before it in its stream.
         """
-        prepared = self._lookup(self.config.engines.index(engine), raw)
+        number = self.config.engines.index(engine)
+        prepared = self._lookup(number, raw)
         if prepared.fault is not None or prepared.run is None:
             return prepared.fault
+        self._issued = (number, counter)
         return prepared.run()
 
     # -- instructions --------------------------------------------------------------------------
@@ -324,15 +334,26 @@ class Core:
             fields["lanes"] if lanes is None else lanes,
         )
 
+    def _random(self, lanes: int, counts: Sequence[int]) -> Words:
+        """Random words [lanes, *counts] of the executing instruction's result columns."""
+        engine, counter = self._issued
+        words = dither.random_words(
+            self.seed, counter, engine, elements=math.prod(counts), lanes=lanes
+        )
+        return words.reshape(lanes, *counts)
+
     def _writer(self, opcode: Opcode, fields: dict[str, int]) -> Callable[..., None]:
         """Writes words to dst in its type."""
         pattern = self._pattern(opcode, "dst", fields)
         dtype = DType(fields["dst.dtype"])
         if dtype is DType.FP32:
             return pattern.write
+        shape = fields["lanes"], operand_counts(opcode, "dst", fields)
+        stochastic = Rounding(fields["rounding"]) is Rounding.STOCHASTIC
 
         def write(words: Words, where: np.ndarray | None = None) -> None:
-            pattern.write(arithmetic.round_to(words, dtype), where)
+            random = self._random(*shape) if stochastic else None
+            pattern.write(arithmetic.round_to(words, dtype, random), where)
 
         return write
 

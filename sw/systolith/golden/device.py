@@ -50,7 +50,9 @@ class GoldenDevice:
             )
         self.dram = np.zeros(dram_bytes, np.uint8) if dram is None else dram
         self.core = Core(self.config, self.dram, scheduler=scheduler)
-        self._kept = {"IRQ_ENABLE": 0, "WATCHDOG": regs.REGISTERS["WATCHDOG"].reset}
+        self._kept = {
+            name: regs.REGISTERS[name].reset for name in ("IRQ_ENABLE", "WATCHDOG", "SEED")
+        }
         self._bases = [0] * len(self.config.engines)
         self._done = False
         self._irq_status = 0
@@ -120,12 +122,12 @@ class GoldenDevice:
                     self._irq_status = 0
                 elif value & _START and not self.core.running:
                     self._done = False
-                    self.core.start(self._bases)
+                    self.core.start(self._bases, seed=self._kept["SEED"])
             case "IRQ_STATUS":
                 self._irq_status &= ~value
             case "IRQ_ENABLE":
                 self._kept[name] = value & 1
-            case "WATCHDOG":
+            case "WATCHDOG" | "SEED":
                 self._kept[name] = value
             case "STREAM_BASE":
                 kept = self._bases[index] & ~(0xFFFFFFFF << (32 * word))

@@ -167,10 +167,13 @@ class Driver:
     backend : the device
     watchdog : cycles without progress after which the device faults by itself; None keeps the
         device's default
+    seed : of stochastic rounding in the first program run; each run takes the next number, so
+        that a training step rounds differently every time and a whole training repeats exactly
     """
 
-    def __init__(self, backend: Backend, *, watchdog: int | None = None) -> None:
+    def __init__(self, backend: Backend, *, watchdog: int | None = None, seed: int = 0) -> None:
         self.backend = backend
+        self.seed = seed
         self._memory = FreeList(len(backend.dram), align=DRAM_ALIGN)
         self._running: LoadedProgram | None = None
         self.identify()
@@ -338,7 +341,9 @@ class Driver:
         self._write("IRQ_STATUS", 1)
         for index, engine in enumerate(self.config.engines):
             self._write("STREAM_BASE", loaded._stream_address[engine], index)
+        self._write("SEED", self.seed & 0xFFFFFFFF)
         self._write("CONTROL", self._flag("CONTROL", "START"))
+        self.seed += 1
         self._running = loaded
 
     def wait(

@@ -1,0 +1,129 @@
+"""Random bits for stochastic rounding: a hash of seed, instruction counter, engine, element, lane.
+
+Nothing is kept from one instruction to the next, so the bits do not depend on timing, and a model
+without a clock produces the same ones. The hash is made of rounds of the block cipher Speck, which
+need an adder and exclusive ors; few rounds of it, since nobody is to be kept from guessing, only
+from seeing a pattern.
+"""
+
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+#: Rounds of Speck64 that all lanes share, and of Speck32 that each lane has.
+COLUMN_ROUNDS = 5
+LANE_ROUNDS = 4
+#: The first shared round is keyed by the seed, the second by the engine and the seed rotated left
+#: by so much (entering once, neighbouring seeds would show a pattern), the others by these.
+SEED_ROTATION = 13
+COLUMN_KEYS = (0xCBBB9D5D, 0x629A292A, 0x9159015A)
+#: Cycles from `start` to the first words.
+DITHER_LATENCY = COLUMN_ROUNDS + LANE_ROUNDS
+
+assert len(COLUMN_KEYS) == COLUMN_ROUNDS - 2
+
+
+def engine_key(engine: int) -> int:
+    """Key of an engine's second round, from its number."""
+    return (engine + 1) * 0x9E3779B9 & 0xFFFFFFFF
+
+
+def lane_key(lane: int) -> int:
+    """What a lane's block is exclusive-ored with."""
+    return (lane + 1) * 0x85EBCA6B & 0xFFFFFFFF
+
+
+def _round(x: Value, y: Value, key: Value | int, *, right: int, left: int) -> tuple[Value, Value]:
+    bits = len(x)
+    mixed = (x.rotate_right(right) + y)[:bits] ^ key
+    return mixed, y.rotate_left(left) ^ mixed
+
+
+class Dither(wiring.Component):
+    """Random words for the result columns of an instruction, one after the other.
+
+    Parameters
+    ----------
+    lanes : N
+
+    Members
+    -------
+    start : In(1), begins with element 0 of an instruction
+    seed, counter, key : In(32), of the instruction, see `engine_key`; sampled with `start`
+    valid : Out(1), `words` are those of the next element: `DITHER_LATENCY` cycles after `start`,
+        and then always
+    take : In(1), moves on to the next element; only when `valid`
+    words : Out, a 32-bit word for each lane
+    """
+
+    def __init__(self, *, lanes: int) -> None:
+        self._lanes = lanes
+        super().__init__(
+            {
+                "start": In(1),
+                "seed": In(32),
+                "counter": In(32),
+                "key": In(32),
+                "valid": Out(1),
+                "take": In(1),
+                "words": Out(data.ArrayLayout(unsigned(32), lanes)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        seed, counter, key = (Signal(32, name=name) for name in ("seed", "counter", "key"))
+        element = Signal(32)
+        full = Signal(DITHER_LATENCY)
+        active = Signal()
+        move = Signal()
+        with m.If(self.start):
+            m.d.sync += [
+                seed.eq(self.seed),
+                counter.eq(self.counter),
+                key.eq(self.key),
+            ]
+        # The first round works on the inputs of `start`, so that no cycle is lost.
+        m.d.comb += [
+            move.eq(self.start | (active & (self.take | ~full[-1]))),
+            self.valid.eq(full[-1]),
+        ]
+        with m.If(self.start):
+            m.d.sync += [active.eq(1), element.eq(1), full.eq(1)]
+        with m.Elif(move):
+            m.d.sync += [element.eq(element + 1), full.eq(Cat(1, full))]
+
+        x: Value = Mux(self.start, 0, element)
+        y: Value = Mux(self.start, self.counter, counter)
+        keys: tuple[Value | int, ...] = (
+            Mux(self.start, self.seed, seed),
+            key ^ seed.rotate_left(SEED_ROTATION),
+            *COLUMN_KEYS,
+        )
+        for number, round_key in enumerate(keys):
+            x_next = Signal(32, name=f"x{number}", reset_less=True)
+            y_next = Signal(32, name=f"y{number}", reset_less=True)
+            new_x, new_y = _round(x, y, round_key, right=8, left=3)
+            with m.If(move):
+                m.d.sync += [x_next.eq(new_x), y_next.eq(new_y)]
+            x, y = x_next, y_next
+
+        shared = y
+        blocks = [(x ^ lane_key(lane)) for lane in range(self._lanes)]
+        halves: list[tuple[Value, Value]] = [(block[16:], block[:16]) for block in blocks]
+        for number in range(LANE_ROUNDS):
+            round_key = shared[16:] if number % 2 == 0 else shared[:16]
+            moved = Signal(32, name=f"shared{number}", reset_less=True)
+            after: list[tuple[Value, Value]] = []
+            for lane, (a, b) in enumerate(halves):
+                a_next = Signal(16, name=f"a{number}_{lane}", reset_less=True)
+                b_next = Signal(16, name=f"b{number}_{lane}", reset_less=True)
+                new_a, new_b = _round(a, b, round_key, right=7, left=2)
+                with m.If(move):
+                    m.d.sync += [a_next.eq(new_a), b_next.eq(new_b)]
+                after.append((a_next, b_next))
+            with m.If(move):
+                m.d.sync += moved.eq(shared)
+            halves, shared = after, moved
+        m.d.comb += self.words.as_value().eq(Cat(Cat(b, a) for a, b in halves))
+        return m
