@@ -18,9 +18,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Utilization on the RTL at N = 16; writes docs/performance.md.
+# Utilization on the RTL at N = 16 and the error of products over K; writes docs/performance.md and
+# docs/accuracy.md.
 bench: setup
 	$(BIN)/python benchmarks/gemm.py
+	$(BIN)/python benchmarks/accuracy.py
 
 # The pages in docs/ that follow from the sources.
 docs: setup
