@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test bench lint setup docs clean
+.PHONY: train test bench nightly lint setup docs clean
 
 train: setup
 	$(BIN)/systolith train digits --device rtl --config small
@@ -18,9 +18,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Utilization on the RTL at N = 16; writes docs/performance.md.
+# Utilization on the RTL at N = 16 and the error of products over K; writes docs/performance.md and
+# docs/accuracy.md.
 bench: setup
 	$(BIN)/python benchmarks/gemm.py
+	$(BIN)/python benchmarks/accuracy.py
+
+# 30 million cases of the floating-point cells against SoftFloat; writes docs/softfloat.md.
+nightly: setup
+	$(BIN)/python benchmarks/softfloat.py
 
 # The pages in docs/ that follow from the sources.
 docs: setup

@@ -379,6 +379,8 @@ def jit(fn: Callable[..., Any] | None = None, *, device: Device, matmul: str = "
         arrays of rank 0 to 2; Python floats are float32 scalars
     matmul : type that float32 operands of matrix products are rounded to: "bfloat16", "float16",
         "float8_e4m3fn" or "float8_e5m2". Operands of those types are multiplied as they are.
+        With "float32", and in a product of `precision` HIGH or HIGHEST, float32 operands are
+        multiplied as they are, in six passes of BF16 products.
 
     The result takes and returns the same pytrees. What it returns are `DeviceArray` handles: the
     state stays on the device, and goes into the next call without a copy. Like `jax.jit` it

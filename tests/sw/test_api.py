@@ -234,9 +234,9 @@ def test_stats_disassembly_and_program(device, tmp_path):
 def test_matmul_type(device):
     with pytest.raises(
         systolith.UnsupportedError,
-        match=r"float32.*supported: bfloat16, float16, float8_e4m3fn, float8_e5m2",
+        match=r"float64.*supported: bfloat16, float16, float8_e4m3fn, float8_e5m2, float32",
     ):
-        systolith.jit(lambda x: x, device=device, matmul="float32")
+        systolith.jit(lambda x: x, device=device, matmul="float64")
 
 
 def test_unknown_device_and_config():

@@ -2,35 +2,29 @@
 
 import ctypes
 import dataclasses
-import inspect
 import itertools
 import os
 import platform
 import random
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import systolith
-from amaranth.hdl import Module
-from amaranth.lib import wiring
-from amaranth.lib.wiring import In, Out
 from systolith.errors import DeviceFault
 from systolith.kernel import KernelBuilder
 from systolith.program import Program
 from systolith.runtime.driver import Driver
-from systolith.runtime.rtl import FastRtlBackend, RtlBackend, verilate
+from systolith.runtime.rtl import FastRtlBackend, RtlBackend
 from systolith.runtime.verilog import FAST_CELLS, with_fast_cells
 from systolith.train import digits
-from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul
+from systolith_hdl.arith import FP32_LATENCY
 from systolith_hdl.config import get_config
-from systolith_hdl.emit import Once, to_verilog
 from systolith_hdl.formats import CANONICAL_NAN, FLOATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function
-from systolith_hdl.tensor.mac import OPERAND_BITS, Mac, recode
-from systolith_hdl.toolchain import ToolError, sources_hash
+from systolith_hdl.toolchain import ToolError
+from systolith_tb.cells import run_cells
 
 NANO = get_config("nano")
 CYCLES = 600_000
@@ -41,58 +35,6 @@ def draw_seed() -> int:
     seed = int(os.environ.get("SYSTOLITH_SEED", int.from_bytes(os.urandom(4), "little")))
     print(f"SYSTOLITH_SEED={seed}")
     return seed
-
-
-class Cells(wiring.Component):
-    """The three cells side by side, placed as the chip does; the MAC behind its recoding."""
-
-    en: In(1)
-    a: In(32)
-    b: In(32)
-    total: Out(32)
-    product: Out(32)
-    mac_a: In(32)
-    mac_w: In(32)
-    active: In(1)
-    acc: In(32)
-    mac_o: Out(32)
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        m.submodules.add = add = Once(Fp32Add(), "fp32_add")
-        m.submodules.mul = mul = Once(Fp32Mul(), "fp32_mul")
-        m.submodules.mac = mac = Once(Mac(), "mac_narrow")
-        m.d.comb += [
-            self.total.eq(add.o),
-            self.product.eq(mul.o),
-            self.mac_o.eq(mac.o),
-            mac.a.as_value().eq(recode(m, self.mac_a[-OPERAND_BITS:])),
-            mac.w.as_value().eq(recode(m, self.mac_w[-OPERAND_BITS:])),
-            mac.active.eq(self.active),
-            mac.acc.eq(self.acc),
-        ]
-        for cell in (add, mul):
-            m.d.comb += [cell.en.eq(self.en), cell.a.eq(self.a), cell.b.eq(self.b)]
-        return m
-
-
-def run_cells(inputs: np.ndarray, *, fast: bool) -> np.ndarray:
-    """Outputs [cycles, (total, product, mac_o)] of the cells as gates or as C++."""
-    library = verilate(
-        f"cells{'-fast' if fast else ''}",
-        "cells",
-        lambda: to_verilog(Cells(), "cells"),
-        Path(__file__).with_name("fast_cells.cpp"),
-        sources=sources_hash() + inspect.getsource(Cells),
-        fast=fast,
-    )
-    outputs = np.zeros((len(inputs), 3), np.uint32)
-    ctypes.CDLL(str(library)).run_cells(
-        ctypes.c_uint64(len(inputs)),
-        inputs.ctypes.data_as(ctypes.c_void_p),
-        outputs.ctypes.data_as(ctypes.c_void_p),
-    )
-    return outputs
 
 
 #: zeros, subnormals, both ends of the normal range, around one, infinity, NaNs; without sign

@@ -1,4 +1,7 @@
-"""FP32 adder and multiplier: pipelined, one result per cycle, IEEE-754 in every corner."""
+"""FP32 adder and multiplier: pipelined, one result per cycle, IEEE-754 in every corner.
+
+The adder can be generated for any `Encoding`; the chip has it in FP32.
+"""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
@@ -6,10 +9,14 @@ from amaranth.lib.wiring import In, Out
 
 from .rounding import (
     EXP_BITS,
+    FP32,
     RAW_BITS,
     RAW_INF,
+    Encoding,
     leading_zeros,
+    pack,
     pack_fp32,
+    saturate,
     saturate5,
     shift_right_sticky,
 )
@@ -28,22 +35,40 @@ class Raw(data.Struct):
     significand: unsigned(RAW_BITS - 1)
 
 
-def unpack_fp32(word: Value) -> Value:
-    """Returns the bits of a `Raw` holding the FP32 word, which must not be NaN (see `is_nan`)."""
-    exponent = word[23:31]
+def raw_layout(encoding: Encoding) -> data.StructLayout:
+    """What `Raw` is for FP32."""
+    return data.StructLayout(
+        {
+            "sign": unsigned(1),
+            "exponent": unsigned(encoding.exp_bits),
+            "significand": unsigned(encoding.raw_bits - 1),
+        }
+    )
+
+
+def unpack(word: Value, encoding: Encoding) -> Value:
+    """Returns the bits of a `raw_layout` holding the word, which must not be NaN (see `is_nan`)."""
+    fraction, exponent = word[: encoding.fraction], word[encoding.fraction : -1]
     subnormal = exponent == 0
-    special = exponent == 0xFF
+    special = exponent == (1 << encoding.exponent) - 1
     # 255 turns into RAW_INF and 0 into 1: only the two end bits change.
     widened = Cat((exponent[0] | subnormal) & ~special, exponent[1:], special)
-    return Cat(word[31], widened, Const(0, 3), word[:23], ~subnormal)
+    return Cat(word[-1], widened, Const(0, 3), fraction, ~subnormal)
 
 
-def is_nan(word: Value) -> Value:
-    """1 if the FP32 word is a NaN."""
-    return word[:31] > 0x7F800000
+def unpack_fp32(word: Value) -> Value:
+    """Returns the bits of a `Raw` holding the FP32 word, which must not be NaN (see `is_nan`)."""
+    return unpack(word, FP32)
 
 
-def raw_add(m: Module, *, en: Value, a: Value, b: Value, nan: Value) -> Value:
+def is_nan(word: Value, encoding: Encoding = FP32) -> Value:
+    """1 if the word is a NaN."""
+    return word[:-1] > encoding.infinity
+
+
+def raw_add(
+    m: Module, *, en: Value, a: Value, b: Value, nan: Value, encoding: Encoding = FP32
+) -> Value:
     """Adds two `Raw` numbers and rounds once to FP32: the three-stage core of every adder.
 
     Stage 1 puts the larger magnitude first, stage 2 aligns and adds, stage 3 normalises and rounds.
@@ -54,31 +79,35 @@ def raw_add(m: Module, *, en: Value, a: Value, b: Value, nan: Value) -> Value:
     a, b : `Raw`. A sticky bit may be set only in an operand whose exponent is 1 (a product that was
         shifted down into the subnormal range), because a sum of such is never shifted up again.
     nan : an operand is NaN
+    encoding : if not FP32, `a` and `b` are of its `raw_layout` and the result has its bits
 
     Returns
     -------
     32-bit register, three enabled cycles after `a` and `b`
     """
+    raw_bits, exp_bits, shift_bits = encoding.raw_bits, encoding.exp_bits, encoding.shift_bits
+    layout = raw_layout(encoding)
+
     # Stage 1
     swap = Signal()
-    big, small = Signal(Raw), Signal(Raw)
-    distance = Signal(EXP_BITS)
+    big, small = Signal(layout), Signal(layout)
+    distance = Signal(exp_bits)
     m.d.comb += [
         swap.eq(Cat(a.significand, a.exponent) < Cat(b.significand, b.exponent)),
         big.eq(Mux(swap, b, a)),
         small.eq(Mux(swap, a, b)),
         distance.eq(big.exponent - small.exponent),
     ]
-    big_1 = Signal(Raw, reset_less=True)
-    small_1 = Signal(RAW_BITS - 1, reset_less=True)
-    shift_1 = Signal(5, reset_less=True)
+    big_1 = Signal(layout, reset_less=True)
+    small_1 = Signal(raw_bits - 1, reset_less=True)
+    shift_1 = Signal(shift_bits, reset_less=True)
     subtract_1 = Signal(reset_less=True)
     nan_1 = Signal(reset_less=True)
 
     # Stage 2
-    aligned = Signal(RAW_BITS - 1)
-    sum_2 = Signal(RAW_BITS, reset_less=True)
-    exponent_2 = Signal(EXP_BITS, reset_less=True)
+    aligned = Signal(raw_bits - 1)
+    sum_2 = Signal(raw_bits, reset_less=True)
+    exponent_2 = Signal(exp_bits, reset_less=True)
     sign_2 = Signal(reset_less=True)
     subtract_2 = Signal(reset_less=True)
     nan_2 = Signal(reset_less=True)
@@ -86,37 +115,45 @@ def raw_add(m: Module, *, en: Value, a: Value, b: Value, nan: Value) -> Value:
     # One adder for both: subtracting adds the complement, and the carry-in comes from a pair of
     # ones below bit 0.
     total = Cat(subtract_1, big_1.significand, 0) + Cat(
-        subtract_1, aligned ^ subtract_1.replicate(RAW_BITS - 1), subtract_1
+        subtract_1, aligned ^ subtract_1.replicate(raw_bits - 1), subtract_1
     )
 
     # Stage 3
-    zeros, shift, raw = Signal(5), Signal(5), Signal(RAW_BITS)
+    zeros, shift, raw = Signal(shift_bits), Signal(shift_bits), Signal(raw_bits)
     m.d.comb += [
         zeros.eq(leading_zeros(m, sum_2)),
         # Not further than exponent 1: what is left of the top bit then is a subnormal.
         shift.eq(Mux(zeros < exponent_2, zeros, exponent_2)),
         raw.eq(sum_2 << shift),
     ]
-    output = Signal(32, reset_less=True)
+    output = Signal(encoding.bits, reset_less=True)
 
     with m.If(en):
         m.d.sync += [
             big_1.eq(big),
             small_1.eq(small.significand),
-            shift_1.eq(saturate5(distance)),
+            shift_1.eq(saturate(distance, shift_bits)),
             subtract_1.eq(a.sign ^ b.sign),
-            nan_1.eq(nan | ((a.exponent == RAW_INF) & (b.exponent == RAW_INF) & (a.sign ^ b.sign))),
-            sum_2.eq(total[1 : RAW_BITS + 1]),
+            nan_1.eq(
+                nan
+                | (
+                    (a.exponent == encoding.raw_inf)
+                    & (b.exponent == encoding.raw_inf)
+                    & (a.sign ^ b.sign)
+                )
+            ),
+            sum_2.eq(total[1 : raw_bits + 1]),
             exponent_2.eq(big_1.exponent),
             sign_2.eq(big_1.sign),
             subtract_2.eq(subtract_1),
             nan_2.eq(nan_1),
             output.eq(
-                pack_fp32(
+                pack(
                     m,
+                    encoding,
                     # x - x is +0; -0 + -0 keeps its sign.
                     sign=sign_2 & ~(subtract_2 & (sum_2 == 0)),
-                    exponent=(exponent_2 - shift)[:EXP_BITS],
+                    exponent=(exponent_2 - shift)[:exp_bits],
                     raw=raw,
                     nan=nan_2,
                 )
@@ -125,33 +162,47 @@ def raw_add(m: Module, *, en: Value, a: Value, b: Value, nan: Value) -> Value:
     return output
 
 
-class Fp32Add(wiring.Component):
-    """``o = a + b`` in FP32, rounded to nearest even.
+class Adder(wiring.Component):
+    """``o = a + b`` in an encoding, rounded to nearest even.
 
-    Subnormals are kept, overflow gives infinity, every NaN result is 0x7FC00000. To subtract, flip
-    bit 31 of an operand. Latency `FP32_LATENCY` enabled cycles; one result per enabled cycle.
+    Subnormals are kept, overflow gives infinity, every NaN result is the canonical one. To
+    subtract, flip the top bit of an operand. Latency `FP32_LATENCY` enabled cycles; one result per
+    enabled cycle.
+
+    Parameters
+    ----------
+    encoding : of `a`, `b` and `o`
 
     Members
     -------
     en : In(1), low freezes every stage
-    a, b : In(32), sampled in each enabled cycle
-    o : Out(32), registered
+    a, b : In, sampled in each enabled cycle
+    o : Out, registered
     """
 
-    en: In(1)
-    a: In(32)
-    b: In(32)
-    o: Out(32)
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        bits = encoding.bits
+        super().__init__({"en": In(1), "a": In(bits), "b": In(bits), "o": Out(bits)})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        a, b = Signal(Raw), Signal(Raw)
+        encoding = self._encoding
+        a, b = Signal(raw_layout(encoding)), Signal(raw_layout(encoding))
         m.d.comb += [
-            a.as_value().eq(unpack_fp32(self.a)),
-            b.as_value().eq(unpack_fp32(self.b)),
+            a.as_value().eq(unpack(self.a, encoding)),
+            b.as_value().eq(unpack(self.b, encoding)),
         ]
-        m.d.comb += self.o.eq(raw_add(m, en=self.en, a=a, b=b, nan=is_nan(self.a) | is_nan(self.b)))
+        nan = is_nan(self.a, encoding) | is_nan(self.b, encoding)
+        m.d.comb += self.o.eq(raw_add(m, en=self.en, a=a, b=b, nan=nan, encoding=encoding))
         return m
+
+
+class Fp32Add(Adder):
+    """The `Adder` for FP32: words of 32 bits, NaN results 0x7FC00000."""
+
+    def __init__(self) -> None:
+        super().__init__(FP32)
 
 
 class Fp32Mul(wiring.Component):

@@ -4,21 +4,77 @@ Inside a cell a magnitude is (exponent, significand): `RAW_BITS` of significand 
 point below its top bit, and the biased exponent that a set top bit would have. The exponent is a
 bit wider than FP32's and counts on past 254, so infinity is nothing but a very large exponent
 (`RAW_INF`) and overflow is found once, at the end.
+
+The adder and what it is made of take an `Encoding`. The chip has FP32 only; the same generators
+at the widths of FP8 make adders that are small enough to be proven (tests/hdl/test_formal.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 
-from ..formats import CANONICAL_NAN
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """Widths of an IEEE-754 encoding (subnormals, infinities, NaNs) and of a cell that adds in it.
+
+    Parameters
+    ----------
+    exponent : bits, 3 or more
+    fraction : bits, 2 or more
+    """
+
+    exponent: int
+    fraction: int
+
+    @property
+    def bits(self) -> int:
+        """Of a word."""
+        return 1 + self.exponent + self.fraction
+
+    @property
+    def raw_bits(self) -> int:
+        """1 carry bit, the significand with its leading one, then guard, round and sticky."""
+        return 1 + (1 + self.fraction) + 3
+
+    @property
+    def exp_bits(self) -> int:
+        """Of an exponent inside a cell."""
+        return self.exponent + 1
+
+    @property
+    def raw_inf(self) -> int:
+        """Exponent of infinity: what its field, followed by a 0 instead of a 1, would be with one
+        bit more."""
+        return (1 << self.exp_bits) - 2
+
+    @property
+    def shift_bits(self) -> int:
+        """Of a distance that saturates, the largest meaning "past everything"."""
+        return (self.raw_bits - 1).bit_length()
+
+    @property
+    def infinity(self) -> int:
+        """Word of positive infinity."""
+        return (1 << self.exponent) - 1 << self.fraction
+
+    @property
+    def nan(self) -> int:
+        """Word of the canonical NaN: quiet, positive, payload zero."""
+        return self.infinity | 1 << self.fraction - 1
+
+
+FP32 = Encoding(exponent=8, fraction=23)
 
 #: 1 carry bit, 24 bits of significand, then guard, round and sticky.
-RAW_BITS = 28
+RAW_BITS = FP32.raw_bits
 #: Exponents inside a cell: the product of the two largest bf16 numbers has 382.
-EXP_BITS = 9
+EXP_BITS = FP32.exp_bits
 #: Exponent of infinity. Adding two infinities carries into 511, which still fits; taking any finite
 #: number away leaves 509 at least.
-RAW_INF = 510
+RAW_INF = FP32.raw_inf
 
 
 def leading_zeros(m: Module, value: Value) -> Value:
@@ -28,7 +84,8 @@ def leading_zeros(m: Module, value: Value) -> Value:
     width must not be a power of two if it can be zero.
     """
     levels = (len(value) - 1).bit_length()
-    rest: Value = Cat(Const(-1, (1 << levels) - len(value)), value)
+    missing = (1 << levels) - len(value)
+    rest: Value = Cat(Const((1 << missing) - 1, missing), value)
     count: list[Value] = []
     for half in (1 << level for level in reversed(range(levels))):
         is_zero = Signal(name=f"lz_{half}")
@@ -45,21 +102,29 @@ def leading_zeros(m: Module, value: Value) -> Value:
 def shift_right_sticky(m: Module, value: Value, amount: Value) -> Value:
     """Returns ``value >> amount`` with everything shifted out or-ed into bit 0.
 
-    `amount` has 5 bits and saturates: 31 must mean "31 or more", so `value` has at most 31 bits.
+    `amount` saturates: with 5 bits 31 must mean "31 or more", so `value` has at most 31 bits.
     """
-    assert len(amount) == 5 and len(value) <= 31
-    shifted = Signal(len(value) + 31, name="sticky_shifted")
-    m.d.comb += shifted.eq(Cat(Const(0, 31), value) >> amount)
-    return Cat(shifted[31] | (shifted[:31] != 0), shifted[32:])
+    most = (1 << len(amount)) - 1
+    assert len(value) <= most
+    shifted = Signal(len(value) + most, name="sticky_shifted")
+    m.d.comb += shifted.eq(Cat(Const(0, most), value) >> amount)
+    return Cat(shifted[most] | (shifted[:most] != 0), shifted[most + 1 :])
+
+
+def saturate(amount: Value, bits: int) -> Value:
+    """Returns an unsigned `amount` in as many bits, all ones if it is larger."""
+    return Mux(amount[bits:] != 0, (1 << bits) - 1, amount[:bits])[:bits]
 
 
 def saturate5(amount: Value) -> Value:
     """Returns an unsigned `amount` in 5 bits, 31 if it is larger."""
-    return Mux(amount[5:] != 0, 31, amount[:5])[:5]
+    return saturate(amount, 5)
 
 
-def pack_fp32(m: Module, *, sign: Value, exponent: Value, raw: Value, nan: Value) -> Value:
-    """Rounds to nearest even and encodes as FP32; every corner case is decided here.
+def pack(
+    m: Module, encoding: Encoding, *, sign: Value, exponent: Value, raw: Value, nan: Value
+) -> Value:
+    """Rounds to nearest even and encodes; every corner case is decided here. For FP32:
 
     Parameters
     ----------
@@ -69,17 +134,25 @@ def pack_fp32(m: Module, *, sign: Value, exponent: Value, raw: Value, nan: Value
         are below that. If bit 27 is clear the value is subnormal (exponent 0) or zero.
     nan : the result is NaN, whatever the rest says
     """
-    top = raw[27]
+    fraction, magnitude_bits = encoding.fraction, encoding.bits - 1
+    top = raw[-1]
     round_up = Signal()
-    packed = Signal(23 + EXP_BITS)
+    packed = Signal(fraction + encoding.exp_bits)
     # The rounding carry runs from fraction to exponent, so the next binade, the step from
     # subnormal to normal and the step to infinity come by themselves.
     m.d.comb += [
         round_up.eq(raw[3] & (raw[4] | (raw[:3] != 0))),
         packed.eq(
-            Cat(raw[4:27], Mux(top, exponent, 0)[:EXP_BITS]) + Cat(round_up, Const(0, 22), top)
+            Cat(raw[4:-1], Mux(top, exponent, 0)[: encoding.exp_bits])
+            + Cat(round_up, Const(0, fraction - 1), top)
         ),
     ]
-    overflow = packed[31] | (packed[23:31] == 0xFF)
-    finite = Mux(overflow, 0x7F800000, packed[:31])[:31]
-    return Mux(nan, CANONICAL_NAN, Cat(finite, sign))[:32]
+    field = packed[fraction:magnitude_bits]
+    overflow = packed[-1] | (field == (1 << encoding.exponent) - 1)
+    finite = Mux(overflow, encoding.infinity, packed[:magnitude_bits])[:magnitude_bits]
+    return Mux(nan, encoding.nan, Cat(finite, sign))[: encoding.bits]
+
+
+def pack_fp32(m: Module, *, sign: Value, exponent: Value, raw: Value, nan: Value) -> Value:
+    """`pack` for FP32."""
+    return pack(m, FP32, sign=sign, exponent=exponent, raw=raw, nan=nan)

@@ -26,8 +26,11 @@ from .trace import trace
 
 __all__ = ["Binding", "Compiled", "argument_name", "compile_step"]
 
-#: types that `matmul=` names: what the tensor engine rounds float32 operands to
-MATMUL_TYPES: dict[str, DType] = {FORMATS[dtype].numpy.name: dtype for dtype in NARROW_FLOATS}
+#: types that `matmul=` names: what the tensor engine rounds float32 operands to, or FP32 for
+#: products that keep every bit of them
+MATMUL_TYPES: dict[str, DType] = {
+    FORMATS[dtype].numpy.name: dtype for dtype in (*NARROW_FLOATS, DType.FP32)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,8 @@ def compile_step(
     Parameters
     ----------
     args, kwargs : pytrees of `jax.ShapeDtypeStruct`
-    matmul : type that float32 operands of matrix products are rounded to; those of a narrow type
-        keep it
+    matmul : type that float32 operands of matrix products are rounded to, or "float32" to multiply
+        them as they are, in several passes; those of a narrow type keep it
     name : of the program; default: that of the function
 
     Raises

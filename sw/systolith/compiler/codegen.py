@@ -22,7 +22,7 @@ from ..errors import CompileError
 from ..kernel import DramTensor, KernelBuilder, Tile, View
 from ..program import Program
 from .fuse import affine
-from .ir import ARRAY_TYPES, Form, Graph, Op, Shape, Use, Value, operand_form
+from .ir import ARRAY_TYPES, Form, Graph, Op, Shape, Use, Value, operand_form, product_order
 from .layout import columns
 
 _INFINITY = 1 << 60  #: position of a need that never comes
@@ -183,10 +183,10 @@ class Generator:
                 queue = number % self._config.dma_queues if first == 0 else None
                 pieces = _LOAD_PIECES if op.kind == "dot" else _PIECES
                 # The array needs one block of the stationary operand before it can begin.
-                stationary = 0 if op.form is Form.ROWS else 1
                 head = 0
-                if op.kind == "dot" and op.operands[stationary].value is home.value:
-                    head = lanes
+                if op.kind == "dot":
+                    stationary = 0 if op.form is Form.ROWS else op.attrs["parts"][0]
+                    head = lanes if op.operands[stationary].value is home.value else 0
                 loads.append(
                     self._transfers(home, form, tile, home.dram[0], True, queue, pieces, head)
                 )
@@ -697,11 +697,11 @@ class Generator:
 
         With the result across rows, the left operand is stationary and the right one moves;
         across columns it is the other way round, which gives the transpose in the same words.
-        Both read K across partitions.
+        Both read K across partitions. Operands in parts take a pass for each pair of them.
         """
         lanes = self._config.lanes
-        left = self._operand_tile(op, 0, sbuf=True)
-        right = self._operand_tile(op, 1, sbuf=True)
+        operands = [self._operand_tile(op, i, sbuf=True) for i in range(len(op.operands))]
+        left, right = operands[: op.attrs["parts"][0]], operands[op.attrs["parts"][0] :]
         depth = op.operands[0].shape[1]
         rows, cols = op.result.shape
         across, free = (rows, cols) if op.form is Form.ROWS else (cols, rows)
@@ -713,36 +713,41 @@ class Generator:
         blocks = -(-across // lanes)
         home = self._home(op.result)
         assert op.form is not None
-        loaded: tuple[int, int] | None = None  # what the array holds: (block, tile of K)
+        terms = product_order(op.attrs["parts"], depth, lanes)
+        loaded: tuple[Tile, int, int] | None = None  # what the array holds: (of, block, tile of K)
 
-        def product(psum: Tile, offset: int, block: int, k: int, start: int, length: int) -> None:
-            """psum[:, offset:] (+)= columns `start` on of one block of rows, over one tile of K."""
+        def product(psum: Tile, offset: int, block: int, n: int, start: int, length: int) -> None:
+            """psum[:, offset:] (+)= columns `start` on of one block of rows, for term n."""
             nonlocal loaded
+            *parts, k = terms[n]
             m = min(lanes, across - block * lanes)
             used = min(lanes, depth - k * lanes)
-            if loaded != (block, k):
+            still, moves = parts if op.form is Form.ROWS else parts[::-1]
+            if loaded != (stationary[still], block, k):
                 self._nc.tensor.load_stationary(
-                    stationary.view((m,), offset=k * across + block * lanes, lanes=used).astype(
-                        stationary_type
-                    )
+                    stationary[still]
+                    .view((m,), offset=k * across + block * lanes, lanes=used)
+                    .astype(stationary_type)
                 )
-                loaded = block, k
+                loaded = stationary[still], block, k
             self._nc.tensor.matmul(
                 psum.view((length,), offset=offset, lanes=m),
-                moving.view((length,), offset=k * free + start, lanes=used).astype(moving_type),
-                accumulate=k > 0,
+                moving[moves]
+                .view((length,), offset=k * free + start, lanes=used)
+                .astype(moving_type),
+                accumulate=n > 0,
             )
 
-        tiles = -(-depth // lanes)
+        tiles = len(terms)
         # PSUM holds what is not rounded.
         stays = home.needs and op.result.dtype is DType.FP32
         if stays and blocks * free <= self._config.psum_depth // 2:
             psum = self._psum(blocks * free, op.result.name)
-            pairs = [(block, k) for block in range(blocks) for k in range(tiles)]
+            pairs = [(block, n) for block in range(blocks) for n in range(tiles)]
             if self._arrives_in_pieces(op):
                 pairs.sort(key=lambda pair: pair[1])
-            for block, k in pairs:
-                product(psum, block * free, block, k, 0, free)
+            for block, n in pairs:
+                product(psum, block * free, block, n, 0, free)
             home.tiles[op.form] = psum
             return
         # Through PSUM, as many blocks of rows at once as it holds. While operands arrive, K is
@@ -768,15 +773,15 @@ class Generator:
             early = int(_ARRIVAL * tiles * (across + free) / work) if arriving else 0
             early = min(early, tiles - 1)
             arriving = False
-            for k in range(early):
+            for n in range(early):
                 for psum, (block, start, length) in zip(accumulators, group, strict=True):
-                    product(psum, 0, block, k, start, length)
+                    product(psum, 0, block, n, start, length)
             for psum, (block, start, length) in zip(accumulators, group, strict=True):
                 # The very last block ends in smaller steps: nothing is left to hide it behind.
                 last = not parts and psum is accumulators[-1]
                 step = max(_ENDING_COLUMNS, -(-length // _ENDING)) if last else length
-                for k in range(early, tiles - 1):
-                    product(psum, 0, block, k, start, length)
+                for n in range(early, tiles - 1):
+                    product(psum, 0, block, n, start, length)
                 m = min(lanes, across - block * lanes)
                 for number, at in enumerate(range(0, length, step)):
                     count = min(step, length - at)

@@ -18,7 +18,8 @@ actb       function, scale             ``function(a * scale + b)``
 select     on_false, on_true           operands: mask, then those of on_false and on_true that
                                        are no number (None); ``on_true where mask else on_false``
 reduce     op0, imm0, op1, axis        op1-reduction of ``a op0 imm0`` along an axis, kept as 1
-dot        types                       ``a @ b``, each operand rounded to its type
+dot        types, parts                ``a @ b``, each operand rounded to its type; operands: the
+                                       parts of a, then those of b. See `product_order`
 reshape                                elements of ``a`` in row-major order in another shape
 slice      start, step                 ``a[start[0]::step[0], start[1]::step[1]]``, cut to the
                                        result's shape
@@ -53,6 +54,27 @@ ARRAY_TYPE_NAMES = " or ".join((", ".join(list(ARRAY_TYPES)[:-1]), list(ARRAY_TY
 def array_type(dtype: Any) -> DType | None:
     """What an array of a numpy type is kept in, or None if the chip does not have it."""
     return ARRAY_TYPES.get(np.dtype(dtype).name)
+
+
+#: BF16 numbers that a float32 operand of a matrix product is the sum of, the largest first
+SPLIT_PARTS = 3
+
+
+def product_order(parts: tuple[int, int], depth: int, lanes: int) -> list[tuple[int, int, int]]:
+    """What a "dot" adds up, in order: (part of the left operand, of the right one, tile of K).
+
+    The smallest products come first. Products of parts that lie 2**-24 or more below the largest
+    are left out.
+
+    Parameters
+    ----------
+    parts : of each operand; 1 is an operand as it is
+    depth : K
+    lanes : N
+    """
+    pairs = [(i, j) for i in range(parts[0]) for j in range(parts[1]) if i + j < SPLIT_PARTS]
+    pairs.sort(key=lambda pair: (-sum(pair), -pair[0]))
+    return [(i, j, k) for i, j in pairs for k in range(-(-depth // lanes))]
 
 
 class Form(enum.Enum):
@@ -244,7 +266,8 @@ def operand_form(op: Op, index: int) -> Form | None:
     if op.kind in ("reshape", "slice"):
         return None
     if op.kind == "dot":
-        return use.form(lane_form(use.shape, Form.COLS if index == 0 else Form.ROWS))
+        left = index < op.attrs["parts"][0]
+        return use.form(lane_form(use.shape, Form.COLS if left else Form.ROWS))
     assert op.form is not None
     return use.form(lane_form(use.shape, op.form))
 
@@ -266,8 +289,11 @@ def _shape_reduce(op: Op) -> Shape | None:
 
 
 def _shape_dot(op: Op) -> Shape | None:
-    (m, k), (k2, f) = op.operands[0].shape, op.operands[1].shape
-    return (m, f) if k == k2 else None
+    count = op.attrs["parts"][0]
+    lefts, rights = op.operands[:count], op.operands[count:]
+    (m, k), (k2, f) = lefts[0].shape, rights[0].shape
+    same = all(len({use.shape for use in uses}) == 1 for uses in (lefts, rights))
+    return (m, f) if k == k2 and same and len(rights) == op.attrs["parts"][1] else None
 
 
 def _shape_reshape(op: Op) -> Shape | None:
@@ -307,6 +333,10 @@ def _operand_types(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(v in NARROW_FLOATS for v in value)
 
 
+def _parts(value: Any) -> bool:
+    return _pair(value) and all(count in (1, SPLIT_PARTS) for count in value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What `verify_ir` demands of one kind: operand counts, attributes, the result's shape."""
@@ -336,7 +366,11 @@ RULES: dict[str, Rule] = {
         },
         _shape_reduce,
     ),
-    "dot": Rule((2,), {"types": _operand_types}, _shape_dot),
+    "dot": Rule(
+        (2, 1 + SPLIT_PARTS, 2 * SPLIT_PARTS),
+        {"types": _operand_types, "parts": _parts},
+        _shape_dot,
+    ),
     "reshape": Rule((1,), {}, _shape_reshape),
     "slice": Rule((1,), {"start": _pair, "step": _pair}, _shape_slice),
     "fill": Rule((0,), {"value": _number}, lambda op: op.result.shape),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from systolith_hdl.config import CoreConfig
 
-from .ir import Form, Graph, Op, Value, op_forms, operand_form
+from .ir import Form, Graph, Op, Value, op_forms, operand_form, product_order
 
 #: cycles a transfer takes beside its data: issue, semaphores, DRAM latency
 TRANSFER = 80
@@ -39,7 +39,11 @@ def op_cycles(op: Op, lanes: int) -> float:
         depth = op.operands[0].shape[1]
         rows, cols = op.result.shape
         m, f = (rows, cols) if op.form is Form.ROWS else (cols, rows)
-        return -(-depth // lanes) * -(-m // lanes) * (max(f, lanes) + 4)
+        return (
+            len(product_order(op.attrs["parts"], depth, lanes))
+            * -(-m // lanes)
+            * (max(f, lanes) + 4)
+        )
     shape = op.operands[0].shape if op.kind == "reduce" else op.result.shape
     return INSTRUCTION + columns(shape, op.form, lanes)
 

@@ -48,6 +48,9 @@ MIRRORED = {
     AluOp.LOGICAL_XOR: AluOp.LOGICAL_XOR,
 }
 
+#: K over which a product of float32 operands is summed in PSUM; the vector engine adds up the rest
+SPLIT_DEPTH = 128
+
 #: added as a bias it leaves every number as it is, -0.0 too
 NO_BIAS = -0.0
 
@@ -125,7 +128,7 @@ class Tracer:
 
     Parameters
     ----------
-    matmul : narrow float that FP32 operands of matrix products are rounded to
+    matmul : narrow float that FP32 operands of matrix products are rounded to; FP32: not rounded
     """
 
     def __init__(self, matmul: DType) -> None:
@@ -260,6 +263,22 @@ class Tracer:
                 operands.append(self.use(ref))
         shape = broadcast(*(use.shape for use in operands))
         return self.emit("select", operands, shape, **attrs)
+
+    def split(self, use: Use) -> tuple[Use, ...]:
+        """The BF16 numbers that an FP32 operand of a matrix product is the sum of.
+
+        Each is what rounding the rest to BF16 gives, so three hold 24 bits. What rounds beyond BF16
+        is clipped to its largest number; the second part has the rest.
+        """
+        x = Use(use.value)
+        largest = float(np.uint32(FORMATS[DType.BF16].largest).view(np.float32))
+        clip = {"op0": AluOp.MAX, "imm0": -largest, "op1": AluOp.MIN, "imm1": largest}
+        high = self.emit("ts", [x], x.shape, DType.BF16, **clip)
+        rest = self.sub(x, high)
+        middle = self.rounded(rest, DType.BF16)
+        minus = {"op0": AluOp.BYPASS, "imm0": 0.0, "op1": AluOp.SUB}
+        low = self.emit("tt", [rest, middle], x.shape, DType.BF16, **minus)
+        return tuple(part.t if use.transposed else part for part in (high, middle, low))
 
     def reduce(self, op: AluOp, use: Use, axis: int) -> Use:
         """Reduction of `use` along one axis, kept as size 1."""
@@ -722,22 +741,64 @@ for _name, _op in {
     _register_reduction(_name, _op)
 
 
+def _along_k(t: Tracer, use: Use, axis: int, start: int, length: int) -> Use:
+    """Part of an operand of a product: `length` of its elements along `axis`."""
+    plain = Use(use.value)
+    axis ^= use.transposed
+    rows, cols = plain.shape
+    begin, shape = ((start, 0), (length, cols)) if axis == 0 else ((0, start), (rows, length))
+    part = t.use(_sliced(t, plain, begin, shape))
+    return part.t if use.transposed else part
+
+
+def _product(t: Tracer, left: Use, right: Use, types: Sequence[DType]) -> Use:
+    """``left @ right``, [M, K] @ [K, F], with the operands rounded to `types`; one of FP32 is not
+    rounded but multiplied in parts."""
+    (m, k), (_, f) = left.shape, right.shape
+    # A value of a narrow type, whatever the array's, is an operand as it is.
+    types = [
+        use.value.dtype if dtype is DType.FP32 else dtype
+        for use, dtype in zip((left, right), types, strict=True)
+    ]
+    depth = SPLIT_DEPTH if DType.FP32 in types else k
+    total: Use | None = None
+    for start in range(0, k, depth):
+        length = min(depth, k - start)
+        parts = [
+            t.split(part) if dtype is DType.FP32 else (part,)
+            for part, dtype in (
+                (_along_k(t, left, 1, start, length), types[0]),
+                (_along_k(t, right, 0, start, length), types[1]),
+            )
+        ]
+        product = t.emit(
+            "dot",
+            [*parts[0], *parts[1]],
+            (m, f),
+            types=tuple(DType.BF16 if dtype is DType.FP32 else dtype for dtype in types),
+            parts=(len(parts[0]), len(parts[1])),
+        )
+        total = product if total is None else t.add(total, product)
+    assert total is not None
+    return total
+
+
 @_lowers("dot_general")
 def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
     (a_axes, b_axes), (a_batch, b_batch) = eqn.params["dimension_numbers"]
     if a_batch or b_batch:
         raise _Refuse("batched matrix products are not supported")
     precision = eqn.params.get("precision")
-    if precision is not None and any(
-        p not in (None, jax.lax.Precision.DEFAULT)
-        for p in (precision if isinstance(precision, tuple) else (precision,))
-    ):
-        raise _Refuse(f"precision {precision} is not supported (operands have narrow types)")
+    precisions = precision if isinstance(precision, tuple) else (precision,)
+    if not all(p is None or isinstance(p, jax.lax.Precision) for p in precisions):
+        raise _Refuse(f"precision {precision} is not supported (DEFAULT, HIGH and HIGHEST are)")
+    exact = any(p not in (None, jax.lax.Precision.DEFAULT) for p in precisions)
+    matmul = DType.FP32 if exact else t.matmul
     a_shape, b_shape = (v.aval.shape for v in eqn.invars)
     left, right = t.full(a, canonical(a_shape)), t.full(b, canonical(b_shape))
     # Narrow arrays are multiplied as they are.
     kept = [array_type(v.aval.dtype) for v in eqn.invars]
-    types = tuple(t.matmul if dtype in (None, DType.FP32) else dtype for dtype in kept)
+    types = [matmul if dtype in (None, DType.FP32) else dtype for dtype in kept]
     if len(a_axes) == 2:
         # Everything is summed: elementwise, in FP32.
         same = dict(zip(a_axes, b_axes, strict=True))[0] == 0
@@ -755,7 +816,7 @@ def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
     if (m, f) == (1, 1):
         product = t.mul(left, right.t)
         return t.reduce(AluOp.ADD, product, 1)
-    result = t.emit("dot", [left, right], (m, f), types=types)
+    result = _product(t, left, right, types)
     # A matrix times a vector is a vector: [M, 1] is its column.
     return result.t if len(a_shape) == 2 and len(b_shape) == 1 else result
 
@@ -767,7 +828,7 @@ def trace(closed: Any, names: Sequence[str], matmul: DType = DType.BF16) -> Grap
     ----------
     closed : what `jax.make_jaxpr` returned
     names : of its arguments, for messages
-    matmul : narrow float that FP32 operands of matrix products are rounded to
+    matmul : narrow float that FP32 operands of matrix products are rounded to; FP32: not rounded
 
     Raises
     ------

@@ -1,4 +1,4 @@
-// Clocks the design of test_rtl_fast.py through arrays of inputs and records its outputs.
+// Clocks the design of cells.py through arrays of inputs and records its outputs.
 
 #include <cstdint>
 #include <memory>

@@ -1,0 +1,111 @@
+"""The floating-point leaf cells alone, driven from numpy through a Verilated library.
+
+Millions of cases a second, which no bench that hands every word through Python reaches.
+"""
+
+import ctypes
+import inspect
+from pathlib import Path
+
+import numpy as np
+from amaranth.hdl import Module
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+from systolith.runtime.rtl import verilate
+from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul
+from systolith_hdl.emit import Once, to_verilog
+from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY
+from systolith_hdl.tensor.mac import OPERAND_BITS, Mac, recode
+from systolith_hdl.toolchain import sources_hash
+
+
+class Cells(wiring.Component):
+    """FP32 adder, multiplier and MAC side by side, placed as the chip does; the MAC behind its
+    recoding.
+
+    Members
+    -------
+    en, a, b : In, of the adder and the multiplier
+    total, product : Out, FP32_LATENCY enabled cycles after `a` and `b`
+    mac_a, mac_w : In, FP32 words of which the MAC sees OPERAND_BITS
+    active : In, with `mac_a` and `mac_w`
+    acc : In, MUL_LATENCY cycles later
+    mac_o : Out, ADD_LATENCY cycles after `acc`
+    """
+
+    en: In(1)
+    a: In(32)
+    b: In(32)
+    total: Out(32)
+    product: Out(32)
+    mac_a: In(32)
+    mac_w: In(32)
+    active: In(1)
+    acc: In(32)
+    mac_o: Out(32)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.add = add = Once(Fp32Add(), "fp32_add")
+        m.submodules.mul = mul = Once(Fp32Mul(), "fp32_mul")
+        m.submodules.mac = mac = Once(Mac(), "mac_narrow")
+        m.d.comb += [
+            self.total.eq(add.o),
+            self.product.eq(mul.o),
+            self.mac_o.eq(mac.o),
+            mac.a.as_value().eq(recode(m, self.mac_a[-OPERAND_BITS:])),
+            mac.w.as_value().eq(recode(m, self.mac_w[-OPERAND_BITS:])),
+            mac.active.eq(self.active),
+            mac.acc.eq(self.acc),
+        ]
+        for cell in (add, mul):
+            m.d.comb += [cell.en.eq(self.en), cell.a.eq(self.a), cell.b.eq(self.b)]
+        return m
+
+
+def run_cells(inputs: np.ndarray, *, fast: bool = False) -> np.ndarray:
+    """Clocks the cells, as gates or as C++ (`fast`).
+
+    Parameters
+    ----------
+    inputs : uint32 [cycles, (en | active << 1, a, b, mac_a, mac_w, acc)]
+
+    Returns
+    -------
+    uint32 [cycles, (total, product, mac_o)], as they are at the end of each cycle
+    """
+    library = verilate(
+        f"cells{'-fast' if fast else ''}",
+        "cells",
+        lambda: to_verilog(Cells(), "cells"),
+        Path(__file__).with_suffix(".cpp"),
+        sources=sources_hash() + inspect.getsource(Cells),
+        fast=fast,
+    )
+    inputs = np.ascontiguousarray(inputs, np.uint32)
+    outputs = np.zeros((len(inputs), 3), np.uint32)
+    ctypes.CDLL(str(library)).run_cells(
+        ctypes.c_uint64(len(inputs)),
+        inputs.ctypes.data_as(ctypes.c_void_p),
+        outputs.ctypes.data_as(ctypes.c_void_p),
+    )
+    return outputs
+
+
+def fp32_results(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """FP32 words of ``a + b`` and ``a * b`` from the gates."""
+    inputs = np.zeros((len(a) + FP32_LATENCY, 6), np.uint32)
+    inputs[:, 0] = 1
+    inputs[: len(a), 1], inputs[: len(a), 2] = a, b
+    outputs = run_cells(inputs)[FP32_LATENCY:]
+    return outputs[:, 0], outputs[:, 1]
+
+
+def mac_results(acc: np.ndarray, a: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """FP32 words of ``acc + a * w`` from the gates."""
+    latency = MUL_LATENCY + ADD_LATENCY
+    inputs = np.zeros((len(a) + latency, 6), np.uint32)
+    inputs[:, 0] = 2
+    inputs[: len(a), 3], inputs[: len(a), 4] = a, w
+    inputs[MUL_LATENCY : MUL_LATENCY + len(a), 5] = acc
+    return run_cells(inputs)[latency:, 2]
