@@ -74,8 +74,9 @@ class Core(wiring.Component):
             m.submodules[f"{name}_sequencer"] = sequencer = Sequencer(config, kind)
             sequencers.append(sequencer)
         m.submodules.tensor = tensor = TensorEngine(config)
-        m.submodules.vector = vector = VectorEngine(config)
-        m.submodules.scalar = scalar = ScalarEngine(config)
+        vector_number, scalar_number = (config.engines.index(n) for n in ("vector", "scalar"))
+        m.submodules.vector = vector = VectorEngine(config, number=vector_number)
+        m.submodules.scalar = scalar = ScalarEngine(config, number=scalar_number)
         queues = []
         for index in range(config.dma_queues):
             m.submodules[f"dma{index}"] = queue = DmaQueue(config)

@@ -13,9 +13,9 @@ import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
 from systolith_hdl.formats import DType
 
-from .compiler import MATMUL_TYPES, Compiled, argument_name, compile_step
+from .compiler import Compiled, argument_name, check_options, compile_step
 from .compiler.ir import ARRAY_TYPE_NAMES, ARRAY_TYPES, array_type
-from .errors import DeviceError, UnsupportedError
+from .errors import DeviceError
 from .program import Program
 from .runtime import Counters, DeviceTensor, Driver, LoadedProgram, open_backend
 
@@ -36,6 +36,8 @@ class Device:
     dram_latency : cycles from an accepted burst to its first beat ("golden" has no clock)
     dram_bytes_per_cycle : bandwidth of each direction; default: 2 per lane
     watchdog : cycles without progress after which a program faults; None keeps the chip's default
+    seed : of stochastic rounding in the first program that runs; each run takes the next number,
+        so that the same calls on two devices of one seed give the same bits
     progress : called with a line of text when a long step of opening the device begins
 
     A context manager: leaving it closes the device.
@@ -50,6 +52,7 @@ class Device:
         dram_latency: int = 20,
         dram_bytes_per_cycle: int | None = None,
         watchdog: int | None = None,
+        seed: int = 0,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         options: dict[str, Any] = {"dram_bytes": dram_bytes}
@@ -60,7 +63,7 @@ class Device:
                 options["progress"] = progress
         self.kind = kind
         self._driver: Driver | None = Driver(
-            open_backend(kind, get_config(config), **options), watchdog=watchdog
+            open_backend(kind, get_config(config), **options), watchdog=watchdog, seed=seed
         )
         self.config = self._driver.config
         #: programs whose function died, perhaps while the device was running
@@ -72,6 +75,16 @@ class Device:
         if self._driver is None:
             raise DeviceError(f"{self} is closed")
         return self._driver
+
+    @property
+    def seed(self) -> int:
+        """Seed of stochastic rounding in the next program that runs. Kept with the state of a
+        training and set again, it continues the training as if it had not been interrupted."""
+        return self.driver.seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self.driver.seed = int(value)
 
     @property
     def closed(self) -> bool:
@@ -234,10 +247,13 @@ class Jitted:
     call, and again for every new combination of argument structure, shapes and types.
     """
 
-    def __init__(self, fn: Callable[..., Any], *, device: Device, matmul: str) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], *, device: Device, matmul: str, rounding: str
+    ) -> None:
         self._fn = fn
         self._device = device
         self._matmul = matmul
+        self._rounding = rounding
         self._entries: dict[Any, _Entry] = {}
         self._last: _Entry | None = None
         self._counters: Counters | None = None
@@ -304,6 +320,7 @@ class Jitted:
                     self._device.config,
                     kwargs=spec_kwargs,
                     matmul=self._matmul,
+                    rounding=self._rounding,
                 )
             )
         return leaves, self._entries[key]
@@ -370,7 +387,13 @@ class Jitted:
         }
 
 
-def jit(fn: Callable[..., Any] | None = None, *, device: Device, matmul: str = "bfloat16") -> Any:
+def jit(
+    fn: Callable[..., Any] | None = None,
+    *,
+    device: Device,
+    matmul: str = "bfloat16",
+    rounding: str = "nearest",
+) -> Any:
     """Compiles a JAX function for a device; also a decorator, ``@jit(device=device)``.
 
     Parameters
@@ -381,6 +404,8 @@ def jit(fn: Callable[..., Any] | None = None, *, device: Device, matmul: str = "
         "float8_e4m3fn" or "float8_e5m2". Operands of those types are multiplied as they are.
         With "float32", and in a product of `precision` HIGH or HIGHEST, float32 operands are
         multiplied as they are, in six passes of BF16 products.
+    rounding : "nearest", to even, or "stochastic": how each result of a narrow type is rounded to
+        it. Operands of matrix products and constants are always rounded to nearest.
 
     The result takes and returns the same pytrees. What it returns are `DeviceArray` handles: the
     state stays on the device, and goes into the next call without a copy. Like `jax.jit` it
@@ -388,10 +413,7 @@ def jit(fn: Callable[..., Any] | None = None, *, device: Device, matmul: str = "
     cannot do, naming the primitive, the shapes and the source line, and TypeError for arguments
     of types it does not have.
     """
-    if matmul not in MATMUL_TYPES:
-        raise UnsupportedError(
-            f"matmul={matmul!r} is not supported; supported: {', '.join(MATMUL_TYPES)}"
-        )
+    check_options(matmul, rounding)
     if fn is None:
-        return functools.partial(jit, device=device, matmul=matmul)
-    return Jitted(fn, device=device, matmul=matmul)
+        return functools.partial(jit, device=device, matmul=matmul, rounding=rounding)
+    return Jitted(fn, device=device, matmul=matmul, rounding=rounding)

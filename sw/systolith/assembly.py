@@ -29,6 +29,7 @@ from systolith_hdl.isa import (
     AluOp,
     EncodeError,
     Opcode,
+    Rounding,
     Space,
     WaitMode,
     decode,
@@ -121,6 +122,8 @@ def disassemble_instruction(raw: bytes) -> str:
     for name in ("lanes", "columns", "accumulate"):
         if fields.get(name):
             parts.append(f"{name}={fields[name]}")
+    if fields.get("rounding"):
+        parts.append(f"rounding={_name(Rounding, fields['rounding'])}")
     if "counts.0" in fields:
         parts.append(f"counts={_bracket(fields, 'counts')}")
     for name in SPECS[opcode].operands:
@@ -218,6 +221,8 @@ def _assemble_words(words: list[str]) -> bytes:
                 fields[name] = _code(operation_enums(opcode)[name], value)
             elif name in ("lanes", "columns", "accumulate", "lane_stride"):
                 fields[name] = int(value)
+            elif name == "rounding":
+                fields[name] = _code(Rounding, value)
             elif name in ("imm0", "imm1"):
                 fields[name] = _parse_immediate(value)
             elif name == "counts":

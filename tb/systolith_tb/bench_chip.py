@@ -11,12 +11,12 @@ from cocotb.triggers import RisingEdge
 from systolith.errors import DeviceFault, DeviceTimeout
 from systolith.golden import arithmetic
 from systolith.golden.device import GoldenDevice
-from systolith.kernel import KernelBuilder
+from systolith.kernel import KernelBuilder, View
 from systolith.program import Program
 from systolith.runtime.driver import Driver
 from systolith_hdl.config import get_config
 from systolith_hdl.formats import FLOATS, NARROW_FLOATS, DType
-from systolith_hdl.isa import REDUCTIONS, AluOp, Function, WaitMode
+from systolith_hdl.isa import REDUCTIONS, AluOp, Function, Rounding, WaitMode
 
 from .device import CocotbBackend, run_driver
 from .stimulus import random_words
@@ -32,6 +32,13 @@ def random_kernel(seed: int) -> Program:
     k, m, f = (rng.randint(1, 3 * N) for _ in range(3))
     w = nc.dram.tensor("w", (k, m), rng.choice(FLOATS), kind="input")
     x = nc.dram.tensor("x", (k, f), rng.choice(FLOATS), kind="input")
+
+    def rounded(view: View) -> tuple[View, Rounding]:
+        """A destination of a random type, and how it is rounded."""
+        dtype = rng.choice([*FLOATS, *NARROW_FLOATS])
+        stochastic = dtype is not DType.FP32 and rng.random() < 0.6
+        return view.astype(dtype), Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
+
     outputs = [nc.dram.tensor(f"y{i}", (m, f), rng.choice(FLOATS), kind="output") for i in range(3)]
     tiles_k = [(i, min(N, k - i)) for i in range(0, k, N)]
     tiles_m = [(i, min(N, m - i)) for i in range(0, m, N)]
@@ -58,22 +65,26 @@ def random_kernel(seed: int) -> Program:
         a, b, c = (nc.sbuf.tile(f) for _ in range(3))
         results = [t.view((f,), lanes=lanes) for t in (a, b, c)]
         sums = acc.view((f,), lanes=lanes)
+        dst, rounding = rounded(results[0])
         nc.scalar.activate(
-            results[0], sums, rng.choice(list(Function)), scale=rng.uniform(-2, 2),
-            bias=rng.uniform(-1, 1),
+            dst, sums, rng.choice(list(Function)), scale=rng.uniform(-2, 2),
+            bias=rng.uniform(-1, 1), rounding=rounding,
         )  # fmt: skip
+        dst, rounding = rounded(results[1])
         nc.vector.tensor_tensor(
-            results[1].astype(rng.choice(FLOATS)), sums,
-            rng.choice(list(AluOp)), results[0], op0=rng.choice(list(AluOp)),
-            imm0=rng.uniform(-2, 2),
+            dst, sums, rng.choice(list(AluOp)), results[0], op0=rng.choice(list(AluOp)),
+            imm0=rng.uniform(-2, 2), rounding=rounding,
         )  # fmt: skip
-        nc.vector.memset(results[2], rng.uniform(-1, 1))
-        nc.vector.copy_predicated(results[2], results[0], results[1])
+        dst, rounding = rounded(results[2])
+        nc.vector.memset(dst, rng.uniform(-1, 1), rounding=rounding)
+        nc.vector.copy_predicated(dst, results[0], results[1], rounding=rounding)
         total = nc.sbuf.tile(1)
-        nc.vector.reduce(total.view((1,), lanes=lanes), results[1], rng.choice(list(REDUCTIONS)))
+        dst, rounding = rounded(total.view((1,), lanes=lanes))
+        nc.vector.reduce(dst, results[1], rng.choice(list(REDUCTIONS)), rounding=rounding)
+        dst, rounding = rounded(results[0])
         nc.scalar.activate(
-            results[0], results[2], Function.IDENTITY,
-            bias=total.view((f,), strides=(0,), lanes=lanes),
+            dst, results[2], Function.IDENTITY,
+            bias=total.view((f,), strides=(0,), lanes=lanes), rounding=rounding,
         )  # fmt: skip
         for tensor, result in zip(outputs, results, strict=True):
             e = tensor.itemsize
@@ -113,10 +124,11 @@ def run_on(driver: Driver, program: Program, seed: int) -> dict[str, Any]:
 async def random_kernels(dut: Any, *, pause: float, count: int) -> None:
     backend = CocotbBackend(dut, CONFIG, pause=pause)
     await backend.start()
-    golden = Driver(GoldenDevice("nano"))
+    rounding_seed = random.getrandbits(32)
+    golden = Driver(GoldenDevice("nano"), seed=rounding_seed)
 
     def body() -> int:
-        driver = Driver(backend)
+        driver = Driver(backend, seed=rounding_seed)
         compared = 0
         for _ in range(count):
             seed = random.getrandbits(32)

@@ -8,6 +8,7 @@ from amaranth.hdl import Module, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import FallingEdge
+from systolith.golden import arithmetic
 from systolith_hdl.arith import PackNarrow, RoundNarrow, WidenNarrow
 from systolith_hdl.emit import Once
 from systolith_hdl.formats import CANONICAL_NAN, FORMATS, NARROW_FLOATS, DType
@@ -25,14 +26,17 @@ class NarrowBench(wiring.Component):
     Members
     -------
     dtype : In(DType)
-    words : In, FP32 words
+    stochastic : In(1), how `words` are rounded
+    words, random : In, FP32 words, and what rounds them stochastically
     rounded, bits : Out, of `words`, one cycle later
     narrow : In, packed numbers
     widened : Out, FP32 words of `narrow`, one cycle later
     """
 
     dtype: In(DType)
+    stochastic: In(1)
     words: In(data.ArrayLayout(unsigned(32), COPIES))
+    random: In(data.ArrayLayout(unsigned(32), COPIES))
     rounded: Out(data.ArrayLayout(unsigned(32), COPIES))
     bits: Out(data.ArrayLayout(unsigned(16), COPIES))
     narrow: In(data.ArrayLayout(unsigned(16), COPIES))
@@ -46,6 +50,8 @@ class NarrowBench(wiring.Component):
             m.submodules[f"widen{i}"] = widening = Once(WidenNarrow(), "widen_narrow")
             m.d.comb += [
                 rounding.word.eq(self.words[i]),
+                rounding.stochastic.eq(self.stochastic),
+                rounding.random.eq(self.random[i]),
                 packing.word.eq(rounding.o),
                 widening.bits.eq(self.narrow[i]),
             ]
@@ -162,6 +168,57 @@ async def narrow(dut, dtype: str) -> None:
     cocotb.log.info("%s: %d words, %d numbers", dtype, len(words), len(bits))
 
 
+def at_every_cut(dtype: DType, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """FP32 words of every exponent and the random words at which they begin to be rounded up, as
+    well as those just below; what is above the bits that count is random."""
+    form = FORMATS[dtype]
+    fields = np.repeat(np.arange(256, dtype=np.uint32), 40)
+    fractions = rng.integers(0, 1 << 23, len(fields), dtype=np.uint32)
+    fractions[rng.random(len(fields)) < 0.2] = 0
+    fractions[rng.random(len(fields)) < 0.2] = (1 << 23) - 1
+    words = fields << 23 | fractions | rng.integers(0, 2, len(fields), dtype=np.uint32) << 31
+    below_normal = np.maximum(128 - form.bias - np.maximum(fields, 1).astype(int), 0)
+    cut = np.minimum(23 - form.fraction + below_normal, 32).astype(np.uint64)
+    significand = fractions.astype(np.uint64) | (fields > 0).astype(np.uint64) << np.uint64(23)
+    unit = np.uint64(1) << cut
+    least = (unit - significand) % unit  # what carries into the lowest bit that is kept
+    step = rng.integers(-1, 2, len(fields))
+    noise = rng.integers(0, 1 << 32, len(fields), dtype=np.uint64) // unit * unit
+    return words, (noise + (least + step.astype(np.uint64)) % unit).astype(np.uint32)
+
+
+@cocotb.test(timeout_time=100, timeout_unit="ms")
+@cocotb.parametrize(dtype=[dtype.name for dtype in NARROW_FLOATS])
+async def stochastic(dut, dtype: str) -> None:
+    """Rounds all numbers, ties and their neighbours, words of every exponent at the random words
+    that decide, and $SYSTOLITH_VECTORS / 4 words, with random words; against golden."""
+    kind = DType[dtype]
+    rng = numpy_rng()
+    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 20))) // 4
+    plain = np.concatenate([CORNERS, edges(kind), random_words(rng, count)])
+    sharp, deciding = at_every_cut(kind, rng)
+    words = np.concatenate([sharp, plain])
+    noise = np.concatenate([deciding, rng.integers(0, 1 << 32, len(plain), dtype=np.uint32)])
+    noise[rng.random(len(noise)) < 0.02] = 0
+    noise[rng.random(len(noise)) < 0.02] = 0xFFFFFFFF
+    words, noise = (np.pad(a, (0, -len(a) % COPIES)) for a in (words, noise))
+    await start(dut)
+    dut.dtype.value = kind.value
+    dut.stochastic.value = 1
+    rounded: list[np.ndarray] = []
+    for batch in range(0, len(words), COPIES):
+        dut.words.value = pack(words[batch : batch + COPIES])
+        dut.random.value = pack(noise[batch : batch + COPIES])
+        await FallingEdge(dut.clk)
+        rounded.append(unpack(dut.rounded, np.uint32, COPIES))
+    dut.stochastic.value = 0
+    got = np.concatenate(rounded)
+    _check("rounded", words, got, arithmetic.round_to(words, kind, noise))
+    differ = int((got != arithmetic.round_to(words, kind)).sum())
+    assert differ > len(words) // 20
+    cocotb.log.info("%s: %d words, %d not as to nearest", dtype, len(words), differ)
+
+
 @cocotb.test(timeout_time=10, timeout_unit="ms")
 async def other_types_pass(dut) -> None:
     """A type that is no narrow float leaves words as they are, NaNs included."""
@@ -171,6 +228,7 @@ async def other_types_pass(dut) -> None:
     await start(dut)
     for kind in (DType.FP32, DType.INT32):
         dut.dtype.value = kind.value
+        dut.stochastic.value = kind is DType.INT32
         for chunk in words:
             await FallingEdge(dut.clk)
             dut.words.value = pack(chunk)

@@ -12,16 +12,18 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, ReadOnly
-from systolith.golden import arithmetic
+from systolith.golden import arithmetic, dither
 from systolith.golden.activation import evaluate
 from systolith_hdl.config import get_config
 from systolith_hdl.emit import Once
 from systolith_hdl.formats import FLOATS, DType
-from systolith_hdl.isa import Function, Opcode, Space, encode
+from systolith_hdl.isa import Function, Opcode, Rounding, Space, encode
 from systolith_hdl.ports import READ_LATENCY
 from systolith_hdl.scalar import tables as T
 from systolith_hdl.scalar.engine import FIXED_CYCLES
 from systolith_hdl.scalar.lane import LANE_LATENCY, ScalarLane
+
+from systolith_tb.stimulus import random_counter
 
 #: Lanes of the lane bench: this many vectors in a cycle.
 COPIES = 4
@@ -55,12 +57,18 @@ def random_words(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def reference(
-    function: Function, x: np.ndarray, scale: np.ndarray, bias: np.ndarray, *, dtype: DType
+    function: Function,
+    x: np.ndarray,
+    scale: np.ndarray,
+    bias: np.ndarray,
+    *,
+    dtype: DType,
+    random_words: np.ndarray | None,
 ) -> np.ndarray:
-    """What an element comes to, from golden arithmetic."""
+    """What an element comes to, from golden arithmetic; rounded to nearest without random words."""
     y = arithmetic.add(arithmetic.mul(x, scale), bias)
     result = evaluate(function, y)
-    return arithmetic.round_to(result, dtype)
+    return arithmetic.round_to(result, dtype, random_words)
 
 
 def _pack(words: np.ndarray) -> int:
@@ -78,6 +86,8 @@ class LaneBench(wiring.Component):
     en: In(1)
     control: In(T.CONTROL)
     dtype: In(DType)
+    stochastic: In(1)
+    random: In(data.ArrayLayout(unsigned(32), COPIES))
     x: In(data.ArrayLayout(unsigned(32), COPIES))
     scale: In(data.ArrayLayout(unsigned(32), COPIES))
     bias: In(data.ArrayLayout(unsigned(32), COPIES))
@@ -91,6 +101,8 @@ class LaneBench(wiring.Component):
                 cell.en.eq(self.en),
                 cell.control.eq(self.control),
                 cell.dtype.eq(self.dtype),
+                cell.stochastic.eq(self.stochastic),
+                cell.random.eq(self.random[i]),
                 cell.x.eq(self.x[i]),
                 cell.scale.eq(self.scale[i]),
                 cell.bias.eq(self.bias[i]),
@@ -118,6 +130,10 @@ async def lane(dut) -> None:
         dtype = random.choice(FLOATS)
         dut.control.value = T.tables().controls[function]
         dut.dtype.value = dtype.value
+        stochastic = random.random() < 0.5
+        dut.stochastic.value = stochastic
+        noise = rng.integers(0, 1 << 32, len(x), dtype=np.uint32)
+        dut.random.value = _pack(noise[:COPIES])
 
         got: list[np.ndarray] = []
         pipeline: deque[bool] = deque([False] * LANE_LATENCY)
@@ -130,6 +146,8 @@ async def lane(dut) -> None:
                 continue
             if pipeline.popleft():
                 got.append(_unpack(dut.o, COPIES))
+                # The random words come with the result that they round.
+                dut.random.value = _pack(noise[len(got) * COPIES :][:COPIES])
             pipeline.append(sent < batches)
             if sent < batches:
                 chunk = slice(sent * COPIES, (sent + 1) * COPIES)
@@ -138,7 +156,8 @@ async def lane(dut) -> None:
                 dut.bias.value = _pack(bias[chunk])
             sent += 1
         result = np.concatenate(got)
-        wanted = reference(function, x, scale, bias, dtype=dtype)
+        words = noise if stochastic else None
+        wanted = reference(function, x, scale, bias, dtype=dtype, random_words=words)
         wrong = np.flatnonzero(result != wanted)
         assert not len(wrong), (
             f"{function.name}: {len(wrong)} of {len(x)} wrong, first x={x[wrong[0]]:08x} "
@@ -157,9 +176,11 @@ _DEPTH = {Space.SBUF: CONFIG.sbuf_depth, Space.PSUM: CONFIG.psum_depth}
 
 @dataclasses.dataclass
 class Job:
-    """One instruction and what it has to write: (space, address, mask, column) in order."""
+    """One instruction, the number of those before it, and what it has to write: (space, address,
+    mask, column) in order."""
 
     word: int
+    counter: int
     columns: int
     writes: list[tuple[Space, int, int, tuple[int, ...]]]
 
@@ -248,7 +269,7 @@ def _operand(counts: list[int], space: Space, upper: bool) -> tuple[dict[str, in
     return fields, steps.ravel() + base
 
 
-def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator) -> Job:
+def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator, seed: int) -> Job:
     """Draws an instruction and applies it to `memory`."""
     counts = [random.choice((1, 1, 2, 3)), random.choice((1, 2)), random.choice((1, 1, 4)), 0]
     counts[3] = random.choice((1, 2, 7, 16))
@@ -272,6 +293,9 @@ def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator) -> Job
         pattern, addresses[name] = _operand(counts, spaces[name], upper)
         fields.update({f"{name}.{key}": value for key, value in pattern.items()})
     fields["dst.dtype"] = dtype
+    rounding = random.choice(list(Rounding))
+    fields["rounding"] = rounding
+    counter = random_counter()
     word = int.from_bytes(encode(opcode, fields), "little")
 
     x = memory[spaces["src0"]][addresses["src0"]]
@@ -279,13 +303,17 @@ def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator) -> Job
         add = memory[spaces["src1"]][addresses["src1"]]
     else:
         add = np.full_like(x, bias)
-    result = reference(function, x, np.full_like(x, scale), add, dtype=dtype)
+    noise = None
+    if rounding is Rounding.STOCHASTIC:
+        number = CONFIG.engines.index("scalar")
+        noise = dither.random_words(seed, counter, number, elements=len(x), lanes=CONFIG.lanes).T
+    result = reference(function, x, np.full_like(x, scale), add, dtype=dtype, random_words=noise)
     mask = (1 << lanes) - 1
     writes = []
     for address, column in zip(addresses["dst"].tolist(), result, strict=True):
         memory[spaces["dst"]][address, :lanes] = column[:lanes]
         writes.append(_masked(spaces["dst"], address, mask, column))
-    return Job(word, len(writes), writes)
+    return Job(word, counter, len(writes), writes)
 
 
 async def _engine(dut: object, *, reads: float, writes: float, issue: float, jobs: int) -> None:
@@ -298,6 +326,8 @@ async def _engine(dut: object, *, reads: float, writes: float, issue: float, job
     Clock(dut.clk, 10, unit="ns").start()
     dut.rst.value = 1
     dut.issue__instruction__valid.value = 0
+    seed = random.getrandbits(32)
+    dut.issue__seed.value = seed
     for _ in range(3):
         await FallingEdge(dut.clk)
         memories.drive()
@@ -309,7 +339,7 @@ async def _engine(dut: object, *, reads: float, writes: float, issue: float, job
     await ReadOnly()
     memories.observe()
 
-    waiting = [random_job(model, rng) for _ in range(jobs)]
+    waiting = [random_job(model, rng, seed) for _ in range(jobs)]
     expected = [write for job in waiting for write in job.writes]
     running: Job | None = None
     offered: Job | None = None
@@ -320,6 +350,7 @@ async def _engine(dut: object, *, reads: float, writes: float, issue: float, job
             offered = waiting.pop(0)
         dut.issue__instruction__valid.value = offered is not None
         dut.issue__instruction__payload.value = offered.word if offered else random.getrandbits(512)
+        dut.issue__counter.value = offered.counter if offered else random.getrandbits(32)
         memories.drive()
         await ReadOnly()
         assert bool(dut.issue__busy.value) == (running is not None)

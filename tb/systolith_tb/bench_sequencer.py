@@ -44,6 +44,7 @@ class Bench:
         self.delay = delay
         self.pause = pause
         self.issued: list[list[bytes]] = [[] for _ in range(COUNT)]
+        self.counters: list[list[int]] = [[] for _ in range(COUNT)]
         self.completed = [0] * COUNT
         self.signalled: Counter[int] = Counter()
         self.taken: Counter[int] = Counter()
@@ -107,6 +108,7 @@ class Bench:
             ):
                 raw = int(getattr(dut, f"instruction__{e}__payload").value).to_bytes(64, "little")
                 self._issue(e, raw)
+                self.counters[e].append(int(getattr(dut, f"counter__{e}").value))
                 name = "done_load" if raw[0] == Opcode.LOAD_STATIONARY.value else "finished"
                 pending[name].append((cycle + random.randint(0, self.delay), raw))
 
@@ -139,6 +141,7 @@ class Bench:
         for e in range(COUNT):
             getattr(self.dut, f"base__{e}").value = self.bases[e]
             self.issued[e].clear()
+            self.counters[e].clear()
             self.completed[e] = 0
         self.signalled.clear()
         self.taken.clear()
@@ -216,7 +219,9 @@ async def random_programs(dut: Any, *, pause: float, delay: int, programs: int) 
         for e in range(COUNT):
             assert not bench.high("fault", e)
             internal = (Opcode.NOP.value, Opcode.END.value)
-            assert bench.issued[e] == [raw for raw in streams[e] if raw[0] not in internal]
+            issued = {pc: raw for pc, raw in enumerate(streams[e]) if raw[0] not in internal}
+            assert bench.issued[e] == list(issued.values())
+            assert bench.counters[e] == list(issued)
             assert bench.completed[e] == len(streams[e])
             total += len(bench.issued[e])
         for sem in range(CONFIG.semaphores):

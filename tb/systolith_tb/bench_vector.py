@@ -14,15 +14,14 @@ from cocotb.triggers import ClockCycles, RisingEdge
 from systolith.golden.core import Core
 from systolith_hdl.config import get_config
 from systolith_hdl.formats import FLOATS, DType
-from systolith_hdl.isa import REDUCTIONS, AluOp, Opcode, Space, encode
+from systolith_hdl.isa import REDUCTIONS, AluOp, Opcode, Rounding, Space, encode
 from systolith_hdl.vector.engine import FIXED_CYCLES, REDUCE_CYCLES
 
 from .memory import MemoryModel
-from .stimulus import CORNERS, golden_run, operand_fields, random_counts, random_words
+from .stimulus import CORNERS, operand_fields, random_counter, random_counts, random_words
 
 CONFIG = get_config(os.environ.get("SYSTOLITH_BENCH_CONFIG", "nano"))
 N = CONFIG.lanes
-ENGINE = CONFIG.engines.index("vector")
 READS = ("src0_sbuf", "src1_sbuf")
 PSUM_READS = ("src0_psum", "src1_psum")
 
@@ -52,10 +51,13 @@ class Bench:
         self.dut.rst.value = 0
 
     async def run(self, instructions: list[bytes], idle: float = 0.0) -> list[int]:
-        """Issues instructions one after the other; returns the cycles each took, from being
-        taken to `done`."""
+        """Issues instructions one after the other, with a random seed and counters; returns the
+        cycles each took, from being taken to `done`."""
         dut = self.dut
-        queue = list(instructions)
+        counters = [random_counter() for _ in instructions]
+        queue = list(zip(instructions, counters, strict=True))
+        self.golden.seed = random.getrandbits(32)
+        dut.issue__seed.value = self.golden.seed
         taken: list[int] = []
         took: list[int] = []
         cycle = 0
@@ -63,7 +65,11 @@ class Bench:
             offer = bool(queue) and random.random() >= idle
             dut.issue__instruction__valid.value = int(offer)
             if offer:
-                dut.issue__instruction__payload.value = int.from_bytes(queue[0], "little")
+                raw, counter = queue[0]
+                dut.issue__instruction__payload.value = int.from_bytes(raw, "little")
+                dut.issue__counter.value = counter
+            else:
+                dut.issue__counter.value = random.getrandbits(32)
             await RisingEdge(dut.clk)
             cycle += 1
             if dut.issue__done.value == 1:
@@ -76,7 +82,9 @@ class Bench:
             await RisingEdge(dut.clk)
             assert dut.issue__done.value == 0, "more instructions done than were issued"
         assert dut.issue__busy.value == 0
-        golden_run(self.golden, ENGINE, instructions)
+        for raw, counter in zip(instructions, counters, strict=True):
+            fault = self.golden.execute(raw, "vector", counter=counter)
+            assert fault is None, f"golden faults: {fault}"
         self.done += len(instructions)
         return took
 
@@ -109,6 +117,7 @@ def random_instruction() -> bytes:
     sources = {Space.SBUF: (half, 2 * half), Space.PSUM: (psum_half, 2 * psum_half)}
     targets = {Space.SBUF: (0, half), Space.PSUM: (0, psum_half)}
     fields["dst.dtype"] = random.choice([DType.FP32, *FLOATS])
+    fields["rounding"] = random.choice(list(Rounding))
 
     def immediate() -> int:
         rng = np.random.default_rng(random.getrandbits(32))

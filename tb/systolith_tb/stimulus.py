@@ -1,4 +1,4 @@
-"""Random words, patterns and instructions for benches, and golden's answer to them."""
+"""Random words, patterns and instructions for benches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from amaranth.hdl import Shape
-from systolith.golden.core import Core
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
 from systolith_hdl.isa import (
     DMA_TYPES,
@@ -48,6 +47,11 @@ def random_words(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray
     words = np.where(kind < 0.5, plain, anything)
     words = np.where(kind > 0.75, near.view(np.uint32), words)
     return np.where(kind > 0.85, corner, words).astype(np.uint32)
+
+
+def random_counter() -> int:
+    """The number of instructions before one: mostly small, any of 32 bits."""
+    return random.getrandbits(random.choice((3, 8, 16, 32)))
 
 
 def random_counts(limit: int) -> list[int]:
@@ -98,18 +102,6 @@ def operand_fields(
                 f"{name}.base": base,
                 **{f"{name}.strides.{d}": strides[d] for d in range(4)},
             }
-
-
-def golden_run(core: Core, engine: int, instructions: list[bytes]) -> None:
-    """Runs a stream on one engine of a golden core to its end; the other engines do nothing."""
-    end = encode(Opcode.END, {})
-    stream = b"".join(instructions) + end
-    core.dram[: len(stream)] = np.frombuffer(stream, np.uint8)
-    idle = -(-len(stream) // INSTRUCTION_BYTES) * INSTRUCTION_BYTES
-    core.dram[idle : idle + INSTRUCTION_BYTES] = np.frombuffer(end, np.uint8)
-    core.start([0 if e == engine else idle for e in range(len(core.config.engines))])
-    core.run()
-    assert core.fault is None, f"golden faults: {core.fault}"
 
 
 def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> bytes:

@@ -12,7 +12,7 @@ from systolith.assembly import (
 )
 from systolith.errors import ProgramError
 from systolith_hdl.config import INSTRUCTION_BYTES
-from systolith_hdl.isa import FIELDS, USED_BITS, AluOp, Opcode, encode
+from systolith_hdl.isa import FIELDS, USED_BITS, AluOp, Opcode, Rounding, encode
 
 OPCODES = st.sampled_from(list(Opcode))
 
@@ -52,6 +52,7 @@ def test_text() -> None:
             "op0": AluOp.MUL,
             "op1": AluOp.BIT_AND,
             "lanes": 4,
+            "rounding": Rounding.STOCHASTIC,
             "counts.3": 16,
             "dst.base": 8,
             "dst.strides.3": 1,
@@ -71,8 +72,9 @@ def test_text() -> None:
         },
     )
     assert disassemble_instruction(raw) == (
-        "wait(s3>=9,-,s4-=1) TENSOR_SCALAR op0=MUL op1=BIT_AND lanes=4 counts=[0,0,0,16] "
-        "dst=sbuf.bf16@8[0,0,0,1] src0=psum.fp32@0[0,0,0,-2] imm0=0.1 imm1=0x000000ff signal(s2+1)"
+        "wait(s3>=9,-,s4-=1) TENSOR_SCALAR op0=MUL op1=BIT_AND lanes=4 rounding=STOCHASTIC "
+        "counts=[0,0,0,16] dst=sbuf.bf16@8[0,0,0,1] src0=psum.fp32@0[0,0,0,-2] imm0=0.1 "
+        "imm1=0x000000ff signal(s2+1)"
     )
 
 
@@ -89,6 +91,8 @@ def test_every_field_is_shown() -> None:
     "text",
     [
         "",
+        "MEMSET rounding=UP",
+        "MATMUL rounding=STOCHASTIC",
         "FROBNICATE",
         "NOP lanes=4",
         "MATMUL lanes=300",

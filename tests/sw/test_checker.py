@@ -135,10 +135,10 @@ def test_order_of_causes() -> None:
     }
     mended = {"op0": 0, "dst.dtype": 0, "dst.space": 0, "lanes": 4, "signal.sem": 0, "src0.base": 0}
     fields = legal_fields(Opcode.TENSOR_TENSOR) | broken
-    word = int.from_bytes(encode(Opcode.TENSOR_TENSOR, fields), "little") | 1 << 125
+    word = int.from_bytes(encode(Opcode.TENSOR_TENSOR, fields), "little") | 1 << 126
     met = []
     for kind, reserved in ((EngineKind.DMA, 1), (EngineKind.VECTOR, 1), (EngineKind.VECTOR, 0)):
-        raw = (word & ~(0 if reserved else 1 << 125)).to_bytes(64, "little")
+        raw = (word & ~(0 if reserved else 1 << 126)).to_bytes(64, "little")
         met.append(check(raw, kind, NANO))
     for name, value in mended.items():
         fields[name] = value

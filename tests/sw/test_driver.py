@@ -281,7 +281,7 @@ DMA = {f"counts.{i}": 1 for i in range(4)} | {"lanes": 1}
 #: cause -> (engine, instruction, address)
 FAULTS = {
     "ILLEGAL_OPCODE": ("vector", bytes([0xFF]) + bytes(63), 0),
-    "RESERVED_BITS": ("vector", with_bit(memset(), 125), 0),
+    "RESERVED_BITS": ("vector", with_bit(memset(), 126), 0),
     "ILLEGAL_OPERATION": ("vector", memset(wait__0__mode=3), 0),
     "BAD_TYPE": ("vector", memset(dst__dtype=9), 0),
     "BAD_SPACE": ("vector", memset(dst__space=2), 0),

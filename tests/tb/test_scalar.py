@@ -13,7 +13,7 @@ def test_lane() -> None:
 def test_engine() -> None:
     cases = ("engine_free", "engine_idle", "engine_backpressure", "engine_stalls")
     ran = run_bench(
-        ScalarEngine(CONFIG),
+        ScalarEngine(CONFIG, number=CONFIG.engines.index("scalar")),
         "scalar_engine",
         "systolith_tb.bench_scalar",
         testcase=",".join(cases),

@@ -6,4 +6,6 @@ from systolith_tb.runner import run_bench
 
 
 def test_vector_engine() -> None:
-    assert run_bench(VectorEngine(get_config("nano")), "vector", "systolith_tb.bench_vector") == 5
+    config = get_config("nano")
+    engine = VectorEngine(config, number=config.engines.index("vector"))
+    assert run_bench(engine, "vector", "systolith_tb.bench_vector") == 5

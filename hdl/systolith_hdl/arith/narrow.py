@@ -33,7 +33,7 @@ class RoundNarrow(wiring.Component):
     word : In(32)
     dtype : In(DType)
     stochastic : In(1), rounds up in magnitude if the part of the number that the type does not
-        hold plus as many low bits of `random` reaches one unit of the type. A number below 2**-8
+        hold plus as many low bits of `random` reaches one unit of the type. A number below 2**-9
         of the type's smallest becomes zero.
     random : In(32)
     o : Out(32)

@@ -5,11 +5,12 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 from ..access import elementwise_ports, pattern, place_streamers
+from ..arith import DITHER_LATENCY, Dither, engine_key
 from ..config import CoreConfig
 from ..emit import Once
 from ..formats import DType
-from ..isa import SPECS, Opcode
-from ..ports import IssuePort
+from ..isa import SPECS, Opcode, Rounding
+from ..ports import IssuePort, split_words
 from . import tables as T
 from .lane import LANE_LATENCY, ScalarLane
 
@@ -17,12 +18,20 @@ from .lane import LANE_LATENCY, ScalarLane
 #: port stalls: 4 to the first column, the lanes, 1 more to write.
 FIXED_CYCLES = 4 + LANE_LATENCY + 1
 
+# The first result finds its random words: stochastic rounding costs no cycle.
+assert DITHER_LATENCY <= 4 + LANE_LATENCY
+
 
 class ScalarEngine(wiring.Component):
     """Executes ACTIVATE and ACTIVATE_TENSOR_BIAS on N lanes.
 
     ``dst = function(src0 * imm0 + imm1)`` or ``function(src0 * imm0 + src1)``: a multiplication
     and an addition in FP32, each rounded, then the function, then rounding to the type of dst.
+
+    Parameters
+    ----------
+    number : of the engine in `config.engines`, of which the random words of stochastic rounding
+        depend
 
     Members
     -------
@@ -35,8 +44,9 @@ class ScalarEngine(wiring.Component):
     taken in the cycle of `done`, when all writes are accepted.
     """
 
-    def __init__(self, config: CoreConfig) -> None:
+    def __init__(self, config: CoreConfig, *, number: int) -> None:
         self._config = config
+        self._number = number
         super().__init__({"issue": In(IssuePort()), **elementwise_ports(config)})
 
     def elaborate(self, platform: object) -> Module:
@@ -88,6 +98,22 @@ class ScalarEngine(wiring.Component):
         with m.Elif(dst.done):
             m.d.sync += active.eq(0)
 
+        # -- Random words for the results, one column after the other.
+        m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
+        stochastic = Signal()
+        wanted = (tensor.header.rounding == Rounding.STOCHASTIC) & (
+            tensor.body.dst.dtype != DType.FP32
+        )
+        with m.If(take):
+            m.d.sync += stochastic.eq(wanted)
+        m.d.comb += [
+            dither.start.eq(take & wanted),
+            dither.seed.eq(self.issue.seed),
+            dither.counter.eq(self.issue.counter),
+            dither.key.eq(engine_key(self._number)),
+            dither.take.eq(dst.columns.valid & dst.columns.ready & stochastic),
+        ]
+
         # -- Lanes: the whole pipeline stands still while the write side is full.
         enable, enter = Signal(), Signal()
         valid = Signal(LANE_LATENCY)
@@ -101,12 +127,15 @@ class ScalarEngine(wiring.Component):
         ]
         with m.If(enable):
             m.d.sync += valid.eq(Cat(enter, valid))
+        random = split_words(m, dither.words, name="random")
         for lane in range(lanes):
             m.submodules[f"lane{lane}"] = cell = Once(ScalarLane(), "scalar_lane")
             m.d.comb += [
                 cell.en.eq(enable),
                 cell.control.eq(control),
                 cell.dtype.eq(dtype),
+                cell.stochastic.eq(stochastic),
+                cell.random.eq(random[lane]),
                 cell.x.eq(src0.columns.payload.data[lane]),
                 cell.scale.eq(scale),
                 cell.bias.eq(Mux(two_sources, src1.columns.payload.data[lane], bias)),

@@ -281,8 +281,9 @@ class ScalarLane(wiring.Component):
     en : In(1), low freezes every stage
     control : In(`tables.CONTROL`), constant while its operands are in the pipeline; so is `dtype`
     dtype : In(DType), the result is rounded to it (and kept in FP32's encoding)
+    stochastic, random : In(1), In(32), as those of `RoundNarrow`; with the result
     x, scale, bias : In(32), FP32, sampled together in each enabled cycle
-    o : Out(32), FP32, combinational from registers and `dtype`
+    o : Out(32), FP32, combinational from registers and the inputs that say how to round
 
     Latency `LANE_LATENCY` enabled cycles, one result per enabled cycle.
     """
@@ -290,6 +291,8 @@ class ScalarLane(wiring.Component):
     en: In(1)
     control: In(T.CONTROL)
     dtype: In(DType)
+    stochastic: In(1)
+    random: In(32)
     x: In(32)
     scale: In(32)
     bias: In(32)
@@ -319,6 +322,8 @@ class ScalarLane(wiring.Component):
             function.y.eq(add.o),
             rounding.word.eq(function.o),
             rounding.dtype.eq(self.dtype),
+            rounding.stochastic.eq(self.stochastic),
+            rounding.random.eq(self.random),
             self.o.eq(rounding.o),
         ]
         return m

@@ -5,11 +5,12 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 from ..access import AddressGenerator, Pattern, elementwise_ports, pattern, place_streamers
-from ..arith import RoundNarrow
+from ..arith import DITHER_LATENCY, Dither, RoundNarrow, engine_key
 from ..config import CoreConfig
 from ..emit import Once
-from ..isa import INSTRUCTION_BITS, REDUCE_ACCUMULATORS, SPECS, AluOp, Opcode
-from ..ports import IssuePort
+from ..formats import DType
+from ..isa import INSTRUCTION_BITS, REDUCE_ACCUMULATORS, SPECS, AluOp, Opcode, Rounding
+from ..ports import IssuePort, split_words
 from .alu import ALU_LATENCY
 from .lane import LANE_LATENCY, Second, VectorLane
 
@@ -19,6 +20,10 @@ FIXED_CYCLES = 4 + LANE_LATENCY + 1
 #: Cycles REDUCE adds for each result: the accumulators drain, are combined and cleared.
 REDUCE_CYCLES = 13
 
+# The first result that needs a random word finds it, so stochastic rounding costs no cycle. Only
+# MEMSET's comes 3 cycles earlier, as nothing is read, and waits for it, within FIXED_CYCLES.
+assert DITHER_LATENCY <= 4 + LANE_LATENCY
+
 
 def lane_mask(lanes: Value, count: int) -> Value:
     """One bit for each of `count` lanes, high in the first `lanes`."""
@@ -27,6 +32,11 @@ def lane_mask(lanes: Value, count: int) -> Value:
 
 class VectorEngine(wiring.Component):
     """Executes TENSOR_TENSOR, TENSOR_SCALAR, REDUCE, MEMSET and COPY_PREDICATED on N lanes.
+
+    Parameters
+    ----------
+    number : of the engine in `config.engines`, of which the random words of stochastic rounding
+        depend
 
     Members
     -------
@@ -39,8 +49,9 @@ class VectorEngine(wiring.Component):
     ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most. The next is taken in the cycle of `done`.
     """
 
-    def __init__(self, config: CoreConfig) -> None:
+    def __init__(self, config: CoreConfig, *, number: int) -> None:
         self._config = config
+        self._number = number
         super().__init__({"issue": In(IssuePort()), **elementwise_ports(config)})
 
     def elaborate(self, platform: object) -> Module:
@@ -103,10 +114,28 @@ class VectorEngine(wiring.Component):
         op0 = Mux(is_memset | is_predicated, bypass, running.header.op0)
         op1 = Mux(is_memset | is_predicated, bypass, running.header.op1)
 
-        # -- Lanes.
+        # -- Random words for the results, one column after the other.
+        m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
+        stochastic = Signal()
+        wanted = (two.header.rounding == Rounding.STOCHASTIC) & (two.body.dst.dtype != DType.FP32)
+        with m.If(take):
+            m.d.sync += stochastic.eq(wanted)
         out_valid = Signal()
+        written = Signal()
+        offer = Signal()
+        m.d.comb += [
+            offer.eq(out_valid & (dither.valid | ~stochastic)),
+            written.eq(offer & dst.columns.ready),
+            dither.start.eq(take & wanted),
+            dither.seed.eq(self.issue.seed),
+            dither.counter.eq(self.issue.counter),
+            dither.key.eq(engine_key(self._number)),
+            dither.take.eq(written & stochastic),
+        ]
+
+        # -- Lanes.
         enable = Signal()
-        m.d.comb += enable.eq(~out_valid | dst.columns.ready)
+        m.d.comb += enable.eq(~out_valid | written)
         offered = Mux(
             is_memset,
             steps.address.valid,
@@ -178,7 +207,8 @@ class VectorEngine(wiring.Component):
             m.d.comb += clear.eq(1)  # the accumulators start from this instruction's identity
 
         imm1 = Mux(is_tensor_tensor, 0, scalar.body.imm1)
-        written = dst.columns.payload
+        column = dst.columns.payload
+        random = split_words(m, dither.words, name="random")
         for lane in range(lanes):
             m.submodules[f"lane{lane}"] = cell = Once(VectorLane(), "vector_lane")
             m.submodules[f"round{lane}"] = rounding = Once(RoundNarrow(), "round_narrow")
@@ -197,12 +227,14 @@ class VectorEngine(wiring.Component):
                 cell.clear.eq(clear),
                 rounding.word.eq(cell.o),
                 rounding.dtype.eq(running.body.dst.dtype),
-                written.data[lane].eq(rounding.o),
+                rounding.stochastic.eq(stochastic),
+                rounding.random.eq(random[lane]),
+                column.data[lane].eq(rounding.o),
             ]
         nonzero = Cat(getattr(m.submodules, f"lane{lane}").nonzero for lane in range(lanes))
         everywhere = (~is_predicated).replicate(lanes)
         m.d.comb += [
-            written.mask.eq(lane_mask(running.header.lanes, lanes) & (nonzero | everywhere)),
-            dst.columns.valid.eq(out_valid),
+            column.mask.eq(lane_mask(running.header.lanes, lanes) & (nonzero | everywhere)),
+            dst.columns.valid.eq(offer),
         ]
         return m

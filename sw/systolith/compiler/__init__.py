@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, NARROW_FLOATS, DType
+from systolith_hdl.isa import Rounding
 
 from ..errors import CompileError, UnsupportedError
 from ..program import Program
@@ -31,6 +32,20 @@ __all__ = ["Binding", "Compiled", "argument_name", "compile_step"]
 MATMUL_TYPES: dict[str, DType] = {
     FORMATS[dtype].numpy.name: dtype for dtype in (*NARROW_FLOATS, DType.FP32)
 }
+#: what `rounding=` names: how results become narrow floats
+ROUNDINGS: dict[str, Rounding] = {rounding.name.lower(): rounding for rounding in Rounding}
+
+
+def check_options(matmul: str, rounding: str) -> None:
+    """Raises UnsupportedError for an option of `compile_step` that does not exist."""
+    for name, given, known in (
+        ("matmul", matmul, MATMUL_TYPES),
+        ("rounding", rounding, ROUNDINGS),
+    ):
+        if given not in known:
+            raise UnsupportedError(
+                f"{name}={given!r} is not supported; supported: {', '.join(known)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +74,7 @@ def compile_step(
     *,
     kwargs: Mapping[str, Any] | None = None,
     matmul: str = "bfloat16",
+    rounding: str = "nearest",
     name: str | None = None,
 ) -> Compiled:
     """Compiles ``fn(*args, **kwargs)``.
@@ -68,6 +84,8 @@ def compile_step(
     args, kwargs : pytrees of `jax.ShapeDtypeStruct`
     matmul : type that float32 operands of matrix products are rounded to, or "float32" to multiply
         them as they are, in several passes; those of a narrow type keep it
+    rounding : "nearest" or "stochastic": how results become narrow floats; operands of matrix
+        products are always rounded to nearest
     name : of the program; default: that of the function
 
     Raises
@@ -75,10 +93,7 @@ def compile_step(
     UnsupportedError : names the primitive, the shapes and the user's source line
     CompileError : the step does not fit
     """
-    if matmul not in MATMUL_TYPES:
-        raise UnsupportedError(
-            f"matmul={matmul!r} is not supported; supported: {', '.join(MATMUL_TYPES)}"
-        )
+    check_options(matmul, rounding)
     program_name = name or str(getattr(fn, "__name__", "step"))
     kwargs = dict(kwargs or {})
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
@@ -108,10 +123,18 @@ def compile_step(
     traced_order = list(graph.ops)
     schedule(graph, config)
     passed(graph, "schedule")
-    metadata = {"matmul": matmul, "inputs": len(inputs), "outputs": len(outputs)}
+    metadata = {
+        "matmul": matmul,
+        "rounding": rounding,
+        "inputs": len(inputs),
+        "outputs": len(outputs),
+    }
 
     def generate() -> Program:
-        return Generator(graph, config, program_name, inputs, outputs).run(metadata)
+        generator = Generator(
+            graph, config, program_name, inputs, outputs, rounding=ROUNDINGS[rounding]
+        )
+        return generator.run(metadata)
 
     try:
         program = generate()

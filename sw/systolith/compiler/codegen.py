@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import Function, Space
+from systolith_hdl.isa import Function, Rounding, Space
 
 from ..errors import CompileError
 from ..kernel import DramTensor, KernelBuilder, Tile, View
@@ -80,6 +80,7 @@ class Generator:
     config : of the core
     name : of the program
     inputs, outputs : one for each of the graph's, in order
+    rounding : how results become narrow floats
     """
 
     def __init__(
@@ -89,7 +90,10 @@ class Generator:
         name: str,
         inputs: Sequence[Binding],
         outputs: Sequence[Binding],
+        *,
+        rounding: Rounding = Rounding.NEAREST,
     ) -> None:
+        self._rounding = rounding
         self._graph = graph
         self._config = config
         self._nc = KernelBuilder(config, name=name)
@@ -416,9 +420,32 @@ class Generator:
     def _move(self, dst: View, src: View) -> None:
         """Copies with the engine that has less to do."""
         if self._choose(dst.size) == "scalar":
-            self._nc.scalar.activate(dst, src, Function.IDENTITY, 1.0, -0.0)
+            self._nc.scalar.activate(
+                dst, src, Function.IDENTITY, 1.0, -0.0, rounding=self._rounds(dst)
+            )
         else:
-            self._nc.vector.copy(dst, src)
+            self._nc.vector.copy(dst, src, rounding=self._rounds(dst))
+
+    def _rounds(self, dst: View) -> Rounding:
+        """How an instruction rounds what it writes to `dst`."""
+        return Rounding.NEAREST if dst.dtype is DType.FP32 else self._rounding
+
+    def _agree(self, op: Op) -> None:
+        """Makes the copies of a value that is whole in every partition equal, if every partition
+        rounded its own stochastically: that of the first becomes everyone's."""
+        home = self._home(op.result)
+        if (
+            self._rounding is Rounding.NEAREST
+            or op.result.dtype is DType.FP32
+            or op.form is not Form.ALL
+            or op.kind in ("reshape", "slice")
+            or Form.ALL not in home.needs
+        ):
+            return
+        if not home.dram:
+            self._to_dram(home)
+        tile = home.tiles[Form.ALL]
+        self._transfer(home, Form.ALL, tile, home.dram[0], True, self._last_queue)
 
     def _choose(self, work: int) -> str:
         engine = min(self._work, key=lambda name: self._work[name])
@@ -444,6 +471,7 @@ class Generator:
         for index, use in enumerate(self._graph.outputs):
             if use.value is op.result:
                 self._store_output(index, use)
+        self._agree(op)
         made = set(home.tiles)
         others = [form for form in home.needs if form is not None and form not in made]
         if not others:
@@ -580,33 +608,46 @@ class Generator:
 
     def _instruction(self, op: Op, dst: View, views: list[View]) -> None:
         nc, attrs = self._nc, op.attrs
+        how = self._rounds(dst)
         if op.kind == "fill":
-            nc.vector.memset(dst, attrs["value"])
+            nc.vector.memset(dst, attrs["value"], rounding=how)
             self._work["vector"] += dst.size
             return
         if op.kind == "act":
-            nc.scalar.activate(dst, views[0], attrs["function"], attrs["scale"], attrs["bias"])
+            nc.scalar.activate(
+                dst, views[0], attrs["function"], attrs["scale"], attrs["bias"], rounding=how
+            )
             self._work["scalar"] += dst.size
             return
         if op.kind == "actb":
-            nc.scalar.activate(dst, views[0], attrs["function"], attrs["scale"], views[1])
+            nc.scalar.activate(
+                dst, views[0], attrs["function"], attrs["scale"], views[1], rounding=how
+            )
             self._work["scalar"] += dst.size
             return
         linear = affine(op)
         if linear is not None and self._choose(dst.size) == "scalar":
             scale, bias, a, _ = linear
             first, *rest = views if a is op.operands[0] else views[::-1]
-            nc.scalar.activate(dst, first, Function.IDENTITY, scale, rest[0] if rest else bias)
+            nc.scalar.activate(
+                dst, first, Function.IDENTITY, scale, rest[0] if rest else bias, rounding=how
+            )
             return
         if linear is None:
             self._work["vector"] += dst.size
         if op.kind == "tt":
             nc.vector.tensor_tensor(
-                dst, views[0], attrs["op1"], views[1], attrs["op0"], attrs["imm0"]
+                dst, views[0], attrs["op1"], views[1], attrs["op0"], attrs["imm0"], rounding=how
             )
         else:
             nc.vector.tensor_scalar(
-                dst, views[0], attrs["op0"], attrs["imm0"], attrs["op1"], attrs["imm1"]
+                dst,
+                views[0],
+                attrs["op0"],
+                attrs["imm0"],
+                attrs["op1"],
+                attrs["imm1"],
+                rounding=how,
             )
 
     def _number(self, value: float) -> Tile:
@@ -623,11 +664,12 @@ class Generator:
         cases = {
             key: numbers[key] if key in numbers else rest.pop(0) for key in ("on_false", "on_true")
         }
+        how = self._rounds(dst)
         if op.attrs["on_false"] is not None:
-            self._nc.vector.memset(dst, op.attrs["on_false"])
+            self._nc.vector.memset(dst, op.attrs["on_false"], rounding=how)
         elif cases["on_false"].base != dst.base or cases["on_false"].tile is not dst.tile:
-            self._nc.vector.copy(dst, cases["on_false"])
-        self._nc.vector.copy_predicated(dst, mask, cases["on_true"])
+            self._nc.vector.copy(dst, cases["on_false"], rounding=how)
+        self._nc.vector.copy_predicated(dst, mask, cases["on_true"], rounding=how)
         self._work["vector"] += 2 * dst.size
 
     def _reduce(self, op: Op) -> None:
@@ -655,6 +697,7 @@ class Generator:
                 op.attrs["op1"],
                 op.attrs["op0"],
                 op.attrs["imm0"],
+                rounding=self._rounds(dst),
             )
             self._work["vector"] += count * free
 
@@ -790,9 +833,11 @@ class Generator:
                     done = done.astype(op.result.dtype)
                     sums = psum.view((count,), offset=at, lanes=m)
                     if last and number % 2:
-                        self._nc.vector.copy(done, sums)
+                        self._nc.vector.copy(done, sums, rounding=self._rounds(done))
                     elif last:
-                        self._nc.scalar.activate(done, sums, Function.IDENTITY, 1.0, -0.0)
+                        self._nc.scalar.activate(
+                            done, sums, Function.IDENTITY, 1.0, -0.0, rounding=self._rounds(done)
+                        )
                     else:
                         self._move(done, sums)
                     if store is not None:

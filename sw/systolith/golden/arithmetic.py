@@ -67,7 +67,7 @@ def _round_stochastic(words: Words, dtype: DType, random: Words) -> Words:
     """Rounds FP32 to a narrow float: up in magnitude if the part of the number that the type does
     not hold, plus as many of the low bits of `random`, reaches one unit of the type.
 
-    A number below 2**-8 of the type's smallest becomes zero: its part would need more than 32
+    A number below 2**-9 of the type's smallest becomes zero: its part would need more than 32
     random bits.
     """
     form = FORMATS[dtype]

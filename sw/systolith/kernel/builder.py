@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
-from systolith_hdl.formats import FLOATS, FORMATS, DType, dtype_of
+from systolith_hdl.formats import FLOATS, FORMATS, NARROW_FLOATS, DType, dtype_of
 from systolith_hdl.isa import (
     DMA_TYPES,
     MAX_WAITS,
@@ -19,6 +19,7 @@ from systolith_hdl.isa import (
     EncodeError,
     Function,
     Opcode,
+    Rounding,
     Space,
     WaitMode,
     encode,
@@ -47,6 +48,21 @@ MAX_SEMAPHORE = (1 << 16) - 1
 _MAX_RUNS = 128  #: intervals kept of one DRAM access
 
 _BITWISE = frozenset({AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR})
+
+
+def _rounding(rounding: Rounding | str, dtype: DType, what: str) -> dict[str, int]:
+    """The header field that says how a result becomes `dtype`, the type of `what`."""
+    names = {mode.name.lower(): mode for mode in Rounding}
+    mode = names.get(rounding) if isinstance(rounding, str) else rounding
+    if not isinstance(mode, Rounding):
+        refuse(f"rounding must be a Rounding or one of {', '.join(names)}, not {rounding!r}")
+    if mode is Rounding.NEAREST:
+        return {}
+    if dtype not in NARROW_FLOATS:
+        refuse(
+            f"{what} is {dtype.name}, which is not rounded; stochastic rounding needs a narrow type"
+        )
+    return {"rounding": mode.value}
 
 
 @dataclasses.dataclass
@@ -326,6 +342,7 @@ class _Elementwise(_Engine):
         dst: View,
         sources: dict[str, tuple[str, View]],
         fields: dict[str, Any],
+        rounding: Rounding | str,
         shape: tuple[int, ...] | None = None,
     ) -> None:
         """Checks operands and appends the instruction.
@@ -343,6 +360,7 @@ class _Elementwise(_Engine):
         shape = dst.shape if shape is None else shape
         encoded = {
             "lanes": dst.lanes,
+            **_rounding(rounding, dst.dtype, "dst"),
             **self._counts(shape),
             **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), dst.dtype),
         }
@@ -360,7 +378,8 @@ class _Elementwise(_Engine):
 
 
 class _Vector(_Elementwise):
-    """Instructions of the vector engine."""
+    """Instructions of the vector engine. `rounding`, a `Rounding` or its name in lower case, says
+    how the result becomes the narrow type of dst."""
 
     @property
     def _stream(self) -> int:
@@ -374,6 +393,7 @@ class _Vector(_Elementwise):
         src1: View,
         op0: AluOp = AluOp.BYPASS,
         imm0: float | int = 0.0,
+        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         """dst = (src0 op0 imm0) op1 src1; sources broadcast to the shape of dst."""
         self._emit(
@@ -385,6 +405,7 @@ class _Vector(_Elementwise):
                 "op1": self._operation("op1", op1, AluOp),
                 "imm0": self._immediate("imm0", imm0, op0),
             },
+            rounding,
         )
 
     def tensor_scalar(
@@ -395,6 +416,7 @@ class _Vector(_Elementwise):
         imm0: float | int = 0.0,
         op1: AluOp = AluOp.BYPASS,
         imm1: float | int = 0.0,
+        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         """dst = (src0 op0 imm0) op1 imm1."""
         self._emit(
@@ -407,11 +429,12 @@ class _Vector(_Elementwise):
                 "imm0": self._immediate("imm0", imm0, op0),
                 "imm1": self._immediate("imm1", imm1, op1),
             },
+            rounding,
         )
 
-    def copy(self, dst: View, src: View) -> None:
+    def copy(self, dst: View, src: View, rounding: Rounding | str = Rounding.NEAREST) -> None:
         """dst = src, rounded to the type of dst; bits untouched if that is FP32."""
-        self.tensor_scalar(dst, src, AluOp.BYPASS)
+        self.tensor_scalar(dst, src, AluOp.BYPASS, rounding=rounding)
 
     def reduce(
         self,
@@ -420,6 +443,7 @@ class _Vector(_Elementwise):
         op1: AluOp,
         op0: AluOp = AluOp.BYPASS,
         imm0: float | int = 0.0,
+        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         """dst = op1-reduction over the innermost dimension of (src0 op0 imm0).
 
@@ -436,19 +460,24 @@ class _Vector(_Elementwise):
                 f"shape mismatch: the reduction of shape {src0.shape} needs a dst of shape "
                 f"{(*src0.shape[:-1], 1)}, not {dst.shape}"
             )
-        self._emit(Opcode.REDUCE, dst, {"src0": ("src0", src0)}, fields, src0.shape)
+        self._emit(Opcode.REDUCE, dst, {"src0": ("src0", src0)}, fields, rounding, src0.shape)
 
-    def memset(self, dst: View, value: float | int) -> None:
+    def memset(
+        self, dst: View, value: float | int, rounding: Rounding | str = Rounding.NEAREST
+    ) -> None:
         """dst = value."""
-        self._emit(Opcode.MEMSET, dst, {}, {"imm0": self._immediate("value", value)})
+        self._emit(Opcode.MEMSET, dst, {}, {"imm0": self._immediate("value", value)}, rounding)
 
-    def copy_predicated(self, dst: View, mask: View, src: View) -> None:
+    def copy_predicated(
+        self, dst: View, mask: View, src: View, rounding: Rounding | str = Rounding.NEAREST
+    ) -> None:
         """dst = src where mask is not zero (NaN is not zero); elsewhere dst keeps its value."""
-        self._emit(Opcode.COPY_PREDICATED, dst, {"src0": ("mask", mask), "src1": ("src", src)}, {})
+        sources = {"src0": ("mask", mask), "src1": ("src", src)}
+        self._emit(Opcode.COPY_PREDICATED, dst, sources, {}, rounding)
 
 
 class _Scalar(_Elementwise):
-    """Instructions of the scalar engine."""
+    """Instructions of the scalar engine. `rounding` as of the vector engine's."""
 
     @property
     def _stream(self) -> int:
@@ -461,6 +490,7 @@ class _Scalar(_Elementwise):
         function: Function,
         scale: float = 1.0,
         bias: float | View = 0.0,
+        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         """dst = function(src * scale + bias); bias is a number or a view that broadcasts."""
         fields = {
@@ -469,10 +499,10 @@ class _Scalar(_Elementwise):
         }
         if isinstance(bias, View):
             sources = {"src0": ("src", src), "src1": ("bias", bias)}
-            self._emit(Opcode.ACTIVATE_TENSOR_BIAS, dst, sources, fields)
+            self._emit(Opcode.ACTIVATE_TENSOR_BIAS, dst, sources, fields, rounding)
         else:
             fields["imm1"] = self._immediate("bias", bias)
-            self._emit(Opcode.ACTIVATE, dst, {"src0": ("src", src)}, fields)
+            self._emit(Opcode.ACTIVATE, dst, {"src0": ("src", src)}, fields, rounding)
 
 
 def _matmul_type(view: View) -> DType:
@@ -609,10 +639,19 @@ class _Dma(_Engine):
         dram_strides: Sequence[int] | None = None,
         lane_stride: int = 0,
         queue: int | None = None,
+        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
-        """dram <- view, rounded to the type of the tensor; parameters as for `load`."""
+        """dram <- view, rounded to the type of the tensor; parameters as for `load`, and how to
+        round."""
         self._transfer(
-            Opcode.DMA_STORE, view, dram, base_offset_bytes, dram_strides, lane_stride, queue
+            Opcode.DMA_STORE,
+            view,
+            dram,
+            base_offset_bytes,
+            dram_strides,
+            lane_stride,
+            queue,
+            rounding,
         )
 
     def _transfer(
@@ -624,6 +663,7 @@ class _Dma(_Engine):
         strides: Sequence[int] | None,
         lane_stride: int,
         queue: int | None,
+        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         store = opcode is Opcode.DMA_STORE
         self._operand("the local operand", view, (Space.SBUF,), FLOATS)
@@ -673,6 +713,7 @@ class _Dma(_Engine):
             opcode,
             {
                 "lanes": view.lanes,
+                **_rounding(rounding, dram.dtype, f"tensor {dram.name!r}"),
                 **self._counts(view.shape),
                 **self._encode_operand(
                     "local", view, self._pad("view", view, view.shape), DType.FP32
