@@ -491,6 +491,20 @@ def test_only_narrow_results_change() -> None:
     assert [program.metadata["rounding"] for program in programs] == ["nearest", "stochastic"]
 
 
+def test_products_of_float32_operands_keep_their_parts() -> None:
+    """The BF16 parts that `matmul="float32"` makes of operands are rounded to nearest."""
+    rng = np.random.default_rng(11)
+    x, w = (rng.normal(size=(12, 12)).astype(np.float32) for _ in range(2))
+
+    def fn(x: Any, w: Any) -> Any:
+        product = x @ w
+        return product, product.astype(jnp.bfloat16)
+
+    results = [compiled(fn, x, w, rounding=r, matmul="float32") for r in ("nearest", "stochastic")]
+    assert (results[0][0] == results[1][0]).all()
+    assert (results[0][1] != results[1][1]).any()
+
+
 def test_options_that_do_not_exist() -> None:
     with systolith.Device("golden", config="nano") as device:
         with pytest.raises(UnsupportedError, match=r"rounding='up'.*nearest, stochastic"):

@@ -417,26 +417,24 @@ class Generator:
         self._pinned.discard(old)
         self._nc.psum.free(old)
 
-    def _move(self, dst: View, src: View) -> None:
+    def _move(self, dst: View, src: View, rounding: Rounding = Rounding.NEAREST) -> None:
         """Copies with the engine that has less to do."""
         if self._choose(dst.size) == "scalar":
-            self._nc.scalar.activate(
-                dst, src, Function.IDENTITY, 1.0, -0.0, rounding=self._rounds(dst)
-            )
+            self._nc.scalar.activate(dst, src, Function.IDENTITY, 1.0, -0.0, rounding=rounding)
         else:
-            self._nc.vector.copy(dst, src, rounding=self._rounds(dst))
+            self._nc.vector.copy(dst, src, rounding=rounding)
 
-    def _rounds(self, dst: View) -> Rounding:
-        """How an instruction rounds what it writes to `dst`."""
-        return Rounding.NEAREST if dst.dtype is DType.FP32 else self._rounding
+    def _rounds(self, value: Value) -> Rounding:
+        """How an instruction that writes `value` rounds."""
+        plain = value.dtype is DType.FP32 or value.nearest
+        return Rounding.NEAREST if plain else self._rounding
 
     def _agree(self, op: Op) -> None:
         """Makes the copies of a value that is whole in every partition equal, if every partition
         rounded its own stochastically: that of the first becomes everyone's."""
         home = self._home(op.result)
         if (
-            self._rounding is Rounding.NEAREST
-            or op.result.dtype is DType.FP32
+            self._rounds(op.result) is Rounding.NEAREST
             or op.form is not Form.ALL
             or op.kind in ("reshape", "slice")
             or Form.ALL not in home.needs
@@ -608,7 +606,7 @@ class Generator:
 
     def _instruction(self, op: Op, dst: View, views: list[View]) -> None:
         nc, attrs = self._nc, op.attrs
-        how = self._rounds(dst)
+        how = self._rounds(op.result)
         if op.kind == "fill":
             nc.vector.memset(dst, attrs["value"], rounding=how)
             self._work["vector"] += dst.size
@@ -664,7 +662,7 @@ class Generator:
         cases = {
             key: numbers[key] if key in numbers else rest.pop(0) for key in ("on_false", "on_true")
         }
-        how = self._rounds(dst)
+        how = self._rounds(op.result)
         if op.attrs["on_false"] is not None:
             self._nc.vector.memset(dst, op.attrs["on_false"], rounding=how)
         elif cases["on_false"].base != dst.base or cases["on_false"].tile is not dst.tile:
@@ -697,7 +695,7 @@ class Generator:
                 op.attrs["op1"],
                 op.attrs["op0"],
                 op.attrs["imm0"],
-                rounding=self._rounds(dst),
+                rounding=self._rounds(op.result),
             )
             self._work["vector"] += count * free
 
@@ -833,13 +831,18 @@ class Generator:
                     done = done.astype(op.result.dtype)
                     sums = psum.view((count,), offset=at, lanes=m)
                     if last and number % 2:
-                        self._nc.vector.copy(done, sums, rounding=self._rounds(done))
+                        self._nc.vector.copy(done, sums, rounding=self._rounds(op.result))
                     elif last:
                         self._nc.scalar.activate(
-                            done, sums, Function.IDENTITY, 1.0, -0.0, rounding=self._rounds(done)
+                            done,
+                            sums,
+                            Function.IDENTITY,
+                            1.0,
+                            -0.0,
+                            rounding=self._rounds(op.result),
                         )
                     else:
-                        self._move(done, sums)
+                        self._move(done, sums, self._rounds(op.result))
                     if store is not None:
                         store(done, block * lanes, start + at)
             for psum in accumulators:

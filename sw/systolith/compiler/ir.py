@@ -102,12 +102,14 @@ class Value:
     shape : rows, columns
     dtype : FP32, or a narrow float for a value rounded to it
     name : for messages: the argument's path, or the primitive that made it
+    nearest : a narrow float rounded to nearest, even where results are rounded stochastically
     """
 
     id: int
     shape: Shape
     dtype: DType
     name: str
+    nearest: bool = False
 
     @property
     def size(self) -> int:

@@ -165,12 +165,15 @@ class Tracer:
         operands: Sequence[Use],
         shape: Shape,
         dtype: DType = DType.FP32,
+        *,
+        nearest: bool = False,
         **attrs: Any,
     ) -> Use:
         """Appends an operation, or finds the one that already computes the same."""
-        key = (kind, tuple(operands), tuple(map(repr, attrs.items())), shape, dtype)
+        key = (kind, tuple(operands), tuple(map(repr, attrs.items())), shape, dtype, nearest)
         if key not in self._known_ops:
             result = self.value(shape, dtype, self._label)
+            result.nearest = nearest
             self.graph.ops.append(
                 Op(kind, list(operands), attrs, result, self._source, self._label)
             )
@@ -268,16 +271,17 @@ class Tracer:
         """The BF16 numbers that an FP32 operand of a matrix product is the sum of.
 
         Each is what rounding the rest to BF16 gives, so three hold 24 bits. What rounds beyond BF16
-        is clipped to its largest number; the second part has the rest.
+        is clipped to its largest number; the second part has the rest. That takes rounding to
+        nearest: the parts are operands, not results.
         """
         x = Use(use.value)
         largest = float(np.uint32(FORMATS[DType.BF16].largest).view(np.float32))
         clip = {"op0": AluOp.MAX, "imm0": -largest, "op1": AluOp.MIN, "imm1": largest}
-        high = self.emit("ts", [x], x.shape, DType.BF16, **clip)
+        high = self.emit("ts", [x], x.shape, DType.BF16, nearest=True, **clip)
         rest = self.sub(x, high)
-        middle = self.rounded(rest, DType.BF16)
+        middle = self.rounded(rest, DType.BF16, nearest=True)
         minus = {"op0": AluOp.BYPASS, "imm0": 0.0, "op1": AluOp.SUB}
-        low = self.emit("tt", [rest, middle], x.shape, DType.BF16, **minus)
+        low = self.emit("tt", [rest, middle], x.shape, DType.BF16, nearest=True, **minus)
         return tuple(part.t if use.transposed else part for part in (high, middle, low))
 
     def reduce(self, op: AluOp, use: Use, axis: int) -> Use:
@@ -403,13 +407,14 @@ class Tracer:
             return ref
         return self.rounded(ref, dtype)
 
-    def rounded(self, use: Use, dtype: DType) -> Use:
+    def rounded(self, use: Use, dtype: DType, *, nearest: bool = False) -> Use:
         """`use` rounded to a narrow float."""
         return self.emit(
             "ts",
             [use],
             use.shape,
             dtype,
+            nearest=nearest,
             op0=AluOp.BYPASS,
             imm0=0.0,
             op1=AluOp.BYPASS,
