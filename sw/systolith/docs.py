@@ -129,9 +129,9 @@ Semaphores count from 0 to 65535 and are zeroed at the start of a program.
 
 Elementwise instructions walk four nested counts, index 0 outermost. An operand lies at word
 `base + i0*strides.0 + i1*strides.1 + i2*strides.2 + i3*strides.3` of partitions 0 to `lanes` - 1;
-a stride of 0 repeats a word. Words hold FP32. A destination of a narrow type rounds to it, to
-nearest even, and keeps the rounded value as FP32; the operands of the tensor engine are rounded to
-their type as they are read.
+a stride of 0 repeats a word. Words hold FP32. A destination of a narrow type rounds to it, as
+`rounding` says, and keeps the rounded value as FP32; the operands of the tensor engine are rounded
+to their type, to nearest even, as they are read.
 
 A destination may be a source element for element, that is in place. If a destination overlaps a
 source in any other way, the result is undefined. If a destination names a word more than once, the
@@ -192,7 +192,7 @@ def isa_page() -> str:
     )
     text += "\n" + "".join(_opcode(opcode, docs[opcode.name]) for opcode in Opcode)
     text += "## Codes\n"
-    for kind in (AluOp, isa.Function, isa.WaitMode, isa.Space, formats.DType):
+    for kind in (AluOp, isa.Function, isa.Rounding, isa.WaitMode, isa.Space, formats.DType):
         summary = " ".join((kind.__doc__ or "").split())
         text += f"\n### {kind.__name__}\n\n{summary}\n\n" + _enumeration(kind)
     return text

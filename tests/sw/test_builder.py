@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from systolith.errors import KernelError
 from systolith.golden.checker import check
-from systolith.kernel import AluOp, DType, Function, KernelBuilder, View
+from systolith.kernel import AluOp, DType, Function, KernelBuilder, Rounding, View
 from systolith_hdl.isa import Opcode, decode, engine_kind
 
 
@@ -172,6 +172,20 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     "dma unaligned": (lambda k: k.nc.dma.load(k.a.view(), k.x, 2), "not a multiple of the 4 bytes"),
     "dma constant": (lambda k: k.nc.dma.store(k.a.view(4), k.c), "cannot be stored to"),
     "dma queue": (lambda k: k.nc.dma.load(k.a.view(), k.x, queue=2), "queue must be 0 to 1, not 2"),
+    "rounding fp32": (
+        lambda k: k.nc.vector.memset(k.a.view(), 1, rounding="stochastic"),
+        "dst is FP32, which is not rounded",
+    ),
+    "rounding name": (
+        lambda k: k.nc.vector.memset(k.a.view(), 1, rounding="up"),
+        "a Rounding or one of nearest, stochastic, not 'up'",
+    ),
+    "rounding dram": (
+        lambda k: k.nc.dma.store(
+            k.a.view(), k.nc.dram.tensor("y", (4, 32), DType.FP32), rounding="stochastic"
+        ),
+        "tensor 'y' is FP32",
+    ),
     "dma tensor": (lambda k: k.nc.dma.load(k.a.view(), "x"), "must be a DRAM tensor, not str"),
     "dma foreign": (
         lambda k: k.nc.dma.load(k.a.view(), Kit().x),
@@ -314,6 +328,32 @@ def test_accumulating_into_a_column_repeatedly() -> None:
     kit.nc.tensor.load_stationary(kit.a.view(4))
     kit.nc.tensor.matmul(kit.p.view((2, 4), (0, 1)), kit.b.view((2, 4)), accumulate=True)
     assert strides(instructions(kit, "tensor")[1][1], "dst") == [0, 0, 0, 1]
+
+
+def test_rounding() -> None:
+    kit = Kit()
+    narrow = kit.a.view().astype(DType.BF16)
+    how = Rounding.STOCHASTIC
+    kit.nc.vector.copy(narrow, kit.b.view())
+    kit.nc.vector.copy(narrow, kit.b.view(), rounding=how)
+    kit.nc.vector.tensor_tensor(narrow, kit.b.view(), AluOp.ADD, kit.b.view(), rounding=how)
+    kit.nc.vector.reduce(narrow[:1], kit.b.view(), AluOp.ADD, rounding="stochastic")
+    kit.nc.vector.memset(narrow, 1.5, rounding="stochastic")
+    kit.nc.vector.copy_predicated(narrow, kit.b.view(), kit.b.view(), rounding="stochastic")
+    kit.nc.scalar.activate(narrow, kit.b.view(), Function.EXP, rounding="nearest")
+    kit.nc.scalar.activate(narrow, kit.b.view(), Function.EXP, rounding=how)
+    kit.nc.scalar.activate(narrow, kit.b.view(), Function.EXP, 1.0, kit.b.view(), rounding=how)
+    kit.nc.dma.store(kit.a.view(), kit.h, lane_stride=64, rounding=how)
+    program = kit.nc.finish()
+    found = {
+        engine: [
+            decode(stream[at : at + 64])[1].get("rounding") for at in range(0, len(stream) - 64, 64)
+        ]
+        for engine, stream in program.streams.items()
+    }
+    assert found["vector"] == [0, 1, 1, 1, 1, 1]
+    assert found["scalar"] == [0, 1, 1]
+    assert found["dma1"] == [1]
 
 
 def test_dma_queues() -> None:

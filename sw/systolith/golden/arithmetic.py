@@ -68,7 +68,7 @@ def _round_stochastic(words: Words, dtype: DType, random: Words) -> Words:
     not hold, plus as many of the low bits of `random`, reaches one unit of the type.
 
     A number below 2**-9 of the type's smallest becomes zero: its part would need more than 32
-    random bits.
+    random bits. (Not to BF16, which needs 16 at any magnitude.)
     """
     form = FORMATS[dtype]
     words, random = np.broadcast_arrays(words, random)
