@@ -143,7 +143,9 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
         fields |= {"counts.0": 1, "counts.1": 1, "counts.2": 1}
         fields["counts.3"] = random.randint(1, config.lanes)
     if mutate and random.random() < 0.4:
-        name = random.choice([n for n in FIELDS[opcode] if n != "opcode"])
+        names = [n for n in FIELDS[opcode] if n != "opcode"]
+        names += 3 * [n for n in names if n.endswith("space")]  # so small that they are seldom hit
+        name = random.choice(names)
         shape = Shape.cast(FIELDS[opcode][name][1])
         low = -(1 << (shape.width - 1)) if shape.signed else 0
         fields[name] = random.choice((0, random.randint(low, low + (1 << shape.width) - 1)))
