@@ -120,7 +120,7 @@ class _Product(data.Struct):
     inf: unsigned(1)
 
 
-def _product(m: Module, a: data.View, w: data.View, *, name: str) -> tuple[data.View, Value, Value]:
+def _product(m: Module, a: data.View, w: data.View, *, name: str) -> tuple[Signal, Value, Value]:
     """Returns the `_Product` of two `Fp8`, its sign, and whether it is NaN."""
     significand = Signal(8, name=f"{name}_significand")
     zero = Signal(name=f"{name}_zero")
