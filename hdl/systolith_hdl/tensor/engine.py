@@ -10,7 +10,7 @@ from ..config import CoreConfig
 from ..emit import Once
 from ..formats import DType
 from ..isa import LOADS, PAIRS, SPECS, Opcode, is_opcode
-from ..ports import IssuePort, ReadPort, split_words
+from ..ports import READ_LATENCY, IssuePort, ReadPort, split_words
 from ..psum import ACCUMULATE_LATENCY, AccumulatePort, accumulate_tag
 from .array import SystolicArray, array_latency
 from .mac import OPERAND_BITS
@@ -19,6 +19,9 @@ from .mac_fp8x2 import SECOND_BITS
 #: Instructions of each class taken from the sequencer ahead of their turn. From being taken to its
 #: first column being sent one needs 5 cycles, in which others of one column each may follow.
 QUEUE = 8
+#: Columns each streamer may be ahead by where pairs are read. Two walks in step that meet in a bank
+#: would meet again in the next cycle if neither could run ahead.
+PAIR_DEPTH = 8
 #: Numbers of loads and swaps, counted modulo 16: at most QUEUE + 1 are under way.
 _COUNT = unsigned(4)
 
@@ -179,8 +182,9 @@ class TensorEngine(wiring.Component):
             m.d.sync += [swaps_taken.eq(swaps_taken + fresh), fresh.eq(0)]
 
         # -- Read.
-        m.submodules.stationary = stationary = ReadStreamer(config)
-        m.submodules.moving = moving = ReadStreamer(config)
+        depth = PAIR_DEPTH if pairs else READ_LATENCY + 2
+        m.submodules.stationary = stationary = ReadStreamer(config, depth=depth)
+        m.submodules.moving = moving = ReadStreamer(config, depth=depth)
         m.submodules.destination = destination = AddressGenerator()
         wiring.connect(m, stationary.sbuf, wiring.flipped(self.stationary))
         wiring.connect(m, moving.sbuf, wiring.flipped(self.moving))
@@ -198,8 +202,8 @@ class TensorEngine(wiring.Component):
 
         weight_valid, word_valid = stationary.columns.valid, moving.columns.valid
         if pairs:
-            m.submodules.stationary_second = weight_second = ReadStreamer(config)
-            m.submodules.moving_second = word_second = ReadStreamer(config)
+            m.submodules.stationary_second = weight_second = ReadStreamer(config, depth=depth)
+            m.submodules.moving_second = word_second = ReadStreamer(config, depth=depth)
             wiring.connect(m, weight_second.sbuf, wiring.flipped(self.stationary_second))
             wiring.connect(m, word_second.sbuf, wiring.flipped(self.moving_second))
             for queue, start in (

@@ -30,7 +30,7 @@ _MAX_STRIDE = (1 << 15) - 1
 _MAX_COUNT = (1 << 16) - 1
 _PIECES = 4  #: instructions an operation on many tiles is made of, at most
 _PIECE_COLUMNS = 64  #: columns of each of them, at least
-_ARRIVAL = 1.25  #: cycles in which a column of 2-byte elements arrives, about
+_ARRIVAL = 1.25  #: cycles in which a column of an operand arrives, about
 _ENDING = 4  #: parts in which the last block of a matrix product leaves PSUM
 _ENDING_COLUMNS = 32  #: columns of each of them, at least
 _LOAD_PIECES = 32  #: the same for the operands of a matrix product, which begins with the first
@@ -735,11 +735,6 @@ class Generator:
             for use in op.operands
         )
 
-    def _arrival(self, value: Value) -> float:
-        """Cycles in which a column of an operand arrives from DRAM, about."""
-        item = min((FORMATS[c.tensor.dtype].bytes for c in self._home(value).dram), default=2)
-        return _ARRIVAL * item / 2
-
     def _dot(self, op: Op) -> None:
         """Matrix product: steps over tiles of K accumulate in PSUM.
 
@@ -821,11 +816,7 @@ class Generator:
             for block in range(blocks)
         ]
         arriving = self._arrives_in_pieces(op)
-        # Cycles until all of both operands has arrived.
-        arrival = -(-depth // lanes) * sum(
-            size * self._arrival(use.value)
-            for size, use in zip((rows, cols), op.operands, strict=True)
-        )
+        tiles = -(-depth // lanes)
         while parts:
             group: list[tuple[int, int, int]] = []
             accumulators: list[Tile] = []
@@ -833,7 +824,7 @@ class Generator:
                 group.append(parts.pop(0))
                 accumulators.append(self._psum(group[-1][2], op.result.name))
             work = sum(length for _, _, length in group)
-            early = int(arrival / work) if arriving else 0
+            early = int(_ARRIVAL * tiles * (across + free) / work) if arriving else 0
             early = min(early, len(steps) - 1)
             arriving = False
             for step in range(early):
