@@ -9,7 +9,13 @@ from systolith_hdl import psum
 from systolith_hdl.config import PRESETS
 from systolith_hdl.scalar import engine as scalar
 from systolith_hdl.scalar import lane as scalar_lane
-from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY, array_latency, matmul_latency
+from systolith_hdl.tensor import (
+    ADD_LATENCY,
+    MUL_LATENCY,
+    PAIR_MUL_LATENCY,
+    array_latency,
+    matmul_latency,
+)
 from systolith_hdl.vector import alu
 from systolith_hdl.vector import engine as vector
 
@@ -76,10 +82,13 @@ def test_figures() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     for config in PRESETS.values():
         n = config.lanes
-        assert array_latency(config) == 4 * n + 1
-        assert 4 + matmul_latency(config) == 4 * n + 11
-    assert "`4N + 1` (`array_latency`)" in text and "`F + 4N + 11` cycles" in text
+        longer = 2 if config.fp8_rate == 2 else 0
+        assert array_latency(config) == 4 * n + 1 + longer
+        assert 4 + matmul_latency(config) == 4 * n + 11 + longer
+    assert "`4N + 1` (`array_latency`; `4N + 3`" in text
+    assert "`F + 4N + 11` cycles" in text and "`F + 4N + 13` |" in text
     assert (MUL_LATENCY, ADD_LATENCY, psum.ACCUMULATE_LATENCY) == (1, 3, 5)
+    assert PAIR_MUL_LATENCY == MUL_LATENCY + 2
     assert f"| ALU latency | {alu.ALU_LATENCY} |" in text
     assert f"`n + {vector.FIXED_CYCLES}` cycles" in text
     assert f"`n + {vector.FIXED_CYCLES} + {vector.REDUCE_CYCLES} r`" in text

@@ -99,6 +99,8 @@ class ReadStreamer(wiring.Component):
     Parameters
     ----------
     psum : whether there is a PSUM port
+    depth : columns requested and not yet taken, at most. The least, READ_LATENCY + 2, is what one
+        column per cycle needs; more let a streamer run ahead of another that is read beside it
 
     Members
     -------
@@ -107,14 +109,15 @@ class ReadStreamer(wiring.Component):
     columns : Out(stream of {data, last}); the first is valid 4 cycles after `start` is taken if
         the memory does not stall.
 
-    Throughput: one column per cycle. At most `depth` columns are requested and not yet taken.
+    Throughput: one column per cycle.
     """
 
-    depth = READ_LATENCY + 2
-
-    def __init__(self, config: CoreConfig, *, psum: bool = False) -> None:
+    def __init__(
+        self, config: CoreConfig, *, psum: bool = False, depth: int = READ_LATENCY + 2
+    ) -> None:
         self._config = config
         self._psum = psum
+        self._depth = depth
         members = {
             "start": In(stream.Signature(Pattern)),
             "sbuf": Out(ReadPort(config, config.sbuf_depth)),
@@ -134,8 +137,8 @@ class ReadStreamer(wiring.Component):
         wiring.connect(m, wiring.flipped(self.start), addresses.start)
 
         width = 32 * self._config.lanes
-        m.submodules.buffer = buffer = fifo.SyncFIFO(width=width + 1, depth=self.depth)
-        free = Signal(range(self.depth + 1), init=self.depth)
+        m.submodules.buffer = buffer = fifo.SyncFIFO(width=width + 1, depth=self._depth)
+        free = Signal(range(self._depth + 1), init=self._depth)
         request = addresses.address
         go = Signal()
         m.d.comb += go.eq(request.valid & free.any())

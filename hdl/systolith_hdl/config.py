@@ -37,6 +37,8 @@ class CoreConfig:
     psum_bank_depth : FP32 words per partition in each of the 8 PSUM banks; a power of two
     dma_queues : DMA queues, each with a sequencer of its own; 1 to 4
     semaphores : counting semaphores of 16 bits each; 16 to 64
+    fp8_rate : products that a PE adds up in a cycle when all operands are FP8: 1, or 2, which
+        brings the instructions LOAD_STATIONARY_PAIR and MATMUL_PAIR
     """
 
     name: str
@@ -45,6 +47,7 @@ class CoreConfig:
     psum_bank_depth: int
     dma_queues: int = 2
     semaphores: int = 32
+    fp8_rate: int = 1
 
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, wanted: str) -> None:
@@ -67,6 +70,7 @@ class CoreConfig:
         )
         require(1 <= self.dma_queues <= 4, "dma_queues", "1 to 4")
         require(16 <= self.semaphores <= 64, "semaphores", "16 to 64")
+        require(self.fp8_rate in (1, 2), "fp8_rate", "1 or 2")
 
     @property
     def psum_depth(self) -> int:
@@ -85,7 +89,9 @@ class CoreConfig:
 
     @property
     def peak_macs_per_cycle(self) -> int:
-        return self.lanes * self.lanes
+        """MACs of the systolic array; with an `fp8_rate` of 2 those of pairs, of which other
+        operands reach half."""
+        return self.lanes * self.lanes * self.fp8_rate
 
     @property
     def hash(self) -> int:
@@ -113,6 +119,7 @@ PRESETS: dict[str, CoreConfig] = {
         CoreConfig(name="small", lanes=8, sbuf_depth=4096, psum_bank_depth=128),
         # Benchmarks: Trainium's 192 KiB of SBUF and 16 KiB of PSUM per partition.
         CoreConfig(name="medium", lanes=16, sbuf_depth=49152, psum_bank_depth=512),
+        CoreConfig(name="medium-fp8", lanes=16, sbuf_depth=49152, psum_bank_depth=512, fp8_rate=2),
         CoreConfig(name="large", lanes=32, sbuf_depth=49152, psum_bank_depth=512),
         # A NeuronCore-v3: 28 MiB of SBUF, 2 MiB of PSUM.
         CoreConfig(name="trn", lanes=128, sbuf_depth=57344, psum_bank_depth=512),

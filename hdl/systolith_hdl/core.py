@@ -82,10 +82,21 @@ class Core(wiring.Component):
             m.submodules[f"dma{index}"] = queue = DmaQueue(config)
             queues.append(queue)
         m.submodules.semaphores = semaphores = SemaphoreFile(config, requesters=3 * count)
+        sbuf_reads = [
+            tensor.stationary,
+            tensor.moving,
+            vector.src0_sbuf,
+            vector.src1_sbuf,
+            scalar.src0_sbuf,
+            scalar.src1_sbuf,
+            *(queue.read for queue in queues),
+        ]
+        if config.fp8_rate == 2:
+            sbuf_reads += [tensor.stationary_second, tensor.moving_second]
         m.submodules.sbuf = sbuf = BankedMemory(
             config,
             depth=config.sbuf_depth,
-            reads=6 + len(queues),
+            reads=len(sbuf_reads),
             writes=2 + len(queues),
         )
         m.submodules.psum = psum = Psum(config, reads=4, writes=2)
@@ -102,15 +113,6 @@ class Core(wiring.Component):
         m.d.comb += sequencers[0].done_load.eq(tensor.done_load)
 
         # -- Memories.
-        sbuf_reads = [
-            tensor.stationary,
-            tensor.moving,
-            vector.src0_sbuf,
-            vector.src1_sbuf,
-            scalar.src0_sbuf,
-            scalar.src1_sbuf,
-            *(queue.read for queue in queues),
-        ]
         sbuf_writes = [vector.dst_sbuf, scalar.dst_sbuf, *(queue.write for queue in queues)]
         psum_reads = [vector.src0_psum, vector.src1_psum, scalar.src0_psum, scalar.src1_psum]
         psum_writes = [vector.dst_psum, scalar.dst_psum]

@@ -82,6 +82,8 @@ CANONICAL_NAN = FORMATS[DType.FP32].nan
 
 #: Floating-point types narrower than FP32.
 NARROW_FLOATS = (DType.BF16, DType.FP16, DType.FP8_E4M3, DType.FP8_E5M2)
+#: Those of 8 bits, of which a core with an `fp8_rate` of 2 multiplies pairs.
+FP8_TYPES = (DType.FP8_E4M3, DType.FP8_E5M2)
 #: All floating-point types.
 FLOATS = (DType.FP32, *NARROW_FLOATS)
 

@@ -10,13 +10,15 @@ One step touches one *column*: the word at one address in every partition 0 to l
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 from amaranth.hdl import Shape, signed, unsigned
 from amaranth.lib import data, enum
 
-from .config import INSTRUCTION_BYTES
-from .formats import FLOATS, NARROW_FLOATS, DType
+from .config import INSTRUCTION_BYTES, CoreConfig
+from .formats import FLOATS, FP8_TYPES, NARROW_FLOATS, DType
 
 ISA_VERSION = 2
 MAX_WAITS = 3
@@ -62,6 +64,14 @@ class Opcode(enum.Enum, shape=8):
     #: dst[m, f] (+)= sum over k of stationary[k, m] * src0[k, f], src0 rounded to its type, which
     #: may be another than the stationary operand's; `lanes` = K, `columns` = M
     MATMUL = 0x11
+    #: stationary[k, m] <- the pair of src0 and src1, each rounded to its type, which is FP8;
+    #: otherwise as LOAD_STATIONARY. Only where `fp8_rate` is 2
+    LOAD_STATIONARY_PAIR = 0x12
+    #: dst[m, f] (+)= sum over k of a sum of two products, each of first times first and second
+    #: times second number of stationary[k, m] and (src0[k, f], src1[k, f]), which are rounded to
+    #: their types, FP8. Columns that LOAD_STATIONARY loaded multiply src0 alone, as MATMUL does,
+    #: and MATMUL multiplies the first number of a pair. Only where `fp8_rate` is 2
+    MATMUL_PAIR = 0x13
     #: dst = (src0 op0 imm0) op1 src1
     TENSOR_TENSOR = 0x20
     #: dst = (src0 op0 imm0) op1 imm1
@@ -194,7 +204,7 @@ class FaultCause(enum.Enum, shape=8):
 
     #: no fault
     NONE = 0
-    #: opcode unknown, or not one of this engine's
+    #: opcode unknown, not one of this engine's, or not one that the core has
     ILLEGAL_OPCODE = 1
     #: a bit that the opcode's format leaves reserved is set
     RESERVED_BITS = 2
@@ -297,6 +307,17 @@ class TensorBody(data.Struct):
     reserved: unsigned(120)
 
 
+class TensorPairBody(data.Struct):
+    """Tensor-engine body with the second numbers of pairs in `src1`."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    src1: Operand
+    columns: unsigned(8)
+    reserved: unsigned(24)
+
+
 class DmaBody(data.Struct):
     """DMA body. Element (i0, i1, i2, i3) of lane l lies in DRAM at byte
     ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride``, packed in `dram_dtype`."""
@@ -331,6 +352,7 @@ class Spec:
     header : header fields it uses beside opcode, signal and wait
     operands : local operands it uses -> (spaces allowed, types allowed)
     unused : dotted body fields that must be zero though the body has them
+    pairs : works on pairs of FP8 numbers, which only some cores have
     """
 
     kind: EngineKind | None
@@ -340,6 +362,11 @@ class Spec:
         default_factory=dict
     )
     unused: frozenset[str] = frozenset()
+    pairs: bool = False
+
+    def exists(self, config: CoreConfig) -> bool:
+        """Whether cores of that configuration have the instruction."""
+        return not self.pairs or config.fp8_rate == 2
 
     @property
     def layout(self) -> data.StructLayout:
@@ -352,6 +379,7 @@ _PSUM = frozenset({Space.PSUM})
 _READ = frozenset({DType.FP32})
 _WRITE = frozenset(FLOATS)
 _MATMUL = frozenset(NARROW_FLOATS)
+_FP8 = frozenset(FP8_TYPES)
 #: types DMA moves between DRAM and 32-bit words
 DMA_TYPES = frozenset(FLOATS)
 
@@ -374,6 +402,21 @@ SPECS: dict[Opcode, Spec] = {
         body=TensorBody,
         header=frozenset({"lanes", "accumulate"}),
         operands={"dst": (_PSUM, _READ), "src0": (_SBUF, _MATMUL)},
+    ),
+    Opcode.LOAD_STATIONARY_PAIR: Spec(
+        kind=EngineKind.TENSOR,
+        body=TensorPairBody,
+        header=frozenset({"lanes"}),
+        operands={"src0": (_SBUF, _FP8), "src1": (_SBUF, _FP8)},
+        unused=frozenset({"dst", "columns"}),
+        pairs=True,
+    ),
+    Opcode.MATMUL_PAIR: Spec(
+        kind=EngineKind.TENSOR,
+        body=TensorPairBody,
+        header=frozenset({"lanes", "accumulate"}),
+        operands={"dst": (_PSUM, _READ), "src0": (_SBUF, _FP8), "src1": (_SBUF, _FP8)},
+        pairs=True,
     ),
     Opcode.TENSOR_TENSOR: Spec(
         kind=EngineKind.VECTOR,
@@ -433,6 +476,19 @@ SPECS: dict[Opcode, Spec] = {
         operands={"local": (_SBUF, _READ)},
     ),
 }
+
+
+#: Instructions that load the stationary operand. They complete in order among themselves, but out
+#: of order with the tensor engine's others.
+LOADS = frozenset({Opcode.LOAD_STATIONARY, Opcode.LOAD_STATIONARY_PAIR})
+#: Instructions on pairs of FP8 numbers.
+PAIRS = frozenset(opcode for opcode, spec in SPECS.items() if spec.pairs)
+
+
+def is_opcode(opcode: Any, wanted: frozenset[Opcode], config: CoreConfig) -> Any:
+    """1 if the opcode (a value in hardware) is one of those wanted that the core has."""
+    codes = [code for code in Opcode if code in wanted and SPECS[code].exists(config)]
+    return functools.reduce(operator.or_, (opcode == code for code in codes))
 
 
 def operation_enums(opcode: Opcode) -> dict[str, type[enum.Enum]]:

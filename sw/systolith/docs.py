@@ -149,6 +149,14 @@ addition adds the tile to the destination. A MATMUL uses the last LOAD_STATIONAR
 stream. A load of M columns sets their rows from `lanes` on to zero; columns from M on keep their
 weights.
 
+Cores with an `fp8_rate` of 2 also have LOAD_STATIONARY_PAIR and MATMUL_PAIR, which take the place
+of LOAD_STATIONARY and MATMUL: row k of the array holds a pair of FP8 numbers, and the chain is
+`acc = fp32(acc + fp32(w0*x0 + w1*x1))`, with the first numbers from `src0` and the second from
+`src1`. `lanes` rows are read of both. Pairs meet pairs: a column that LOAD_STATIONARY loaded
+multiplies the first numbers of a MATMUL_PAIR alone, and a MATMUL multiplies the first numbers of
+what LOAD_STATIONARY_PAIR loaded, in both cases as if the second numbers did not exist. Two operands
+of the same strides whose bases differ by 4 modulo 8 never ask for the same bank of SBUF.
+
 ### DMA
 
 Element (i0, i1, i2, i3) of lane l lies in DRAM at byte `dram_base + i0*dram_strides.0 +

@@ -1,6 +1,5 @@
 """Bench of the systolic array: loads and moving columns as early as allowed, or at random."""
 
-import os
 from collections import deque
 
 import cocotb
@@ -9,19 +8,21 @@ from amaranth.hdl import Cat, Module, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import FallingEdge
-from systolith_hdl.config import CoreConfig, get_config
-from systolith_hdl.formats import NARROW_FLOATS
+from systolith_hdl.config import CoreConfig
+from systolith_hdl.formats import NARROW_FLOATS, DType
 from systolith_hdl.ports import column_shape
 from systolith_hdl.tensor import SystolicArray, array_latency
 from systolith_hdl.tensor.mac import OPERAND_BITS
+from systolith_hdl.tensor.mac_fp8x2 import SECOND_BITS
 
 from systolith_tb.clocking import start
+from systolith_tb.configs import bench_config
 from systolith_tb.numerics import numpy_rng, pack, random_values, round_to, tile, unpack
 
 
 class ArrayBench(wiring.Component):
     """`SystolicArray` with its structures taken apart, and a 16-bit tag. Operands are FP32 words,
-    of which the array gets the upper bits."""
+    of which the array gets the upper bits. A core without pairs ignores the members of pairs."""
 
     def __init__(self, config: CoreConfig) -> None:
         self._config = config
@@ -31,10 +32,14 @@ class ArrayBench(wiring.Component):
                 "weight_valid": In(1),
                 "weight_first": In(1),
                 "weight_data": In(narrow_column),
+                "weight_second": In(narrow_column),
+                "weight_pair": In(1),
                 "moving_valid": In(1),
                 "moving_swap": In(1),
                 "moving_rows": In(config.lanes),
                 "moving_data": In(narrow_column),
+                "moving_second": In(narrow_column),
+                "moving_pair": In(1),
                 "moving_tag": In(16),
                 "sums_valid": Out(1),
                 "sums_data": Out(column_shape(config)),
@@ -48,8 +53,9 @@ class ArrayBench(wiring.Component):
         for bus in ("weight", "moving", "sums"):
             for field, _ in getattr(array, bus).shape():
                 inner, outer = getattr(array, bus)[field], getattr(self, f"{bus}_{field}")
-                if bus != "sums" and field == "data":
-                    words = (outer[lane][-OPERAND_BITS:] for lane in range(self._config.lanes))
+                if bus != "sums" and field in ("data", "second"):
+                    bits = OPERAND_BITS if field == "data" else SECOND_BITS
+                    words = (outer[lane][-bits:] for lane in range(self._config.lanes))
                     m.d.comb += inner.as_value().eq(Cat(words))
                     continue
                 m.d.comb += outer.eq(inner) if bus == "sums" else inner.eq(outer)
@@ -59,30 +65,39 @@ class ArrayBench(wiring.Component):
 async def run_array(dut, *, tiles: int, bubbles: float, tight: bool, special: bool) -> None:
     """Sends loads and moving columns as early as the array allows (`tight`) or at random, and
     checks every sum, its tag and its latency."""
-    config = get_config(os.environ["SYSTOLITH_CONFIG"])
+    config = bench_config()
     lanes = config.lanes
     rng = numpy_rng()
 
-    loads: list[np.ndarray] = []
-    matmuls: list[tuple[np.ndarray, int, bool]] = []
+    def operand(width: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Words, the second words of pairs, and whether they are pairs."""
+        pair = config.fp8_rate == 2 and bool(rng.random() < 0.6)
+        types = (DType.FP8_E4M3, DType.FP8_E5M2) if pair else NARROW_FLOATS
+        first, second = (
+            round_to(random_values(rng, (lanes, width), special), types[rng.integers(len(types))])
+            for _ in range(2)
+        )
+        return first, second, pair
+
+    loads: list[tuple[np.ndarray, np.ndarray, bool]] = []
+    matmuls: list[tuple[np.ndarray, np.ndarray, bool, int, bool]] = []
     expected: deque[tuple[int, np.ndarray]] = deque()  # tag, sums
-    current = np.zeros((lanes, lanes), np.uint32)
+    current, current_second = np.zeros((2, lanes, lanes), np.uint32)
+    current_pairs = np.zeros(lanes, bool)
     for index in range(tiles):
         swap = index == 0 or tight or rng.random() < 0.7
         if swap:
             columns = lanes if tight or index == 0 else int(rng.integers(1, lanes + 1))
-            dtype = NARROW_FLOATS[rng.integers(len(NARROW_FLOATS))]
-            load = round_to(random_values(rng, (lanes, columns), special), dtype)
-            loads.append(load)
+            loads.append(operand(columns))
             # Columns that are not loaded keep the last load that had them.
-            current = current.copy()
-            current[:, :columns] = load
+            current[:, :columns], current_second[:, :columns], current_pairs[:columns] = loads[-1]
         rows = int(rng.integers(1, lanes + 1))
         width = lanes + 1 if tight else int(rng.integers(1, 2 * lanes + 2))
-        dtype = NARROW_FLOATS[rng.integers(len(NARROW_FLOATS))]
-        moving = round_to(random_values(rng, (lanes, width), special), dtype)
-        matmuls.append((moving, rows, swap))
+        moving, second, pair = operand(width)
+        matmuls.append((moving, second, pair, rows, swap))
         sums = tile(current, moving, rows)
+        pairs = tile(current, moving, rows, (current_second, second))
+        sums = np.where((current_pairs & pair)[:, None], pairs, sums)
         for f in range(width):
             expected.append((int(rng.integers(0, 1 << 16)), sums[:, f]))
     total = len(expected)
@@ -110,7 +125,7 @@ async def run_array(dut, *, tiles: int, bubbles: float, tight: bool, special: bo
         swap_now = False
         send = index < len(matmuls) and rng.random() >= bubbles
         if send:
-            moving, rows, swap = matmuls[index]
+            moving, second, pair, rows, swap = matmuls[index]
             swap_now = swap and column == 0
             send = not swap_now or loads_sent == swaps_sent + 1
         dut.moving_valid.value = send
@@ -118,6 +133,8 @@ async def run_array(dut, *, tiles: int, bubbles: float, tight: bool, special: bo
         dut.moving_rows.value = (1 << rows) - 1 if send else 0
         if send:
             dut.moving_data.value = pack(moving[:, column])
+            dut.moving_second.value = pack(second[:, column])
+            dut.moving_pair.value = pair
             dut.moving_tag.value = tags.popleft()
             sent_at.append(cycle)
             injected.append(cycle)
@@ -134,9 +151,12 @@ async def run_array(dut, *, tiles: int, bubbles: float, tight: bool, special: bo
         dut.weight_valid.value = send
         dut.weight_first.value = send and load_column == 0
         if send:
-            dut.weight_data.value = pack(loads[load_index][:, load_column])
+            load, load_second, load_pair = loads[load_index]
+            dut.weight_data.value = pack(load[:, load_column])
+            dut.weight_second.value = pack(load_second[:, load_column])
+            dut.weight_pair.value = load_pair
             load_column += 1
-            if load_column == loads[load_index].shape[1]:
+            if load_column == load.shape[1]:
                 load_index, load_column = load_index + 1, 0
                 loads_sent += 1
     assert not expected and not sent_at and not tags

@@ -12,12 +12,13 @@ from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, FallingEdge, RisingEdge
 from cocotbext.axi import AxiReadBus, AxiSlaveRead
 from systolith.golden.checker import check
-from systolith_hdl.config import INSTRUCTION_BYTES, get_config
-from systolith_hdl.isa import FaultCause, Opcode, WaitMode, decode, encode, engine_kind
+from systolith_hdl.config import INSTRUCTION_BYTES
+from systolith_hdl.isa import LOADS, FaultCause, Opcode, WaitMode, decode, encode, engine_kind
 
+from .configs import bench_config
 from .stimulus import random_raw
 
-CONFIG = get_config("nano")
+CONFIG = bench_config()
 KINDS = [engine_kind(name) for name in CONFIG.engines]
 COUNT = len(KINDS)
 STREAM_BYTES = 1 << 14
@@ -109,7 +110,7 @@ class Bench:
                 raw = int(getattr(dut, f"instruction__{e}__payload").value).to_bytes(64, "little")
                 self._issue(e, raw)
                 self.counters[e].append(int(getattr(dut, f"counter__{e}").value))
-                name = "done_load" if raw[0] == Opcode.LOAD_STATIONARY.value else "finished"
+                name = "done_load" if Opcode(raw[0]) in LOADS else "finished"
                 pending[name].append((cycle + random.randint(0, self.delay), raw))
 
     def _issue(self, e: int, raw: bytes) -> None:

@@ -11,15 +11,22 @@ from amaranth.hdl import Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import FallingEdge, ReadOnly
-from systolith_hdl.config import CoreConfig, get_config
-from systolith_hdl.formats import NARROW_FLOATS, DType
-from systolith_hdl.isa import SPECS, Opcode, Space
+from systolith_hdl.config import CoreConfig
+from systolith_hdl.formats import FP8_TYPES, NARROW_FLOATS, DType
+from systolith_hdl.isa import LOADS, SPECS, Opcode, Space
 from systolith_hdl.ports import READ_LATENCY, IssuePort, ReadPort, WritePort
 from systolith_hdl.psum import ACCUMULATE_LATENCY, Psum
 from systolith_hdl.tensor import TensorEngine, matmul_latency
 
 from systolith_tb.clocking import start
+from systolith_tb.configs import bench_config
 from systolith_tb.numerics import add, numpy_rng, pack, random_values, round_to, tile, unpack
+
+
+def sbuf_ports(config: CoreConfig) -> list[str]:
+    """Read ports of the engine."""
+    seconds = ["stationary_second", "moving_second"] if config.fp8_rate == 2 else []
+    return ["stationary", "moving", *seconds]
 
 
 class TensorBench(wiring.Component):
@@ -27,12 +34,12 @@ class TensorBench(wiring.Component):
 
     def __init__(self, config: CoreConfig) -> None:
         self._config = config
+        reads = sbuf_ports(config)
         super().__init__(
             {
                 "issue": In(IssuePort()),
                 "done_load": Out(1),
-                "stationary": Out(ReadPort(config, config.sbuf_depth)),
-                "moving": Out(ReadPort(config, config.sbuf_depth)),
+                **{name: Out(ReadPort(config, config.sbuf_depth)) for name in reads},
                 "psum_read": In(ReadPort(config, config.psum_depth)),
                 "psum_write": In(WritePort(config, config.psum_depth)),
                 "macs": Out(16),
@@ -44,8 +51,8 @@ class TensorBench(wiring.Component):
         m.submodules.tensor = tensor = TensorEngine(self._config)
         m.submodules.psum = psum = Psum(self._config, reads=1, writes=1)
         wiring.connect(m, wiring.flipped(self.issue), tensor.issue)
-        wiring.connect(m, tensor.stationary, wiring.flipped(self.stationary))
-        wiring.connect(m, tensor.moving, wiring.flipped(self.moving))
+        for name in sbuf_ports(self._config):
+            wiring.connect(m, getattr(tensor, name), wiring.flipped(getattr(self, name)))
         wiring.connect(m, tensor.psum, psum.accumulate)
         wiring.connect(m, wiring.flipped(self.psum_read), psum.read[0])
         wiring.connect(m, wiring.flipped(self.psum_write), psum.write[0])
@@ -94,11 +101,11 @@ class TensorDriver:
         self.queue: deque[int] = deque()
         self._idle = idle
         self._offered = False
-        self._ports = [SbufPort(dut, n, sbuf, stall) for n in ("stationary", "moving")]
+        self._ports = [SbufPort(dut, n, sbuf, stall) for n in sbuf_ports(self._config)]
         dut.psum_read__request__valid.value = 0
         dut.psum_write__request__valid.value = 0
         dut.issue__instruction__valid.value = 0
-        for name in ("stationary", "moving"):
+        for name in sbuf_ports(self._config):
             getattr(dut, f"{name}__request__ready").value = 0
             getattr(dut, f"{name}__response__valid").value = 0
 
@@ -174,7 +181,7 @@ class TensorDriver:
 
     @property
     def _config(self) -> CoreConfig:
-        return get_config(os.environ["SYSTOLITH_CONFIG"])
+        return bench_config()
 
 
 def instruction(
@@ -187,8 +194,11 @@ def instruction(
     columns: int = 0,
     accumulate: bool = False,
     dtype: DType = DType.BF16,
+    second: tuple[int, tuple[int, ...]] = (0, (0, 0, 0, 0)),
+    second_type: DType = DType.FP8_E4M3,
 ) -> int:
-    """Encodes one tensor instruction; `dtype` is that of the operand it reads."""
+    """Encodes one tensor instruction; `dtype` is that of the operand it reads, `second` and
+    `second_type` are of the other operand of a pair."""
 
     def operand(base: int, strides: tuple[int, ...], space: Space, dtype: DType) -> dict:
         return {"base": base, "strides": list(strides), "space": space, "dtype": dtype}
@@ -197,7 +207,9 @@ def instruction(
         "counts": list(counts),
         "src0": operand(*src, Space.SBUF, dtype),
     }
-    if opcode is Opcode.MATMUL:
+    if SPECS[opcode].pairs:
+        body["src1"] = operand(*second, Space.SBUF, second_type)
+    if opcode not in LOADS:
         body |= {"dst": operand(*dst, Space.PSUM, DType.FP32), "columns": columns}
     header = {"opcode": opcode, "lanes": lanes, "accumulate": int(accumulate)}
     return SPECS[opcode].layout.const({"header": header, "body": body}).as_value().value
@@ -226,6 +238,15 @@ def random_pattern(
             return counts, base, strides
 
 
+def random_second(
+    rng: np.random.Generator, depth: int, counts: tuple[int, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """Random base and strides of a second operand."""
+    strides = tuple(int(s) for s in rng.choice([-9, -1, 0, 1, 2, 8, 17], 4))
+    offsets = addresses(counts, 0, strides)
+    return int(rng.integers(-offsets.min(), depth - offsets.max())), strides
+
+
 async def run_random(
     dut, *, stall: float, idle: float, special: bool, interrupt: bool = False
 ) -> None:
@@ -233,7 +254,7 @@ async def run_random(
 
     With `interrupt`, other instructions are under way before and a reset cuts them short.
     """
-    config = get_config(os.environ["SYSTOLITH_CONFIG"])
+    config = bench_config()
     lanes = config.lanes
     rng = numpy_rng()
     sbuf = random_values(rng, (lanes, config.sbuf_depth), special)
@@ -263,31 +284,44 @@ async def run_random(
         dut.rst.value = 0
         driver = TensorDriver(dut, sbuf, stall=stall, idle=idle)
 
-    stationary = np.zeros((lanes, lanes), np.uint32)
+    stationary, stationary_second = np.zeros((2, lanes, lanes), np.uint32)
+    pairs = np.zeros(lanes, bool)  # columns of the stationary operand
     loads = matmuls = macs = written_words = 0
     for _ in range(int(os.environ.get("SYSTOLITH_INSTRUCTIONS", "300"))):
-        dtype = random.choice(NARROW_FLOATS)
+        pair = config.fp8_rate == 2 and bool(rng.random() < 0.6)
+        dtype, second_type = random.choice(NARROW_FLOATS), random.choice(FP8_TYPES)
+        if pair:
+            dtype = random.choice(FP8_TYPES)
         if not loads or rng.random() < 0.4:
             counts, base, strides = random_pattern(rng, config.sbuf_depth, lanes, repeat=True)
             rows = lanes if not loads or rng.random() < 0.5 else int(rng.integers(1, lanes + 1))
             if not loads:
                 counts, base, strides = (1, 1, 1, lanes), 0, (0, 0, 0, 1)
+            second = random_second(rng, config.sbuf_depth, counts)
             source = addresses(counts, base, strides)
             # Rows beyond K become zero; other columns keep the last load that had them.
-            stationary[:, : len(source)] = 0
-            stationary[:rows, : len(source)] = round_to(sbuf[:rows, source], dtype)
+            columns = len(source)
+            stationary[:, :columns] = stationary_second[:, :columns] = 0
+            stationary[:rows, :columns] = round_to(sbuf[:rows, source], dtype)
+            pairs[:columns] = pair
+            if pair:
+                words = sbuf[:rows, addresses(counts, *second)]
+                stationary_second[:rows, :columns] = round_to(words, second_type)
             driver.queue.append(
                 instruction(
-                    Opcode.LOAD_STATIONARY,
+                    Opcode.LOAD_STATIONARY_PAIR if pair else Opcode.LOAD_STATIONARY,
                     counts=counts,
                     src=(base, strides),
                     lanes=rows,
                     dtype=dtype,
+                    second=second,
+                    second_type=second_type,
                 )
             )
             loads += 1
             continue
         counts, src_base, src_strides = random_pattern(rng, config.sbuf_depth, 40, repeat=True)
+        second = random_second(rng, config.sbuf_depth, counts)
         while True:
             dst_strides = tuple(int(s) for s in rng.choice([-3, 0, 1, 1, 2, 5], 4))
             offsets = addresses(counts, 0, dst_strides)
@@ -298,13 +332,20 @@ async def run_random(
         columns = int(rng.integers(1, lanes + 1))
         accumulate = bool(rng.random() < 0.6)
         source = addresses(counts, src_base, src_strides)
-        sums = tile(stationary[:, :columns], round_to(sbuf[:, source], dtype), rows)
+        moving = round_to(sbuf[:, source], dtype)
+        sums = tile(stationary[:, :columns], moving, rows)
+        if pair:
+            words = round_to(sbuf[:, addresses(counts, *second)], second_type)
+            both = tile(
+                stationary[:, :columns], moving, rows, (stationary_second[:, :columns], words)
+            )
+            sums = np.where(pairs[:columns, None], both, sums)
         for f, address in enumerate(dst_base + offsets):
             old = psum[:columns, address]
             psum[:columns, address] = add(old, sums[:, f]) if accumulate else sums[:, f]
         driver.queue.append(
             instruction(
-                Opcode.MATMUL,
+                Opcode.MATMUL_PAIR if pair else Opcode.MATMUL,
                 counts=counts,
                 src=(src_base, src_strides),
                 dst=(dst_base, dst_strides),
@@ -312,10 +353,12 @@ async def run_random(
                 columns=columns,
                 accumulate=accumulate,
                 dtype=dtype,
+                second=second,
+                second_type=second_type,
             )
         )
         matmuls += 1
-        macs += rows * columns * len(source)
+        macs += rows * columns * len(source) * (1 + pair)
         written_words += columns * len(source)
     await driver.until(lambda: driver.matmuls_done == matmuls and driver.loads_done == loads)
     await driver.step()
@@ -336,7 +379,7 @@ async def run_random(
 async def latency(dut) -> None:
     """A lone matmul takes the cycles stated; its last write is visible right after `done`; the
     other lanes keep their values."""
-    config = get_config(os.environ["SYSTOLITH_CONFIG"])
+    config = bench_config()
     lanes = config.lanes
     rng = numpy_rng()
     sbuf = random_values(rng, (lanes, config.sbuf_depth), False)
@@ -377,17 +420,19 @@ async def latency(dut) -> None:
 async def throughput(dut) -> None:
     """Matmuls of N + 1 columns and more, each with a load of its own, run without a bubble; so do
     short ones without loads; and one address is accumulated every ACCUMULATE_LATENCY + 1 cycles."""
-    config = get_config(os.environ["SYSTOLITH_CONFIG"])
+    config = bench_config()
     lanes = config.lanes
     sbuf = np.zeros((lanes, config.sbuf_depth), np.uint32)
     await start(dut)
     driver = TensorDriver(dut, sbuf)
 
-    def matmul(width: int, *, accumulate: bool = False, stride: int = 1) -> int:
+    def matmul(width: int, *, accumulate: bool = False, stride: int = 1, pair: bool = False) -> int:
         return instruction(
-            Opcode.MATMUL,
+            Opcode.MATMUL_PAIR if pair else Opcode.MATMUL,
             counts=(1, 1, 1, width),
             src=(40, (0, 0, 0, 1)),
+            dtype=DType.FP8_E4M3 if pair else DType.BF16,
+            second=(80, (0, 0, 0, 1)),
             dst=(3, (0, 0, 0, stride)),
             lanes=lanes,
             columns=lanes,
@@ -414,6 +459,22 @@ async def throughput(dut) -> None:
     assert await cycles_between([matmul(10, accumulate=True, stride=0)], 1) == spaced
     width = ACCUMULATE_LATENCY + 1
     assert await cycles_between([matmul(width, accumulate=True)] * 20, 20) == 20 * width
+    if config.fp8_rate == 1:
+        return
+    load_pair = instruction(
+        Opcode.LOAD_STATIONARY_PAIR,
+        counts=(1, 1, 1, lanes),
+        src=(8, (0, 0, 0, 1)),
+        lanes=lanes,
+        dtype=DType.FP8_E5M2,
+        second=(20, (0, 0, 0, 1)),
+    )
+    for width in (lanes + 1, lanes + 2, 3 * lanes):
+        program = [load_pair, matmul(width, pair=True), load, matmul(width)] * 10
+        assert await cycles_between(program, 20) == 20 * width, width
+    for width in (1, 2, 3, lanes):
+        program = [matmul(width, pair=index % 3 > 0) for index in range(20)]
+        assert await cycles_between(program, 20) == 20 * width, width
 
 
 def _engine_test(name: str, run: Callable, **options: object) -> None:

@@ -16,12 +16,13 @@ from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul
 from systolith_hdl.emit import Once, to_verilog
 from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY
 from systolith_hdl.tensor.mac import OPERAND_BITS, Mac, recode
+from systolith_hdl.tensor.mac_fp8x2 import SECOND_BITS, MacFp8x2, recode_factor
 from systolith_hdl.toolchain import sources_hash
 
 
 class Cells(wiring.Component):
-    """FP32 adder, multiplier and MAC side by side, placed as the chip does; the MAC behind its
-    recoding.
+    """FP32 adder, multiplier and both MACs side by side, placed as the chip does; the MACs behind
+    their recoding.
 
     Members
     -------
@@ -31,6 +32,10 @@ class Cells(wiring.Component):
     active : In, with `mac_a` and `mac_w`
     acc : In, MUL_LATENCY cycles later
     mac_o : Out, ADD_LATENCY cycles after `acc`
+    pair_a, pair_w : In, with `mac_a` and `mac_w`: second numbers for the MAC of pairs, which sees
+        SECOND_BITS of them and shares the other inputs, but meets `acc` in PAIR_MUL_LATENCY cycles
+    pair : In, bit 0: a is a pair, bit 1: w is one
+    pair_o : Out, ADD_LATENCY cycles after `acc`
     """
 
     en: In(1)
@@ -43,6 +48,10 @@ class Cells(wiring.Component):
     active: In(1)
     acc: In(32)
     mac_o: Out(32)
+    pair_a: In(32)
+    pair_w: In(32)
+    pair: In(2)
+    pair_o: Out(32)
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -58,6 +67,14 @@ class Cells(wiring.Component):
             mac.active.eq(self.active),
             mac.acc.eq(self.acc),
         ]
+        m.submodules.pairs = pairs = Once(MacFp8x2(), "mac_fp8x2")
+        m.d.comb += [self.pair_o.eq(pairs.o), pairs.active.eq(self.active), pairs.acc.eq(self.acc)]
+        for factor, word, second, pair in (
+            (pairs.a, self.mac_a, self.pair_a, self.pair[0]),
+            (pairs.w, self.mac_w, self.pair_w, self.pair[1]),
+        ):
+            recoded = recode_factor(m, word[-OPERAND_BITS:], second[-SECOND_BITS:], pair)
+            m.d.comb += factor.as_value().eq(recoded)
         for cell in (add, mul):
             m.d.comb += [cell.en.eq(self.en), cell.a.eq(self.a), cell.b.eq(self.b)]
         return m
@@ -68,11 +85,12 @@ def run_cells(inputs: np.ndarray, *, fast: bool = False) -> np.ndarray:
 
     Parameters
     ----------
-    inputs : uint32 [cycles, (en | active << 1, a, b, mac_a, mac_w, acc)]
+    inputs : uint32 [cycles, (en | active << 1 | pair << 2, a, b, mac_a, mac_w, acc, pair_a,
+        pair_w)]; the last two may be missing
 
     Returns
     -------
-    uint32 [cycles, (total, product, mac_o)], as they are at the end of each cycle
+    uint32 [cycles, (total, product, mac_o, pair_o)], as they are at the end of each cycle
     """
     library = verilate(
         f"cells{'-fast' if fast else ''}",
@@ -82,8 +100,9 @@ def run_cells(inputs: np.ndarray, *, fast: bool = False) -> np.ndarray:
         sources=sources_hash() + inspect.getsource(Cells),
         fast=fast,
     )
+    inputs = np.pad(inputs, ((0, 0), (0, 8 - inputs.shape[1])))
     inputs = np.ascontiguousarray(inputs, np.uint32)
-    outputs = np.zeros((len(inputs), 3), np.uint32)
+    outputs = np.zeros((len(inputs), 4), np.uint32)
     ctypes.CDLL(str(library)).run_cells(
         ctypes.c_uint64(len(inputs)),
         inputs.ctypes.data_as(ctypes.c_void_p),

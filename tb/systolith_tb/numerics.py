@@ -57,13 +57,32 @@ def mac(acc: np.ndarray, a: np.ndarray, w: np.ndarray) -> np.ndarray:
         return canonical(total.astype(np.float32).view(np.uint32))
 
 
-def tile(stationary: np.ndarray, moving: np.ndarray, rows: int) -> np.ndarray:
+def pair_mac(
+    acc: np.ndarray, a: tuple[np.ndarray, np.ndarray], w: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """FP32 words of ``acc + float32(a[0] * w[0] + a[1] * w[1])`` for FP32 words, of which `a` and
+    `w` hold FP8 numbers."""
+    with np.errstate(all="ignore"):
+        pair = (double(a[0]) * double(w[0]) + double(a[1]) * double(w[1])).astype(np.float32)
+        return canonical((acc.view(np.float32) + pair).view(np.uint32))
+
+
+def tile(
+    stationary: np.ndarray,
+    moving: np.ndarray,
+    rows: int,
+    second: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
     """Sums (M, F) as FP32 words: words of narrow floats, stationary (K, M) and moving (K, F), in
-    K order."""
+    K order. `second` holds the second numbers of both where row k is a pair."""
     acc = np.zeros((stationary.shape[1], moving.shape[1]), np.uint32)
     for k in range(rows):
         a, w = np.broadcast_arrays(moving[k][None, :], stationary[k][:, None])
-        acc = mac(acc, a, w)
+        if second is None:
+            acc = mac(acc, a, w)
+        else:
+            b, v = np.broadcast_arrays(second[1][k][None, :], second[0][k][:, None])
+            acc = pair_mac(acc, (a, b), (w, v))
     return acc
 
 

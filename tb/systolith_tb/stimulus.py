@@ -12,6 +12,7 @@ from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
     INSTRUCTION_BITS,
+    LOADS,
     SPECS,
     EngineKind,
     Opcode,
@@ -107,7 +108,10 @@ def operand_fields(
 def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> bytes:
     """64 bytes of an instruction for an engine, without waits and signals: mostly legal, or, with
     `mutate`, often wrong in a field or a bit."""
-    opcode = random.choice([o for o, s in SPECS.items() if s.kind is kind] + [Opcode.NOP])
+    # Sometimes one that only other cores have.
+    foreign = mutate and random.random() < 0.05
+    opcodes = [o for o, s in SPECS.items() if s.kind is kind and (foreign or s.exists(config))]
+    opcode = random.choice([*opcodes, Opcode.NOP])
     spec = SPECS[opcode]
     fields: dict[str, Any] = {}
     for name, (_, shape) in FIELDS[opcode].items():
@@ -139,7 +143,7 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
         elif name not in fields:
             low = -(1 << (width - 1)) if Shape.cast(shape).signed else 0
             fields[name] = random.randint(low, low + (1 << width) - 1)
-    if opcode is Opcode.LOAD_STATIONARY:
+    if opcode in LOADS:
         fields |= {"counts.0": 1, "counts.1": 1, "counts.2": 1}
         fields["counts.3"] = random.randint(1, config.lanes)
     if mutate and random.random() < 0.4:

@@ -11,6 +11,7 @@ from systolith_hdl.config import PRESETS, get_config
 from systolith_hdl.core import Chip
 from systolith_hdl.emit import to_rtlil, to_verilog
 from systolith_hdl.toolchain import use_yosys
+from systolith_tb.configs import CONFIGS
 
 
 def yosys(script: str, cwd: Path) -> str:
@@ -40,9 +41,9 @@ select -assert-none t:$dlatch t:$adlatch t:$dlatchsr t:$sr
 """
 
 
-@pytest.mark.parametrize("name", ["nano", "small", "medium"])
+@pytest.mark.parametrize("name", ["nano", "nano-fp8", "small", "medium"])
 def test_check_assert(name: str, tmp_path: Path) -> None:
-    (tmp_path / f"{name}.v").write_text(to_verilog(Chip(get_config(name)), "chip"))
+    (tmp_path / f"{name}.v").write_text(to_verilog(Chip(CONFIGS[name]), "chip"))
     yosys(CHECK.format(name=name, flatten="flatten"), tmp_path)
 
 

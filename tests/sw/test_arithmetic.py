@@ -9,7 +9,7 @@ import softfloatpy as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from systolith.golden import arithmetic
-from systolith_hdl.formats import CANONICAL_NAN, FORMATS, NARROW_FLOATS, DType
+from systolith_hdl.formats import CANONICAL_NAN, FORMATS, FP8_TYPES, NARROW_FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp
 
 CORNERS = [
@@ -282,3 +282,46 @@ def test_safe_products_are_exact(row: list[int]) -> None:
             for b in floats:
                 exact = float(a) * float(b)
                 assert float(a * b) == exact and not math.isinf(exact)
+
+
+def fp8_numbers() -> np.ndarray:
+    """Every finite FP8 number, of both types, as FP32."""
+    numbers = [
+        np.arange(256, dtype=np.uint8).view(FORMATS[t].numpy).astype(np.float32) for t in FP8_TYPES
+    ]
+    return np.unique([x for x in np.concatenate(numbers) if np.isfinite(x)])
+
+
+def test_every_sum_of_two_fp8_products_rounds_once() -> None:
+    """Products are exact in FP32, so their FP32 sum is rounded once; and rounding the FP64 sum to
+    FP32 gives the same, for every pair of products there is."""
+    numbers = fp8_numbers()
+    exact = np.unique(np.outer(numbers, numbers).astype(np.float64))
+    assert (numbers.astype(np.float64)[:, None] * numbers == np.outer(numbers, numbers)).all()
+    products = exact.astype(np.float32)
+    assert len(products) > 2900 and (products == exact).all()
+    for product in products:
+        twice = (np.float64(product) + exact).astype(np.float32)
+        assert ((product + products).view(np.uint32) == twice.view(np.uint32)).all()
+
+
+@settings(max_examples=300)
+@given(k=st.integers(1, 6), m=st.integers(1, 3), f=st.integers(1, 3), data=st.data())
+def test_pairs_are_a_chain_of_two_roundings(k: int, m: int, f: int, data: st.DataObject) -> None:
+    def operand(columns: int) -> np.ndarray:
+        dtype = data.draw(st.sampled_from(FP8_TYPES))
+        row = st.lists(st.integers(0, 255), min_size=k * columns, max_size=k * columns)
+        bits = np.array(data.draw(row), np.uint8).reshape(k, columns)
+        return arithmetic.unpack(bits, dtype)
+
+    w, x = (operand(m), operand(m)), (operand(f), operand(f))
+    found = arithmetic.matmul_pairs(w, x)
+    for column in range(m):
+        for row in range(f):
+            acc = soft(0)
+            for step in range(k):
+                p, q = (
+                    sf.f32_mul(soft(w[i][step, column]), soft(x[i][step, row])) for i in range(2)
+                )
+                acc = sf.f32_add(acc, sf.f32_add(p, q))
+            assert found[column, row] == from_soft(acc)

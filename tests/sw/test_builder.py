@@ -10,7 +10,10 @@ import pytest
 from systolith.errors import KernelError
 from systolith.golden.checker import check
 from systolith.kernel import AluOp, DType, Function, KernelBuilder, Rounding, View
+from systolith.kernel import AluOp, DType, Function, KernelBuilder, View
+from systolith_hdl.config import PRESETS, CoreConfig
 from systolith_hdl.isa import Opcode, decode, engine_kind
+from systolith_tb.configs import NANO_FP8
 
 
 def line() -> int:
@@ -23,8 +26,8 @@ def line() -> int:
 class Kit:
     """A builder with a tile and tensor of each sort."""
 
-    def __init__(self) -> None:
-        self.nc = nc = KernelBuilder("nano", name="kit")
+    def __init__(self, config: str | CoreConfig = "nano") -> None:
+        self.nc = nc = KernelBuilder(config, name="kit")
         self.a, self.b, self.p = nc.sbuf.tile(32, "a"), nc.sbuf.tile(32, "b"), nc.psum.tile(32, "p")
         self.x = nc.dram.tensor("x", (4, 32), DType.FP32)
         self.h = nc.dram.tensor("h", (4, 32), DType.BF16, kind="output")
@@ -321,6 +324,48 @@ def test_operand_types_of_a_matmul() -> None:
     kit.nc.tensor.matmul(kit.p.view(), kit.b.view())
     types = [DType(fields["src0.dtype"]) for _, fields in instructions(kit, "tensor")[:3]]
     assert types == [DType.FP8_E5M2, DType.FP8_E4M3, DType.BF16]
+
+
+def test_pairs() -> None:
+    kit = Kit(NANO_FP8)
+    a, b = kit.a.view(16, lanes=3), kit.b.view(16, lanes=3)
+    e4, e5 = DType.FP8_E4M3, DType.FP8_E5M2
+    kit.nc.tensor.load_stationary(a[:4].astype(e5), b[8:12].astype(e4))
+    kit.nc.tensor.matmul(kit.p.view(12), a[4:].astype(e4), True, pair=b[:12].astype(e5))
+    (loaded, load), (moved, matmul), _ = instructions(kit, "tensor")
+    assert (loaded, moved) == (Opcode.LOAD_STATIONARY_PAIR, Opcode.MATMUL_PAIR)
+    assert (load["src0.base"], load["src1.base"]) == (a.base, b.base + 8)
+    assert (matmul["src0.base"], matmul["src1.base"]) == (a.base + 4, b.base)
+    types = [DType(f[f"src{i}.dtype"]) for f in (load, matmul) for i in range(2)]
+    assert types == [e5, e4, e4, e5]
+    assert strides(matmul, "src1") == [0, 0, 0, 1]
+    assert (matmul["lanes"], matmul["columns"], matmul["accumulate"]) == (3, 4, 1)
+
+
+def test_pairs_refused() -> None:
+    def refused(match: str, load: tuple, matmul: tuple = (), config: CoreConfig = NANO_FP8) -> None:
+        kit = Kit(config)
+        with pytest.raises(KernelError, match=match):
+            kit.nc.tensor.load_stationary(*(view(kit) for view in load))
+            kit.nc.tensor.matmul(kit.p.view(8), *(view(kit) for view in matmul))
+
+    def fp8(columns: int, **options: int) -> Callable[[Kit], View]:
+        return lambda k: k.a.view(columns, **options).astype(DType.FP8_E4M3)
+
+    def plain(k: Kit) -> View:
+        return k.b.view(4)
+
+    def no(k: Kit) -> bool:
+        return False
+
+    refused("fp8_rate of 2, not nano", (fp8(4), fp8(4)), config=PRESETS["nano"])
+    refused("of pairs must be FP8_E4M3 or FP8_E5M2, not FP32", (plain, fp8(4)))
+    refused("the second of the stationary operand must be FP8", (fp8(4), plain))
+    refused("3 lanes of 4 columns, the first 4 of 4", (fp8(4), fp8(4, lanes=3)))
+    refused("4 lanes of 3 columns, the first 4 of 4", (fp8(4), fp8(3)))
+    refused("moving one is not", (fp8(4), fp8(4)), (fp8(8),))
+    refused("the stationary one is not", (fp8(4),), (fp8(8), no, fp8(8)))
+    refused("the second of the moving operand has", (fp8(4), fp8(4)), (fp8(8), no, fp8(7)))
 
 
 def test_accumulating_into_a_column_repeatedly() -> None:

@@ -7,8 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systolith.golden.checker import Fault, check
 from systolith_hdl.config import PRESETS
-from systolith_hdl.formats import FLOATS, NARROW_FLOATS
+from systolith_hdl.formats import FLOATS, FP8_TYPES, NARROW_FLOATS
 from systolith_hdl.isa import (
+    FIELDS,
+    LOADS,
+    PAIRS,
     SPECS,
     USED_BITS,
     EngineKind,
@@ -19,8 +22,10 @@ from systolith_hdl.isa import (
     engine_kind,
     legal_operations,
 )
+from systolith_tb.configs import NANO_FP8
 
-NANO = PRESETS["nano"]
+#: A core that has every instruction.
+NANO = NANO_FP8
 
 
 def legal_fields(opcode: Opcode) -> dict[str, int]:
@@ -34,7 +39,7 @@ def legal_fields(opcode: Opcode) -> dict[str, int]:
             fields[f"{name}.dtype"] = min(t.value for t in types)
             fields[f"{name}.base"] = 8
     for name in ("lanes", "columns"):
-        if name in spec.header or (name == "columns" and opcode is Opcode.MATMUL):
+        if name in FIELDS[opcode]:
             fields[name] = 4
     for name in ("op0", "op1"):
         if name in spec.header:
@@ -60,6 +65,14 @@ def test_legal(opcode: Opcode) -> None:
         legal = SPECS[opcode].kind in (None, kind)
         expected = None if legal else Fault(FaultCause.ILLEGAL_OPCODE)
         assert check(raw, kind, NANO) == expected
+
+
+@pytest.mark.parametrize("opcode", list(Opcode))
+def test_pairs_exist_where_fp8_rate_is_2(opcode: Opcode) -> None:
+    raw = encode(opcode, legal_fields(opcode))
+    expected = Fault(FaultCause.ILLEGAL_OPCODE) if opcode in PAIRS else None
+    assert check(raw, kind_of(opcode), PRESETS["nano"]) == expected
+    assert {op.name for op in PAIRS} == {"LOAD_STATIONARY_PAIR", "MATMUL_PAIR"}
 
 
 def test_engine_kinds() -> None:
@@ -100,9 +113,14 @@ def test_causes() -> None:
         matmul = None if dtype in NARROW_FLOATS else FaultCause.BAD_TYPE
         assert c(op.MATMUL, src0__dtype=dtype.value) is matmul
         assert c(op.LOAD_STATIONARY, src0__dtype=dtype.value) is matmul
+        pair = None if dtype in FP8_TYPES else FaultCause.BAD_TYPE
+        for opcode in PAIRS:
+            assert c(opcode, src0__dtype=dtype.value) is pair
+            assert c(opcode, src1__dtype=dtype.value) is pair
     assert c(op.DMA_STORE, dram_dtype=9) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, dst__space=0) is FaultCause.BAD_SPACE
     assert c(op.LOAD_STATIONARY, src0__space=1) is FaultCause.BAD_SPACE
+    assert c(op.MATMUL_PAIR, src1__space=1) is FaultCause.BAD_SPACE
     assert c(op.DMA_LOAD, local__space=3) is FaultCause.BAD_SPACE
     assert c(op.MEMSET, dst__space=2) is FaultCause.BAD_SPACE
     for i in range(4):
@@ -111,6 +129,10 @@ def test_causes() -> None:
     assert c(op.MEMSET, lanes=5) is FaultCause.BAD_COUNT
     assert c(op.MATMUL, columns=0) is FaultCause.BAD_COUNT
     assert c(op.MATMUL, columns=5) is FaultCause.BAD_COUNT
+    assert c(op.MATMUL_PAIR, columns=0) is FaultCause.BAD_COUNT
+    assert c(op.MATMUL_PAIR, columns=5) is FaultCause.BAD_COUNT
+    assert c(op.LOAD_STATIONARY_PAIR, counts__3=5) is FaultCause.BAD_COUNT
+    assert c(op.LOAD_STATIONARY_PAIR, counts__0=2, counts__3=1) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__3=5) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__2=2, counts__3=1) is FaultCause.BAD_COUNT
     assert c(op.NOP, wait__0__mode=1, wait__0__sem=32) is FaultCause.BAD_SEMAPHORE
@@ -182,7 +204,7 @@ def test_bounds_address_and_operand_order() -> None:
 def test_bounds_against_a_walk(
     opcode: Opcode, counts: tuple[int, ...], data: st.DataObject
 ) -> None:
-    if opcode is Opcode.LOAD_STATIONARY:
+    if opcode in LOADS:
         counts = (1, 1, 1, counts[3])
     fields = legal_fields(opcode) | {f"counts.{i}": n for i, n in enumerate(counts)}
     strides = st.integers(-40, 40)

@@ -24,8 +24,9 @@ from systolith.kernel import (
 )
 from systolith.program import Program
 from systolith_hdl.config import PRESETS, CoreConfig
-from systolith_hdl.formats import FLOATS, FORMATS
-from systolith_hdl.isa import SPECS, Opcode, WaitMode, decode
+from systolith_hdl.formats import FLOATS, FORMATS, FP8_TYPES
+from systolith_hdl.isa import LOADS, SPECS, Opcode, WaitMode, decode
+from systolith_tb.configs import NANO_FP8
 
 NANO = PRESETS["nano"]
 FOUR_QUEUES = dataclasses.replace(NANO, name="four", dma_queues=4)
@@ -69,6 +70,12 @@ def random_program(rng: random.Random, calls: int, config: CoreConfig = NANO) ->
                 transfer(nc.dma.load, rng.choice(tensors))
             case 2:
                 transfer(nc.dma.store, rng.choice(tensors))
+            case 3 if config.fp8_rate == 2 and rng.random() < 0.7:
+                first, second = (view(sbuf, (4,)).astype(rng.choice(FP8_TYPES)) for _ in range(2))
+                nc.tensor.load_stationary(first, second)
+            case 4 | 5 if config.fp8_rate == 2 and rng.random() < 0.7:
+                first, second = (view(sbuf, shape).astype(rng.choice(FP8_TYPES)) for _ in range(2))
+                nc.tensor.matmul(view(psum, shape), first, rng.random() < 0.5, second)
             case 3:
                 nc.tensor.load_stationary(view(sbuf, (4,)))
             case 4 | 5:
@@ -142,7 +149,7 @@ def decoded(program: Program) -> list[Instruction]:
             )
             writing = name == "dst" or opcode is Opcode.DMA_LOAD
             (writes if writing else reads).update((space, word) for word in words)
-        if opcode is Opcode.MATMUL and fields["accumulate"]:
+        if fields.get("columns") and fields["accumulate"]:
             reads |= writes
         if "dram_base" in fields:
             size = FORMATS[DType(fields["dram_dtype"])].bytes
@@ -153,7 +160,7 @@ def decoded(program: Program) -> list[Instruction]:
             )
             touched = {("dram", start + i) for start in starts for i in range(size)}
             (reads if opcode is Opcode.DMA_LOAD else writes).update(touched)
-        stream = "loads" if opcode is Opcode.LOAD_STATIONARY else engine
+        stream = "loads" if opcode in LOADS else engine
         label = program.debug_info(engine, index).label
         assert label is not None
         found.append(Instruction(int(label), engine, stream, opcode, fields, raw, reads, writes))
@@ -201,7 +208,7 @@ def verify_order(program: Program) -> None:
         if instruction.opcode is not Opcode.NOP:
             streams[instruction.stream] = stream
         done = before | stream
-        if instruction.opcode is Opcode.MATMUL:
+        if instruction.opcode in (Opcode.MATMUL, Opcode.MATMUL_PAIR):
             done |= streams.get("loads", 0)
         complete.append(done)
         if instruction.fields["signal.amount"]:
@@ -256,6 +263,14 @@ def test_random_kernels(seed: int, calls: int) -> None:
 @given(seed=st.integers(0, 2**32 - 1))
 def test_random_kernels_with_four_queues(seed: int) -> None:
     program = random_program(random.Random(seed), 60, FOUR_QUEUES)
+    verify_order(program)
+    verify_results(program, seed, runs=2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_random_kernels_with_pairs(seed: int) -> None:
+    program = random_program(random.Random(seed), 60, NANO_FP8)
     verify_order(program)
     verify_results(program, seed, runs=2)
 

@@ -12,9 +12,10 @@ from systolith.errors import BackendError
 from systolith.golden import Core, GoldenDevice, arithmetic
 from systolith.golden.activation import evaluate
 from systolith.golden.checker import check
-from systolith_hdl.config import PRESETS
 from systolith_hdl.formats import FLOATS, FORMATS, DType
 from systolith_hdl.isa import (
+    FIELDS,
+    LOADS,
     REDUCE_ACCUMULATORS,
     REDUCTIONS,
     SPECS,
@@ -29,8 +30,10 @@ from systolith_hdl.isa import (
     engine_kind,
     legal_operations,
 )
+from systolith_tb.configs import NANO_FP8
 
-NANO = PRESETS["nano"]
+#: A core that has every instruction.
+NANO = NANO_FP8
 DRAM_BYTES = 4096
 #: where random operands lie: small, so that elements meet
 WINDOW = 48
@@ -46,11 +49,11 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
     spec = SPECS[opcode]
     while True:
         counts = [rng.choice((1, 1, 2, 3, 5)) for _ in range(4)]
-        if opcode is Opcode.LOAD_STATIONARY:
+        if opcode in LOADS:
             counts = [1, 1, 1, rng.randint(1, 4)]
         fields = {f"counts.{i}": n for i, n in enumerate(counts)}
         for name in ("lanes", "columns", "accumulate", "op0", "op1"):
-            if name not in spec.header and not (name == "columns" and opcode is Opcode.MATMUL):
+            if name not in FIELDS[opcode]:
                 continue
             if name.startswith("op"):
                 fields[name] = rng.choice(sorted(legal_operations(opcode, name)))
@@ -81,12 +84,15 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
 def random_core(rng: random.Random) -> Core:
     generator = np.random.default_rng(rng.getrandbits(32))
     core = Core(NANO, generator.integers(0, 256, DRAM_BYTES).astype(np.uint8))
-    for memory in (core.sbuf, core.psum, core.stationary):
+    for memory in (core.sbuf, core.psum, core.stationary.words):
         ordinary = generator.standard_normal(memory.shape).astype(np.float32).view(np.uint32)
         wild = generator.integers(0, 2**32, memory.shape, dtype=np.uint32)
         memory[:] = np.where(generator.random(memory.shape) < 0.8, ordinary, wild)
-    core.stationary[:] = arithmetic.round_to(core.stationary, DType.BF16)
-    core.weights[:] = core.stationary
+    words, pairs = core.stationary.words, generator.random(NANO.lanes) < 0.5
+    core.stationary.pairs[:] = pairs
+    words[0] = arithmetic.round_to(words[0], DType.BF16)
+    words[:, :, pairs] = arithmetic.round_to(words[:, :, pairs], DType.FP8_E5M2)
+    core.weights.assign(core.stationary)
     return core
 
 
@@ -99,7 +105,8 @@ class Naive:
 
     def __init__(self, core: Core) -> None:
         self.sbuf, self.psum = core.sbuf.copy(), core.psum.copy()
-        self.stationary, self.dram = core.stationary.copy(), core.dram.copy()
+        self.stationary, self.dram = core.stationary.words.copy(), core.dram.copy()
+        self.pairs = core.stationary.pairs.copy()
 
     def execute(self, raw: bytes) -> None:
         opcode, f = decode(raw)
@@ -123,24 +130,35 @@ class Naive:
         writes: list[tuple[int, tuple[int, ...], np.ndarray]] = []
         steps = [(lane, index) for index in indices for lane in range(lanes)]
         match opcode:
-            case Opcode.LOAD_STATIONARY:
-                dtype = DType(f["src0.dtype"])
-                old = [word("src0", lane, index) for lane, index in steps]
-                self.stationary[:, : counts[3]] = 0
-                for (lane, index), value in zip(steps, old, strict=True):
-                    self.stationary[lane, index[3]] = arithmetic.round_to(value, dtype)[0]
-            case Opcode.MATMUL:
-                dtype = DType(f["src0.dtype"])
+            case Opcode.LOAD_STATIONARY | Opcode.LOAD_STATIONARY_PAIR:
+                names = ["src0", "src1"][: 1 + (opcode is Opcode.LOAD_STATIONARY_PAIR)]
+                self.stationary[:, :, : counts[3]] = 0
+                self.pairs[: counts[3]] = len(names) == 2
+                for number, name in enumerate(names):
+                    for lane, index in steps:
+                        value = arithmetic.round_to(
+                            word(name, lane, index), DType(f[f"{name}.dtype"])
+                        )
+                        self.stationary[number, lane, index[3]] = value[0]
+            case Opcode.MATMUL | Opcode.MATMUL_PAIR:
+                names = ["src0", "src1"][: 1 + (opcode is Opcode.MATMUL_PAIR)]
                 moving = self.sbuf.copy()
                 for index in indices:
-                    column = moving[:lanes, at("src0", index)]
-                    x = arithmetic.round_to(column, dtype).view(np.float32).astype(np.float64)
+                    x = []
+                    for name in names:
+                        column = moving[:lanes, at(name, index)]
+                        rounded = arithmetic.round_to(column, DType(f[f"{name}.dtype"]))
+                        x.append(rounded.view(np.float32).astype(np.float64))
                     for m in range(f["columns"]):
                         acc = np.float32(0)
                         with np.errstate(all="ignore"):
                             for k in range(lanes):
-                                w = np.float64(self.stationary[k, m].view(np.float32))
-                                acc = np.float32(np.float64(acc) + x[k] * w)
+                                w = self.stationary[:, k, m].view(np.float32).astype(np.float64)
+                                if len(names) == 2 and self.pairs[m]:
+                                    pair = np.float32(x[0][k] * w[0] + x[1][k] * w[1])
+                                    acc = np.float32(acc + pair)
+                                else:
+                                    acc = np.float32(np.float64(acc) + x[0][k] * w[0])
                         tile = arithmetic.canonical(np.array([acc], np.float32))
                         if f["accumulate"]:
                             tile = arithmetic.add(one(self.psum[m, at("dst", index)]), tile)
@@ -211,8 +229,10 @@ def test_instruction(opcode: Opcode, seed: int) -> None:
         assert (core.sbuf == naive.sbuf).all() and (core.dram == naive.dram).all()
         return
     naive.execute(raw)
-    for name in ("sbuf", "psum", "stationary", "dram"):
+    for name in ("sbuf", "psum", "dram"):
         np.testing.assert_array_equal(getattr(core, name), getattr(naive, name), name)
+    np.testing.assert_array_equal(core.stationary.words, naive.stationary)
+    np.testing.assert_array_equal(core.stationary.pairs, naive.pairs)
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import systolith
 from systolith.errors import DeviceFault
+from systolith.golden import arithmetic
 from systolith.kernel import KernelBuilder
 from systolith.program import Program
 from systolith.runtime.driver import Driver
@@ -23,6 +24,7 @@ from systolith_hdl.arith import FP32_LATENCY
 from systolith_hdl.config import get_config
 from systolith_hdl.formats import CANONICAL_NAN, FLOATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function
+from systolith_hdl.tensor import PAIR_MUL_LATENCY
 from systolith_hdl.toolchain import ToolError
 from systolith_tb.cells import run_cells
 
@@ -50,7 +52,8 @@ def signed(words: list[int]) -> list[int]:
 
 
 def vectors(rng: np.random.Generator) -> np.ndarray:
-    """[CYCLES, (en | active << 1, a, b, mac_a, mac_w, acc)]: corners first, then random."""
+    """[CYCLES, (en | active << 1 | pair << 2, a, b, mac_a, mac_w, acc, pair_a, pair_w)]: corners
+    first, then random."""
 
     def words(count: int) -> np.ndarray:
         return rng.integers(0, 1 << 32, count, dtype=np.uint32)
@@ -91,15 +94,37 @@ def vectors(rng: np.random.Generator) -> np.ndarray:
     control[: len(pairs)] |= 1
     control[: len(triples)] |= 2
     assert len(triples) < CYCLES / 2
+    # Half of the rest are pairs, of FP8 numbers.
+    pair = np.zeros(CYCLES, np.uint32)
+    pair[len(triples) :] = np.where(rng.random(CYCLES - len(triples)) < 0.5, 3, 0)
+    pair[len(triples) :] ^= rng.choice(np.array([0, 0, 1, 2], np.uint32), CYCLES - len(triples))
+    fp8 = np.concatenate(
+        [
+            arithmetic.unpack(np.arange(256, dtype=np.uint8), dtype)
+            for dtype in (DType.FP8_E4M3, DType.FP8_E5M2)
+        ]
+    )
+    pair_a, pair_w = rng.choice(fp8, CYCLES), rng.choice(fp8, CYCLES)
+    for bit, factor in ((1, mac_a), (2, mac_w)):
+        factor[pair & bit != 0] = rng.choice(fp8, np.count_nonzero(pair & bit))
+    control |= pair << 2
+    # Running sums near a pair, or all but its negative. It comes three cycles after its factors.
+    x, w, y, v = (words.view(np.float32) for words in (mac_a, mac_w, pair_a, pair_w))
+    cancel = (-(x * w + y * v)).view(np.uint32)[:-PAIR_MUL_LATENCY]
+    chosen = (pair[:-PAIR_MUL_LATENCY] == 3) & (rng.random(len(cancel)) < 0.3)
+    chosen[: len(triples)] = False
+    changed = cancel ^ (words(len(cancel)) >> rng.integers(6, 32, len(cancel), dtype=np.uint32))
+    acc[PAIR_MUL_LATENCY:][chosen] = changed[chosen]
     # The chip's sums hold no NaN but the canonical one; the cells are equal for any.
-    return np.ascontiguousarray(np.stack([control, a, b, mac_a, mac_w, acc], 1).astype(np.uint32))
+    inputs = np.stack([control, a, b, mac_a, mac_w, acc, pair_a, pair_w], 1)
+    return np.ascontiguousarray(inputs.astype(np.uint32))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_cells_equal_the_gates_in_every_cycle() -> None:
     inputs = vectors(np.random.default_rng(draw_seed()))
     gates, fast = run_cells(inputs, fast=False), run_cells(inputs, fast=True)
-    for index, name in enumerate(("fp32_add", "fp32_mul", "mac_narrow")):
+    for index, name in enumerate(("fp32_add", "fp32_mul", "mac_narrow", "mac_fp8x2")):
         wrong = np.flatnonzero(gates[:, index] != fast[:, index])
         assert not len(wrong), (
             f"{name}: {len(wrong)} differ, the first in cycle {wrong[0]}: gates "
@@ -115,6 +140,7 @@ def test_the_cells_equal_the_gates_in_every_cycle() -> None:
         np.testing.assert_array_equal(fast[enabled[FP32_LATENCY:], index], expected)
     assert (fast[:, 0] == CANONICAL_NAN).sum() > 100
     assert len(np.unique(fast[:, 2])) > CYCLES / 4
+    assert len(np.unique(fast[:, 3])) > CYCLES / 4
 
 
 def random_kernel(seed: int) -> Program:

@@ -1,10 +1,17 @@
 """The bench of sequencers and semaphores."""
 
-from systolith_hdl.config import get_config
+import pytest
+from systolith_tb.configs import CONFIGS
 from systolith_tb.runner import run_bench
 from systolith_tb.sequencing import Sequencing
 
 
-def test_sequencers() -> None:
-    ran = run_bench(Sequencing(get_config("nano")), "sequencing", "systolith_tb.bench_sequencer")
+@pytest.mark.parametrize("config", ["nano", "nano-fp8"])
+def test_sequencers(config: str) -> None:
+    ran = run_bench(
+        Sequencing(CONFIGS[config]),
+        f"sequencing_{config}".replace("-", "_"),
+        "systolith_tb.bench_sequencer",
+        env={"SYSTOLITH_CONFIG": config},
+    )
     assert ran == 4

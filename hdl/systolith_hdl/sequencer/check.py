@@ -7,14 +7,15 @@ from amaranth.lib.wiring import In, Out
 from ..config import CoreConfig
 from ..isa import (
     DMA_TYPES,
+    FIELDS,
     INSTRUCTION_BITS,
+    LOADS,
     SPECS,
     USED_BITS,
     DmaBody,
     EngineKind,
     FaultCause,
     Header,
-    Opcode,
     Operand,
     Space,
     TensorBody,
@@ -79,7 +80,7 @@ class Check(wiring.Component):
         slots = Signal(_SLOTS)
         with m.Switch(word[:8]):
             for opcode, spec in SPECS.items():
-                if spec.kind not in (None, self._kind):
+                if spec.kind not in (None, self._kind) or not spec.exists(config):
                     continue
                 with m.Case(opcode.value):
                     reserved = ((1 << INSTRUCTION_BITS) - 1) & ~USED_BITS[opcode]
@@ -106,9 +107,10 @@ class Check(wiring.Component):
                         bad_count += [count == 0 for count in tensor.counts]
                     if "lanes" in spec.header:
                         bad_count += [header.lanes == 0, header.lanes > config.lanes]
-                    if opcode is Opcode.MATMUL:
-                        bad_count += [tensor.columns == 0, tensor.columns > config.lanes]
-                    if opcode is Opcode.LOAD_STATIONARY:
+                    if "columns" in FIELDS[opcode]:
+                        columns = data.View(spec.body, word[_BODY:]).columns
+                        bad_count += [columns == 0, columns > config.lanes]
+                    if opcode in LOADS:
                         bad_count += [tensor.counts[d] != 1 for d in range(3)]
                         bad_count.append(tensor.counts[3] > config.lanes)
                     signal = header.signal

@@ -5,7 +5,7 @@ from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..config import CoreConfig
-from ..isa import MAX_WAITS, EngineKind, FaultCause, Header, Opcode, WaitMode
+from ..isa import LOADS, MAX_WAITS, EngineKind, FaultCause, Header, Opcode, WaitMode, is_opcode
 from ..ports import IssuePort, axi4_read
 from ..semaphores import Update
 from .check import Check, Fault
@@ -167,7 +167,7 @@ class Sequencer(wiring.Component):
         leave = Signal()
         is_nop = header.opcode == Opcode.NOP
         is_end = header.opcode == Opcode.END
-        is_load = header.opcode == Opcode.LOAD_STATIONARY
+        is_load = is_opcode(header.opcode, LOADS, config)
 
         m.d.comb += check.checked.ready.eq(stop | ~holding | leave)
         with m.If(leave):

@@ -18,7 +18,7 @@ Both are conditions on the sender only, whatever N is, and with them matmuls of 
 each other without a bubble while each loads the stationary operand of the next.
 """
 
-from amaranth.hdl import Cat, Const, Module, Mux, ShapeLike, Signal, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, ShapeLike, Signal, Value, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -27,31 +27,45 @@ from ..emit import Once
 from ..ports import column_shape, split_words
 from .delay import Delay
 from .mac import ADD_LATENCY, MUL_LATENCY, OPERAND_BITS, Mac, Narrow, recode
+from .mac_fp8x2 import PAIR_MUL_LATENCY, SECOND_BITS, Factor, MacFp8x2, recode_factor
+
+
+def mul_latency(config: CoreConfig) -> int:
+    """Cycles from a moving element reaching a PE to its product meeting the running sum."""
+    return MUL_LATENCY if config.fp8_rate == 1 else PAIR_MUL_LATENCY
 
 
 def array_latency(config: CoreConfig) -> int:
     """Cycles from a moving column being sent to its sums leaving the array."""
     # Edge register, N rows, the product of the first, N - 1 PEs to the right.
-    return 1 + config.lanes * ADD_LATENCY + MUL_LATENCY + config.lanes - 1
+    return 1 + config.lanes * ADD_LATENCY + mul_latency(config) + config.lanes - 1
 
 
-class MovingElement(data.Struct):
-    """What goes right on a row's moving bus."""
-
-    value: Narrow
-    #: the row takes part in the sum
-    active: unsigned(1)
-    #: first column for which the loaded stationary operand counts
-    swap: unsigned(1)
+def _factor(config: CoreConfig) -> type[data.Struct]:
+    """What the PEs multiply."""
+    return Narrow if config.fp8_rate == 1 else Factor
 
 
-class WeightElement(data.Struct):
-    """What goes right on a row's weight bus."""
+def row_name(config: CoreConfig) -> str:
+    """Module name of a `Row`."""
+    return f"pe_row_{config.lanes}{_variant(config)}"
 
-    value: Narrow
-    valid: unsigned(1)
-    #: meant for the PE it reaches
-    first: unsigned(1)
+
+def _variant(config: CoreConfig) -> str:
+    """Suffix of the names of modules that differ with the MAC."""
+    return "" if config.fp8_rate == 1 else "_fp8x2"
+
+
+def moving_element(config: CoreConfig) -> data.StructLayout:
+    """What goes right on a row's moving bus: the factor; whether the row takes part in the sum;
+    whether this is the first column for which the loaded stationary operand counts."""
+    return data.StructLayout({"value": _factor(config), "active": 1, "swap": 1})
+
+
+def weight_element(config: CoreConfig) -> data.StructLayout:
+    """What goes right on a row's weight bus: the factor, and whether it is meant for the PE it
+    reaches."""
+    return data.StructLayout({"value": _factor(config), "valid": 1, "first": 1})
 
 
 class ProcessingElement(wiring.Component):
@@ -61,27 +75,37 @@ class ProcessingElement(wiring.Component):
     -------
     moving_in, weight_in : In, from the left
     moving_out, weight_out : Out, to the right, one cycle later
-    acc_in : In(32), sum from above, MUL_LATENCY cycles after the moving element it belongs to
+    acc_in : In(32), sum from above, `mul_latency` cycles after the moving element it belongs to
     acc_out : Out(32), ADD_LATENCY cycles after `acc_in`
     """
 
-    moving_in: In(MovingElement)
-    moving_out: Out(MovingElement)
-    weight_in: In(WeightElement)
-    weight_out: Out(WeightElement)
-    acc_in: In(32)
-    acc_out: Out(32)
+    def __init__(self, config: CoreConfig) -> None:
+        self._config = config
+        super().__init__(
+            {
+                "moving_in": In(moving_element(config)),
+                "moving_out": Out(moving_element(config)),
+                "weight_in": In(weight_element(config)),
+                "weight_out": Out(weight_element(config)),
+                "acc_in": In(32),
+                "acc_out": Out(32),
+            }
+        )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        m.submodules.mac = mac = Once(Mac(), "mac_narrow")
+        if self._config.fp8_rate == 1:
+            m.submodules.mac = mac = Once(Mac(), "mac_narrow")
+        else:
+            m.submodules.mac = mac = Once(MacFp8x2(), "mac_fp8x2")
+        factor = _factor(self._config)
 
         # Registers of this cell that a reset need not touch: what is stale in them is overtaken
         # by no new element, and counts for nothing until a new load.
-        moving = Signal(MovingElement, reset_less=True)
-        weight = Signal(Narrow, reset_less=True)
-        shadow = Signal(Narrow, reset_less=True)
-        active = Signal(Narrow, reset_less=True)
+        moving = Signal(moving_element(self._config), reset_less=True)
+        weight = Signal(factor, reset_less=True)
+        shadow = Signal(factor, reset_less=True)
+        active = Signal(factor, reset_less=True)
         weight_valid, weight_first, mark_next = Signal(), Signal(), Signal()
 
         m.d.sync += [
@@ -116,19 +140,19 @@ class Row(wiring.Component):
 
     Members
     -------
-    moving : In(MovingElement), at PE 0 in this cycle
-    weight : In(WeightElement), at PE 0 in this cycle
+    moving : In(moving_element), at PE 0 in this cycle
+    weight : In(weight_element), at PE 0 in this cycle
     acc_in : In, sums from the row above; that of PE m belongs to the element `moving` held
-        m + MUL_LATENCY cycles ago
+        m + `mul_latency` cycles ago
     acc_out : Out, ADD_LATENCY cycles after `acc_in`
     """
 
     def __init__(self, config: CoreConfig) -> None:
-        self._lanes = config.lanes
+        self._config = config
         super().__init__(
             {
-                "moving": In(MovingElement),
-                "weight": In(WeightElement),
+                "moving": In(moving_element(config)),
+                "weight": In(weight_element(config)),
                 "acc_in": In(column_shape(config)),
                 "acc_out": Out(column_shape(config)),
             }
@@ -138,8 +162,9 @@ class Row(wiring.Component):
         m = Module()
         moving, weight = self.moving, self.weight
         acc_out = []
+        name = f"processing_element{_variant(self._config)}"
         for lane, acc_in in enumerate(split_words(m, self.acc_in, name="acc_in")):
-            m.submodules[f"pe{lane}"] = pe = Once(ProcessingElement(), "processing_element")
+            m.submodules[f"pe{lane}"] = pe = Once(ProcessingElement(self._config), name)
             m.d.comb += [
                 pe.moving_in.eq(moving),
                 pe.weight_in.eq(weight),
@@ -167,19 +192,25 @@ class SystolicArray(wiring.Component):
     sums : Out {valid, data, tag}: N FP32 words; lane m is the sum over active rows k, in
         ascending order from +0, of moving[k] * stationary[k, m]. `array_latency` cycles after
         `moving`, one column per cycle.
+
+    With an `fp8_rate` of 2 `weight` and `moving` have two fields more: `second`, N operands of
+    `SECOND_BITS`, and `pair`, high if they count. Where both are pairs, what a row adds is
+    moving[k] * stationary[k, m] + moving.second[k] * stationary.second[k, m]: see `MacFp8x2`.
     """
 
     def __init__(self, config: CoreConfig, *, tag: ShapeLike) -> None:
         self._config = config
         self._tag = tag
         lanes = config.lanes
-        narrow_column = data.ArrayLayout(unsigned(OPERAND_BITS), lanes)
+        operands: dict[str, ShapeLike] = {"data": data.ArrayLayout(unsigned(OPERAND_BITS), lanes)}
+        if config.fp8_rate == 2:
+            operands |= {"second": data.ArrayLayout(unsigned(SECOND_BITS), lanes), "pair": 1}
         super().__init__(
             {
-                "weight": In(data.StructLayout({"valid": 1, "first": 1, "data": narrow_column})),
+                "weight": In(data.StructLayout({"valid": 1, "first": 1, **operands})),
                 "moving": In(
                     data.StructLayout(
-                        {"valid": 1, "swap": 1, "rows": lanes, "data": narrow_column, "tag": tag}
+                        {"valid": 1, "swap": 1, "rows": lanes, **operands, "tag": tag}
                     )
                 ),
                 "sums": Out(
@@ -202,21 +233,34 @@ class SystolicArray(wiring.Component):
         ]
         moving_words = split_words(m, self.moving.data, name="moving_word")
         weight_words = split_words(m, self.weight.data, name="weight_word")
+        moving_seconds: list[Signal] = []
+        weight_seconds: list[Signal] = []
+        if config.fp8_rate == 2:
+            moving_seconds = split_words(m, self.moving.second, name="moving_second")
+            weight_seconds = split_words(m, self.weight.second, name="weight_second")
+
+        def recoded(bus: data.View, words: list[Signal], seconds: list[Signal], lane: int) -> Value:
+            if config.fp8_rate == 1:
+                return recode(m, words[lane])
+            return recode_factor(m, words[lane], seconds[lane], bus.pair)
+
         for lane in range(lanes):
             # The array's edge: recode, then wait for the row's turn.
-            moving = Signal(MovingElement, name=f"moving{lane}", reset_less=True)
-            weight = Signal(Narrow, name=f"weight{lane}", reset_less=True)
+            moving = Signal(moving_element(config), name=f"moving{lane}", reset_less=True)
+            weight = Signal(_factor(config), name=f"weight{lane}", reset_less=True)
             m.d.sync += [
-                moving.value.as_value().eq(recode(m, moving_words[lane])),
+                moving.value.as_value().eq(
+                    recoded(self.moving, moving_words, moving_seconds, lane)
+                ),
                 moving.active.eq(self.moving.rows[lane]),
-                weight.as_value().eq(recode(m, weight_words[lane])),
+                weight.as_value().eq(recoded(self.weight, weight_words, weight_seconds, lane)),
             ]
             edge = Cat(moving.value, moving.active, swap, weight, weight_valid, weight_first)
             cycles = lane * ADD_LATENCY
             m.submodules[f"skew{lane}"] = skew = Once(
                 Delay(width=len(edge), cycles=cycles), f"delay_{len(edge)}x{cycles}"
             )
-            m.submodules[f"row{lane}"] = row = Once(Row(config), f"pe_row_{lanes}")
+            m.submodules[f"row{lane}"] = row = Once(Row(config), row_name(config))
             m.d.comb += [
                 skew.i.eq(edge),
                 Cat(row.moving.as_value(), row.weight.as_value()).eq(skew.o),

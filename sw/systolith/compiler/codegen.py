@@ -22,8 +22,8 @@ from ..errors import CompileError
 from ..kernel import DramTensor, KernelBuilder, Tile, View
 from ..program import Program
 from .fuse import affine
-from .ir import ARRAY_TYPES, Form, Graph, Op, Shape, Use, Value, operand_form, product_order
-from .layout import columns
+from .ir import ARRAY_TYPES, Form, Graph, Op, Shape, Use, Value, operand_form
+from .layout import columns, contraction_steps
 
 _INFINITY = 1 << 60  #: position of a need that never comes
 _MAX_STRIDE = (1 << 15) - 1
@@ -734,7 +734,7 @@ class Generator:
         )
 
     def _dot(self, op: Op) -> None:
-        """Matrix product: tiles of K accumulate in PSUM.
+        """Matrix product: steps over tiles of K accumulate in PSUM.
 
         With the result across rows, the left operand is stationary and the right one moves;
         across columns it is the other way round, which gives the transpose in the same words.
@@ -754,41 +754,51 @@ class Generator:
         blocks = -(-across // lanes)
         home = self._home(op.result)
         assert op.form is not None
-        terms = product_order(op.attrs["parts"], depth, lanes)
-        loaded: tuple[Tile, int, int] | None = None  # what the array holds: (of, block, tile of K)
+        steps = contraction_steps(op, self._config)
+        # What the array holds: (of, block, tiles of K).
+        loaded: tuple[Tile, int, tuple[int, ...]] | None = None
 
-        def product(psum: Tile, offset: int, block: int, n: int, start: int, length: int) -> None:
-            """psum[:, offset:] (+)= columns `start` on of one block of rows, for term n."""
+        def product(
+            psum: Tile, offset: int, block: int, step: int, start: int, length: int
+        ) -> None:
+            """psum[:, offset:] (+)= columns `start` on of one block of rows, over one step."""
             nonlocal loaded
-            *parts, k = terms[n]
+            *parts, tiles = steps[step]
             m = min(lanes, across - block * lanes)
-            used = min(lanes, depth - k * lanes)
+            used = min(lanes, depth - tiles[0] * lanes)
             still, moves = parts if op.form is Form.ROWS else parts[::-1]
-            if loaded != (stationary[still], block, k):
+            if loaded != (stationary[still], block, tiles):
                 self._nc.tensor.load_stationary(
-                    stationary[still]
-                    .view((m,), offset=k * across + block * lanes, lanes=used)
-                    .astype(stationary_type)
+                    *(
+                        stationary[still]
+                        .view((m,), offset=k * across + block * lanes, lanes=used)
+                        .astype(stationary_type)
+                        for k in tiles
+                    )
                 )
-                loaded = stationary[still], block, k
-            self._nc.tensor.matmul(
-                psum.view((length,), offset=offset, lanes=m),
+                loaded = stationary[still], block, tiles
+            columns, *second = (
                 moving[moves]
                 .view((length,), offset=k * free + start, lanes=used)
-                .astype(moving_type),
-                accumulate=n > 0,
+                .astype(moving_type)
+                for k in tiles
+            )
+            self._nc.tensor.matmul(
+                psum.view((length,), offset=offset, lanes=m),
+                columns,
+                accumulate=step > 0,
+                pair=second[0] if second else None,
             )
 
-        tiles = len(terms)
         # PSUM holds what is not rounded.
         stays = home.needs and op.result.dtype is DType.FP32
         if stays and blocks * free <= self._config.psum_depth // 2:
             psum = self._psum(blocks * free, op.result.name)
-            pairs = [(block, n) for block in range(blocks) for n in range(tiles)]
+            products = [(block, step) for block in range(blocks) for step in range(len(steps))]
             if self._arrives_in_pieces(op):
-                pairs.sort(key=lambda pair: pair[1])
-            for block, n in pairs:
-                product(psum, block * free, block, n, 0, free)
+                products.sort(key=lambda product: product[1])
+            for block, step in products:
+                product(psum, block * free, block, step, 0, free)
             home.tiles[op.form] = psum
             return
         # Through PSUM, as many blocks of rows at once as it holds. While operands arrive, K is
@@ -804,6 +814,7 @@ class Generator:
             for block in range(blocks)
         ]
         arriving = self._arrives_in_pieces(op)
+        tiles = -(-depth // lanes)
         while parts:
             group: list[tuple[int, int, int]] = []
             accumulators: list[Tile] = []
@@ -812,21 +823,21 @@ class Generator:
                 accumulators.append(self._psum(group[-1][2], op.result.name))
             work = sum(length for _, _, length in group)
             early = int(_ARRIVAL * tiles * (across + free) / work) if arriving else 0
-            early = min(early, tiles - 1)
+            early = min(early, len(steps) - 1)
             arriving = False
-            for n in range(early):
+            for step in range(early):
                 for psum, (block, start, length) in zip(accumulators, group, strict=True):
-                    product(psum, 0, block, n, start, length)
+                    product(psum, 0, block, step, start, length)
             for psum, (block, start, length) in zip(accumulators, group, strict=True):
                 # The very last block ends in smaller steps: nothing is left to hide it behind.
                 last = not parts and psum is accumulators[-1]
-                step = max(_ENDING_COLUMNS, -(-length // _ENDING)) if last else length
-                for n in range(early, tiles - 1):
-                    product(psum, 0, block, n, start, length)
+                part = max(_ENDING_COLUMNS, -(-length // _ENDING)) if last else length
+                for step in range(early, len(steps) - 1):
+                    product(psum, 0, block, step, start, length)
                 m = min(lanes, across - block * lanes)
-                for number, at in enumerate(range(0, length, step)):
-                    count = min(step, length - at)
-                    product(psum, at, block, tiles - 1, start + at, count)
+                for number, at in enumerate(range(0, length, part)):
+                    count = min(part, length - at)
+                    product(psum, at, block, len(steps) - 1, start + at, count)
                     done = result.view((count,), offset=block * free + start + at, lanes=m)
                     done = done.astype(op.result.dtype)
                     sums = psum.view((count,), offset=at, lanes=m)

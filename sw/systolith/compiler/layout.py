@@ -10,6 +10,7 @@ that lowers the estimated cycles.
 from __future__ import annotations
 
 from systolith_hdl.config import CoreConfig
+from systolith_hdl.formats import FP8_TYPES
 
 from .ir import Form, Graph, Op, Value, op_forms, operand_form, product_order
 
@@ -31,19 +32,34 @@ def columns(shape: tuple[int, int], form: Form, lanes: int) -> int:
     return rows * cols
 
 
-def op_cycles(op: Op, lanes: int) -> float:
+def contraction_steps(op: Op, config: CoreConfig) -> list[tuple[int, int, tuple[int, ...]]]:
+    """What every step of a matrix product adds up, in order: (part of the left operand, of the
+    right one, tiles of K of N rows each), see `product_order`.
+
+    One tile a step. Where the core adds up two FP8 products at once and both operands are FP8,
+    whole tiles make pairs, 0 and 1, 2 and 3 and so on: k goes with k + N. A whole tile that is
+    left over and a last partial one are steps of their own.
+    """
+    depth = op.operands[0].shape[1]
+    paired = 0
+    if config.fp8_rate == 2 and all(dtype in FP8_TYPES for dtype in op.attrs["types"]):
+        paired = depth // config.lanes // 2 * 2
+    return [
+        (left, right, (k, k + 1) if k < paired else (k,))
+        for left, right, k in product_order(op.attrs["parts"], depth, config.lanes)
+        if k >= paired or k % 2 == 0
+    ]
+
+
+def op_cycles(op: Op, config: CoreConfig) -> float:
     """Estimated cycles of an operation on its engine."""
+    lanes = config.lanes
     if op.form is None:
         return 0.0
     if op.kind == "dot":
-        depth = op.operands[0].shape[1]
         rows, cols = op.result.shape
         m, f = (rows, cols) if op.form is Form.ROWS else (cols, rows)
-        return (
-            len(product_order(op.attrs["parts"], depth, lanes))
-            * -(-m // lanes)
-            * (max(f, lanes) + 4)
-        )
+        return len(contraction_steps(op, config)) * -(-m // lanes) * (max(f, lanes) + 4)
     shape = op.operands[0].shape if op.kind == "reduce" else op.result.shape
     return INSTRUCTION + columns(shape, op.form, lanes)
 
@@ -80,7 +96,7 @@ def assign_forms(graph: Graph, config: CoreConfig) -> int:
         return cost
 
     def op_cost(op: Op) -> float:
-        return op_cycles(op, lanes)
+        return op_cycles(op, config)
 
     for op in graph.ops:
         forms = op_forms(op)

@@ -44,7 +44,7 @@ def schedule(graph: Graph, config: CoreConfig) -> int:
         words = value.size / lanes if form is None else columns(value.shape, form, lanes)
         return 2 * (TRANSFER + words)
 
-    cycles = {op: op_cycles(op, lanes) for op in graph.ops}
+    cycles = {op: op_cycles(op, config) for op in graph.ops}
     # The longest way to the end, from the start of an operation.
     remaining: dict[Op, float] = {}
     for op in reversed(graph.ops):

@@ -264,3 +264,24 @@ def matmul(stationary: Words, moving: Words) -> Words:
         exact = w[k].astype(np.float64)[:, None] * x[k].astype(np.float64)[None, :]
         acc = (acc.astype(np.float64) + exact).astype(np.float32)
     return canonical(acc)
+
+
+@_quiet
+def matmul_pairs(stationary: tuple[Words, Words], moving: tuple[Words, Words]) -> Words:
+    """One tile of pairs: out[m, f] is the chain ``acc = fp32(acc + fp32(w0[k, m] * x0[k, f] +
+    w1[k, m] * x1[k, f]))`` in the order of k, from +0.0, each product exact.
+
+    Parameters
+    ----------
+    stationary : (w0, w1), each [K, M] FP32 words that hold FP8 numbers
+    moving : (x0, x1), each [K, F], likewise
+    """
+    # FP8 has 4 significant bits and exponents from -16 to 15: FP32 holds the products.
+    products = [
+        floats(w)[:, :, None] * floats(x)[:, None, :]
+        for w, x in zip(stationary, moving, strict=True)
+    ]
+    total = np.zeros(products[0].shape[1:], np.float32)
+    for pair in products[0] + products[1]:
+        total += pair
+    return canonical(total)

@@ -10,6 +10,7 @@ from typing import Any
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.isa import (
     DMA_TYPES,
+    LOADS,
     MAX_WAITS,
     SPECS,
     USED_BITS,
@@ -81,13 +82,14 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
 
     The checks are made in the order of `FaultCause`, each on the whole instruction:
 
-    1. ILLEGAL_OPCODE: the opcode does not exist, or is another engine's
+    1. ILLEGAL_OPCODE: the opcode does not exist, is another engine's, or works on pairs and
+       ``fp8_rate`` is 1
     2. RESERVED_BITS: a bit that no field of the opcode's format holds is set
     3. ILLEGAL_OPERATION: op0, op1 or a wait mode has a code the opcode does not accept
     4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all
     5. BAD_SPACE: the same for the operand's memory
-    6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or of LOAD_STATIONARY counts
-       0 to 2 are not 1 or count 3 is more than N
+    6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or of a load of the
+       stationary operand counts 0 to 2 are not 1 or count 3 is more than N
     7. BAD_SEMAPHORE: a wait (mode not NONE) or a signal (amount not 0) names a semaphore that
        does not exist, or the signal's chip is not 0
     8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, local; of each the lowest address is
@@ -99,7 +101,7 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
         return Fault(FaultCause.ILLEGAL_OPCODE)
     opcode, fields = decode(raw)
     spec = SPECS[opcode]
-    if spec.kind is not None and spec.kind is not kind:
+    if (spec.kind is not None and spec.kind is not kind) or not spec.exists(config):
         return Fault(FaultCause.ILLEGAL_OPCODE)
 
     if int.from_bytes(raw, "little") & ~USED_BITS[opcode]:
@@ -127,9 +129,7 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
         counts = [fields[f"counts.{i}"] for i in range(4)]
         if 0 in counts:
             return Fault(FaultCause.BAD_COUNT)
-        if opcode is Opcode.LOAD_STATIONARY and (
-            counts[:3] != [1, 1, 1] or counts[3] > config.lanes
-        ):
+        if opcode in LOADS and (counts[:3] != [1, 1, 1] or counts[3] > config.lanes):
             return Fault(FaultCause.BAD_COUNT)
     for name in ("lanes", "columns"):
         if name in fields and not 1 <= fields[name] <= config.lanes:

@@ -21,6 +21,7 @@ from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
 from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import (
     MAX_WAITS,
+    SPECS,
     AluOp,
     FaultCause,
     Function,
@@ -129,6 +130,33 @@ class _Pattern:
             self._memory[lane, self.repeated[chosen]] = words[lane, chosen]
 
 
+class Weights:
+    """A stationary operand.
+
+    Members
+    -------
+    words : uint32 [2, K, M], first and second numbers
+    pairs : bool [M], which columns are pairs; of the others the second numbers count for nothing
+    """
+
+    def __init__(self, lanes: int) -> None:
+        self.words: Words = np.zeros((2, lanes, lanes), np.uint32)
+        self.pairs = np.zeros(lanes, bool)
+
+    def load(self, operands: Sequence[Words]) -> None:
+        """Takes the words [K, M] of one operand, or of the two of a pair; rows from K on become
+        zero, columns from M on stay."""
+        rows, columns = operands[0].shape
+        self.words[:, :, :columns] = 0
+        self.words[: len(operands), :rows, :columns] = operands
+        self.pairs[:columns] = len(operands) == 2
+
+    def assign(self, other: Weights) -> None:
+        """Becomes equal to another."""
+        self.words[:] = other.words
+        self.pairs[:] = other.pairs
+
+
 class Core:
     """State and execution of one core.
 
@@ -141,7 +169,7 @@ class Core:
     Members
     -------
     sbuf, psum : uint32 [lanes, depth]; zero at first, kept over runs and resets
-    stationary, weights : uint32 [K, M] of the tensor engine: what the last loads left in the
+    stationary, weights : `Weights` of the tensor engine: what the last loads left in the
         background, and what MATMULs use; the first MATMUL after a load takes over the former.
         Kept over runs and resets, but a load that no MATMUL took over is forgotten by a reset
     semaphores, pc, instructions, macs : counts since the start
@@ -157,8 +185,8 @@ class Core:
         self.scheduler = scheduler
         self.sbuf: Words = np.zeros((config.lanes, config.sbuf_depth), np.uint32)
         self.psum: Words = np.zeros((config.lanes, config.psum_depth), np.uint32)
-        self.stationary: Words = np.zeros((config.lanes,) * 2, np.uint32)
-        self.weights: Words = np.zeros((config.lanes,) * 2, np.uint32)
+        self.stationary = Weights(config.lanes)
+        self.weights = Weights(config.lanes)
         self.seed = 0
         self._issued = (0, 0)  # engine and index of the instruction that executes
         self._kinds = [engine_kind(engine) for engine in config.engines]
@@ -317,9 +345,10 @@ class Core:
             return prepared
         maker = _MAKERS[opcode]
         prepared.run = maker(self, opcode, fields)
-        if opcode is Opcode.MATMUL:
+        if "columns" in fields:
             columns = math.prod(fields[f"counts.{i}"] for i in range(4))
-            prepared.macs = fields["lanes"] * fields["columns"] * columns
+            products = 2 if SPECS[opcode].pairs else 1
+            prepared.macs = fields["lanes"] * fields["columns"] * columns * products
         return prepared
 
     def _pattern(
@@ -357,33 +386,54 @@ class Core:
 
         return write
 
+    def _operands(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], list[Words]]:
+        """Reads the tensor engine's operand, or both of a pair: [K, columns] each."""
+        sources = [
+            (self._pattern(opcode, name, fields), DType(fields[f"{name}.dtype"]))
+            for name in ("src0", "src1")
+            if f"{name}.dtype" in fields
+        ]
+        rows = fields["lanes"]
+
+        def read() -> list[Words]:
+            return [
+                arithmetic.round_to(source.read(), dtype).reshape(rows, -1)
+                for source, dtype in sources
+            ]
+
+        return read
+
     def _load_stationary(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
-        source = self._pattern(opcode, "src0", fields)
-        dtype = DType(fields["src0.dtype"])
+        read = self._operands(opcode, fields)
 
         def run() -> None:
-            words = arithmetic.round_to(source.read(), dtype)
-            words = words.reshape(len(words), -1)
-            self.stationary[:, : words.shape[1]] = 0
-            self.stationary[: words.shape[0], : words.shape[1]] = words
+            self.stationary.load(read())
             self._fresh = True
 
         return run
 
     def _matmul(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         rows, columns = fields["lanes"], fields["columns"]
-        moving = self._pattern(opcode, "src0", fields)
+        read = self._operands(opcode, fields)
         dst = self._pattern(opcode, "dst", fields, lanes=columns)
         shape = (columns, *operand_counts(opcode, "dst", fields))
         accumulate = bool(fields["accumulate"])
-        dtype = DType(fields["src0.dtype"])
 
         def run() -> None:
-            words = arithmetic.round_to(moving.read(), dtype).reshape(rows, -1)
+            moving = read()
             if self._fresh:
-                self.weights[:] = self.stationary
+                self.weights.assign(self.stationary)
                 self._fresh = False
-            tile = arithmetic.matmul(self.weights[:rows, :columns], words)
+            first, second = self.weights.words[:, :rows, :columns]
+            pairs = self.weights.pairs[:columns] & (len(moving) == 2)
+            if not pairs.any():
+                tile = arithmetic.matmul(first, moving[0])
+            elif pairs.all():
+                tile = arithmetic.matmul_pairs((first, second), (moving[0], moving[1]))
+            else:
+                tile = arithmetic.matmul(first, moving[0])
+                both = first[:, pairs], second[:, pairs]
+                tile[pairs] = arithmetic.matmul_pairs(both, (moving[0], moving[1]))
             if not accumulate:
                 dst.write(tile.reshape(shape))
             elif dst.repeated is None:
@@ -506,6 +556,8 @@ class Core:
 _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Fault | None]]] = {
     Opcode.LOAD_STATIONARY: Core._load_stationary,
     Opcode.MATMUL: Core._matmul,
+    Opcode.LOAD_STATIONARY_PAIR: Core._load_stationary,
+    Opcode.MATMUL_PAIR: Core._matmul,
     Opcode.TENSOR_TENSOR: Core._tensor_tensor,
     Opcode.TENSOR_SCALAR: Core._tensor_scalar,
     Opcode.REDUCE: Core._reduce,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
-from systolith_hdl.formats import FLOATS, FORMATS, NARROW_FLOATS, DType, dtype_of
+from systolith_hdl.formats import FLOATS, FORMATS, FP8_TYPES, NARROW_FLOATS, DType, dtype_of
 from systolith_hdl.isa import (
     DMA_TYPES,
     MAX_WAITS,
@@ -515,15 +515,32 @@ class _Tensor(_Engine):
 
     def __init__(self, builder: KernelBuilder) -> None:
         super().__init__(builder)
-        self._stationary: tuple[int, int] | None = None  #: (K, M) of what was loaded last
+        #: (K, M, made of pairs) of what was loaded last
+        self._stationary: tuple[int, int, bool] | None = None
 
-    def load_stationary(self, view: View) -> None:
+    def _pair(self, what: str, view: View, pair: View) -> None:
+        """Refuses a second operand that does not fit the first, or the core."""
+        if self._builder.config.fp8_rate != 2:
+            refuse(f"pairs need a core with an fp8_rate of 2, not {self._builder.config.name}")
+        self._operand(f"{what} of pairs", view, (Space.SBUF,), FP8_TYPES)
+        self._operand(f"the second of {what}", pair, (Space.SBUF,), FP8_TYPES)
+        if pair.lanes != view.lanes or pair.size != view.size:
+            refuse(
+                f"the second of {what} has {pair.lanes} lanes of {pair.size} columns, the first "
+                f"{view.lanes} of {view.size}"
+            )
+
+    def load_stationary(self, view: View, pair: View | None = None) -> None:
         """stationary[k, m] = lane k of column m of `view`, rounded to the view's type.
 
         A view of type FP32 is rounded to BF16. `view.lanes` is K; the view has M columns in all, at
-        most as many as the core has lanes, at one constant stride.
+        most as many as the core has lanes, at one constant stride. With `pair`, a view of the same
+        sizes, each row holds pairs of numbers, the second from there; both must have an FP8 type.
+        Bases that differ by 4 modulo 8 keep the two from meeting in a bank of SBUF.
         """
         self._operand("the stationary operand", view, (Space.SBUF,), FLOATS)
+        if pair is not None:
+            self._pair("the stationary operand", view, pair)
         if view.size > self._builder.config.lanes:
             refuse(
                 f"the stationary operand has {view.size} columns, the array "
@@ -532,34 +549,59 @@ class _Tensor(_Engine):
         flat = view.flatten()
         if flat is None:
             refuse(f"the columns of the stationary operand must lie at one stride: {view}")
-        self._stationary = (flat.lanes, flat.size)
+        sources = [flat]
+        if pair is not None:
+            second = pair.flatten()
+            if second is None:
+                refuse(f"the columns of the stationary operand must lie at one stride: {pair}")
+            sources.append(second)
+        self._stationary = (flat.lanes, flat.size, pair is not None)
         self._builder._append(
             self._builder._loads,
-            Opcode.LOAD_STATIONARY,
+            Opcode.LOAD_STATIONARY if pair is None else Opcode.LOAD_STATIONARY_PAIR,
             {
                 "lanes": flat.lanes,
                 **self._counts(flat.shape),
-                **self._encode_operand(
-                    "src0", flat, self._pad("view", flat, flat.shape), _matmul_type(flat)
-                ),
+                **self._encode_sources("view", sources, flat.shape),
             },
-            [self._access(flat, False)],
+            [self._access(source, False) for source in sources],
         )
 
-    def matmul(self, dst: View, moving: View, accumulate: bool = False) -> None:
+    def _encode_sources(
+        self, what: str, sources: Sequence[View], shape: tuple[int, ...]
+    ) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for number, view in enumerate(sources):
+            strides = self._pad(what, view, shape)
+            fields |= self._encode_operand(f"src{number}", view, strides, _matmul_type(view))
+        return fields
+
+    def matmul(
+        self, dst: View, moving: View, accumulate: bool = False, pair: View | None = None
+    ) -> None:
         """dst[m, f] (+)= sum over k of stationary[k, m] * moving[k, f].
 
         `moving` is rounded to its view's type, FP32 to BF16; that of the stationary operand may
         be another.
         `moving.lanes` must be the K and `dst.lanes` the M of the stationary operand; both views
         have the same shape, F columns in all. With `accumulate` the sum is added to dst; a column
-        that dst names more than once is added to each time.
+        that dst names more than once is added to each time. With `pair`, a view of the shape of
+        `moving`, and a stationary operand of pairs, what is added for each k is the sum of two
+        products, of first times first and second times second numbers; see `load_stationary`.
         """
         self._operand("dst", dst, (Space.PSUM,), (DType.FP32,))
         self._operand("the moving operand", moving, (Space.SBUF,), FLOATS)
         if self._stationary is None:
             refuse("matmul before any load_stationary")
-        rows, columns = self._stationary
+        rows, columns, pairs = self._stationary
+        if pairs != (pair is not None):
+            refuse(
+                "the stationary operand is made of pairs, the moving one is not"
+                if pairs
+                else "the moving operand is made of pairs, the stationary one is not"
+            )
+        if pair is not None:
+            self._pair("the moving operand", moving, pair)
         if moving.lanes != rows:
             refuse(
                 f"the moving operand has {moving.lanes} lanes, the stationary operand {rows} (K)"
@@ -570,21 +612,22 @@ class _Tensor(_Engine):
             refuse(f"shape mismatch: dst has shape {dst.shape}, the moving operand {moving.shape}")
         if not accumulate:
             self._distinct(dst)
+        if pair is not None and pair.shape != dst.shape:
+            refuse(f"shape mismatch: dst has shape {dst.shape}, the second operand {pair.shape}")
+        sources = [moving] if pair is None else [moving, pair]
         self._builder._append(
             self._builder._matmuls,
-            Opcode.MATMUL,
+            Opcode.MATMUL if pair is None else Opcode.MATMUL_PAIR,
             {
                 "lanes": rows,
                 "columns": columns,
                 "accumulate": int(bool(accumulate)),
                 **self._counts(dst.shape),
                 **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), DType.FP32),
-                **self._encode_operand(
-                    "src0", moving, self._pad("moving", moving, dst.shape), _matmul_type(moving)
-                ),
+                **self._encode_sources("moving", sources, dst.shape),
             },
             [
-                self._access(moving, False),
+                *(self._access(source, False) for source in sources),
                 *([self._access(dst, False)] if accumulate else []),
                 self._access(dst, True),
             ],

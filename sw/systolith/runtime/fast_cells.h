@@ -69,6 +69,34 @@ inline double fast_product(unsigned int a, unsigned int w) {
     return static_cast<double>(significand) * bits_as<double>(sign | scale);
 }
 
+// One half of a pair, in the encoding `Fp8` of tensor/mac_fp8x2.py, as `Narrow`: sign in bit 0,
+// exponent in bits 1 to 5, significand in bits 6 to 9, infinity in bit 10, NaN in bit 11.
+inline unsigned int fast_widen(unsigned int half) {
+    unsigned int exponent = (half >> 1 & 0xF) | (0u - (half >> 5 & 1)) << 4;
+    return (half & 1) | (exponent & 0x1FF) << 1 | (half >> 6 & 0xF) << 17 | half >> 10 << 21;
+}
+
+// Product of two numbers or pairs in the encoding `Factor` of tensor/mac_fp8x2.py: a number in bits 0
+// to 22, in which bits 6 to 16 are free if it is FP8 and hold, with bit 23, the second of a pair;
+// bit 24 says that it is one. Pairs give the sum of two products, rounded to FP32: both are exact
+// in FP32, so an FP32 addition rounds once.
+inline double fast_product_fp8x2(unsigned int a, unsigned int w) {
+    unsigned int first[2], second[2];
+    const unsigned int factors[2] = {a, w};
+    for (int i = 0; i < 2; ++i) {
+        unsigned int bits = factors[i];
+        first[i] = bits & 0x7FFFFF;
+        second[i] = 0;
+        if (bits >> 24) {
+            first[i] = fast_widen((bits & 0x3F) | (bits >> 17 & 0x3F) << 6);
+            second[i] = fast_widen((bits >> 6 & 0x7FF) | (bits >> 23 & 1) << 11);
+        }
+    }
+    double product = fast_product(first[0], first[1]);
+    if (!((a & w) >> 24)) return product;
+    return static_cast<float>(product) + static_cast<float>(fast_product(second[0], second[1]));
+}
+
 // acc + addend, rounded once to FP32 although it is rounded to a double on the way. The addend is a
 // product, or -0 to add nothing, not even to -0.
 //

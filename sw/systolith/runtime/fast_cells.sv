@@ -4,6 +4,7 @@
 import "DPI-C" pure function int unsigned fast_add(input int unsigned a, input int unsigned b);
 import "DPI-C" pure function int unsigned fast_mul(input int unsigned a, input int unsigned b);
 import "DPI-C" pure function real fast_product(input int unsigned a, input int unsigned w);
+import "DPI-C" pure function real fast_product_fp8x2(input int unsigned a, input int unsigned w);
 import "DPI-C" pure function int unsigned fast_accumulate(input int unsigned acc, input real addend);
 
 module fp32_add(
@@ -54,6 +55,28 @@ module mac_narrow(
     reg [31:0] stage_1 = 0, stage_2 = 0;
     always @(posedge clk) begin
         addend <= active ? fast_product({9'b0, a}, {9'b0, w}) : -0.0;
+        stage_1 <= fast_accumulate(acc, addend);
+        stage_2 <= stage_1;
+        o <= stage_2;
+    end
+endmodule
+
+module mac_fp8x2(
+    input clk,
+    input rst,
+    input [24:0] a,
+    input [24:0] w,
+    input active,
+    input [31:0] acc,
+    output reg [31:0] o = 0
+);
+    // Adding -0 changes nothing, not even -0.
+    real product = 0.0, product_2 = 0.0, addend = 0.0;
+    reg [31:0] stage_1 = 0, stage_2 = 0;
+    always @(posedge clk) begin
+        product <= active ? fast_product_fp8x2({7'b0, a}, {7'b0, w}) : -0.0;
+        product_2 <= product;
+        addend <= product_2;
         stage_1 <= fast_accumulate(acc, addend);
         stage_2 <= stage_1;
         o <= stage_2;

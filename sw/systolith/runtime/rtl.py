@@ -16,6 +16,7 @@ import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.core import Chip
 from systolith_hdl.emit import to_verilog
+from systolith_hdl.tensor.array import row_name
 from systolith_hdl.toolchain import (
     ToolError,
     cache_dir,
@@ -36,7 +37,7 @@ _TOP = "simulated_chip"
 def kept_modules(config: CoreConfig) -> tuple[str, ...]:
     """Units that Verilator keeps as functions instead of copying them into every place of use:
     builds stay short and the code stays in the processor's caches."""
-    return (f"pe_row_{config.lanes}", "vector_lane", "scalar_lane")
+    return (row_name(config), "vector_lane", "scalar_lane")
 
 
 def _keep_file(config: CoreConfig) -> str:
