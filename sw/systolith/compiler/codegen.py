@@ -814,7 +814,7 @@ class Generator:
             for block in range(blocks)
         ]
         arriving = self._arrives_in_pieces(op)
-        tiles = -(-depth // lanes)
+        tiles = sum(len(step[-1]) for step in steps)
         while parts:
             group: list[tuple[int, int, int]] = []
             accumulators: list[Tile] = []
