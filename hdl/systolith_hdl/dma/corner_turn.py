@@ -36,16 +36,16 @@ class CornerTurn(wiring.Component):
     Parameters
     ----------
     lanes : N, a power of two
-    info : layout of what goes with a tile
+    info : layout of what goes with a tile; a struct that has `turn` in its `settings`: high:
+        `request` reads columns of what `write` wrote as rows; low: it reads the rows themselves,
+        as a FIFO would
     user : layout of what goes with a read
 
     Members
     -------
-    turn : In(1); high: `request` reads columns of what `write` wrote as rows; low: it reads the
-        rows themselves, as a FIFO would. Stable while there is anything in the buffer.
     write : In(stream of {index, words, mask, commit, info}); writes the words of row `index` that
-        `mask` names; `commit` ends the tile and hands it over with its `info`. Ready while the
-        tile to be filled is free.
+        `mask` names; `commit` ends the tile and hands it over with its `info`, which is the same
+        with every row of a tile. Ready while the tile to be filled is free.
     full : Out(1), a tile is there to be read; its info is on `info`
     info : Out(info), valid with `full`
     request : In(stream of {index, release, user}); reads a column (or row); ready only while
@@ -62,7 +62,6 @@ class CornerTurn(wiring.Component):
         words = data.ArrayLayout(unsigned(32), lanes)
         super().__init__(
             {
-                "turn": In(1),
                 "write": In(
                     stream.Signature(
                         data.StructLayout(
@@ -122,9 +121,10 @@ class CornerTurn(wiring.Component):
         ]
 
         place = Signal(log)
-        m.d.comb += place.eq(Mux(self.turn, write.index, 0))
+        m.d.comb += place.eq(Mux(write.info.settings.turn, write.index, 0))
         words = rotate_up(m, write.words.as_value(), place, unit=32, name="write_words")
         mask = rotate_up(m, write.mask, place, unit=1, name="write_mask")
+        turn = self.info.settings.turn
         found = []
         for bank in range(lanes):
             m.submodules[f"bank{bank}"] = ram = memory.Memory(
@@ -139,12 +139,12 @@ class CornerTurn(wiring.Component):
             out = ram.read_port(domain="comb")
             row = Signal(log, name=f"row{bank}")
             m.d.comb += [
-                row.eq(Mux(self.turn, bank - request.index, request.index)),
+                row.eq(Mux(turn, bank - request.index, request.index)),
                 out.addr.eq(Cat(row, draining)),
             ]
             found.append(out.data)
         back = Signal(log)
-        m.d.comb += back.eq(Mux(self.turn, request.index, 0))
+        m.d.comb += back.eq(Mux(turn, request.index, 0))
         turned = rotate_down(m, Cat(*found), back, unit=32, name="read_words")
         with m.If(self.response.ready):
             m.d.sync += self.response.valid.eq(0)

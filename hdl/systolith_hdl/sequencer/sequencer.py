@@ -33,6 +33,7 @@ class Retire(wiring.Component):
     update : Out(stream of Update)
     completed : Out(1), high for a cycle for each instruction whose signal is applied
     empty : Out(1), nothing is in flight
+    settled : Out(1), all that are done have been signalled: `oldest` is not done
     oldest : Out(Completion), valid while not empty
     """
 
@@ -44,6 +45,7 @@ class Retire(wiring.Component):
                 "update": Out(stream.Signature(Update)),
                 "completed": Out(1),
                 "empty": Out(1),
+                "settled": Out(1),
                 "oldest": Out(Completion),
             }
         )
@@ -67,6 +69,7 @@ class Retire(wiring.Component):
             queue.r_en.eq(pop),
             self.completed.eq(pop),
             self.empty.eq(~queue.r_rdy),
+            self.settled.eq(~finished.any()),
             self.oldest.eq(head),
         ]
         m.d.sync += finished.eq(finished + self.done - pop)
@@ -90,6 +93,7 @@ class Sequencer(wiring.Component):
     overflow : In(3), the update of that index overflowed its semaphore
     fault : Out({valid, pc, fault}), valid stays high once the engine stopped
     pc : Out(32), index of the oldest instruction that is not complete
+    settled : Out(1), no instruction that the engine is done with waits to be counted complete
     completed : Out(3), instructions completed in this cycle, a bit each
     ended : Out(1), END is complete
     idle : Out(1), nothing fetched, waiting or in flight
@@ -117,6 +121,7 @@ class Sequencer(wiring.Component):
                     data.StructLayout({"valid": unsigned(1), "pc": unsigned(32), "fault": Fault})
                 ),
                 "pc": Out(32),
+                "settled": Out(1),
                 "completed": Out(3),
                 "ended": Out(1),
                 "idle": Out(1),
@@ -272,6 +277,7 @@ class Sequencer(wiring.Component):
         m.d.comb += [
             self.completed.eq(Cat(leave & internal, retire.completed, retire_load.completed)),
             self.pc.eq(Mux(oldest_load < oldest, oldest_load, oldest)),
+            self.settled.eq(retire.settled & retire_load.settled),
             self.idle.eq(fetch.idle & check.idle & ~holding & drained & ~running),
         ]
         return m
