@@ -55,6 +55,7 @@ class ReadAligner(wiring.Component):
                                 "index": unsigned(lanes.bit_length() - 1),
                                 "words": data.ArrayLayout(unsigned(32), lanes),
                                 "mask": unsigned(lanes),
+                                "row_end": unsigned(1),
                                 "commit": unsigned(1),
                                 "info": tile_layout(lanes),
                             }
@@ -157,6 +158,7 @@ class ReadAligner(wiring.Component):
                 register_step.eq(step),
                 register_length.eq(length),
                 out.index.eq(row),
+                out.row_end.eq(row_end),
                 out.commit.eq(row_end & last_row),
                 out.info.eq(tile),
             ]

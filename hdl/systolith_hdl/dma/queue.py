@@ -17,9 +17,6 @@ from .tiles import TileCounter, settings_layout, tile_layout
 _BURST_INCR = 1
 #: Instructions that wait for a stage of the queue while those before them are in it.
 _LOOKAHEAD = 4
-#: Columns of a tile that is not turned: as few as keep the stages busy, since a tile is drained
-#: only when it is full.
-_FLOW_COLUMNS = 4
 
 
 class FaultPort(wiring.Signature):
@@ -72,9 +69,9 @@ class DmaQueue(wiring.Component):
     columns and turned thus all move one beat per cycle, but for elements of one byte: N of them,
     that is mostly half a beat. Single moves one element per cycle.
     From taking an instruction to `done`, 12 to 26 cycles come on top, and the latency of DRAM.
-    At most `outstanding` bursts are answered per round trip to DRAM, which is what limits runs of
-    one beat (columns or turned of narrow types, aligned; single) once the latency exceeds some 50
-    cycles.
+    At most `outstanding` bursts, and of reads about four times as many beats, are answered per
+    round trip to DRAM, which is what limits runs of one beat (columns or turned of narrow types,
+    aligned; single) once the latency exceeds some 50 cycles.
 
     Instructions overlap, but none sees another half done. Loads follow loads and stores follow
     stores without a bubble: while data of one is in flight, bursts of the next ones are issued;
@@ -158,7 +155,6 @@ class DmaQueue(wiring.Component):
         blocked = Signal()  # tiles have several columns, else one
         turn = Signal()  # rows of a tile are lanes, else columns
         broadcast = Signal()
-        log_tile = Signal(range(log_lanes + 1))
         inner = body.counts[3]
         with m.Switch(body.dram_dtype):
             for each in sorted(DMA_TYPES, key=lambda member: member.value):
@@ -179,7 +175,6 @@ class DmaQueue(wiring.Component):
             turn.eq(~dense_lanes),
             blocked.eq(dense_lanes | ((inner_stride == element_bytes) & (separate | ~is_store))),
             broadcast.eq(turn & ~is_store & (lane_stride == 0)),
-            log_tile.eq(Mux(turn, log_lanes, _FLOW_COLUMNS.bit_length() - 1)),
         ]
 
         # The instruction taken last, until it is launched.
@@ -198,15 +193,14 @@ class DmaQueue(wiring.Component):
             taking.eq(self.issue.instruction.valid & self.issue.instruction.ready),
         ]
         with m.If(taking):
-            tile_mask = (Const(1, log_lanes + 1) << log_tile) - 1
             m.d.sync += [
                 held.eq(1),
                 held_store.eq(is_store),
                 base.eq(body.dram_base),
                 place.eq(pattern(body.local, body.counts)),
-                job.full_columns.eq(Mux(blocked, 1 << log_tile, 1)),
-                job.last_columns.eq(Mux(blocked, ((inner - 1) & tile_mask)[:log_lanes] + 1, 1)),
-                job.counts[3].eq(Mux(blocked, (inner + tile_mask) >> log_tile, inner)),
+                job.full_columns.eq(Mux(blocked, lanes, 1)),
+                job.last_columns.eq(Mux(blocked, (inner - 1)[:log_lanes] + 1, 1)),
+                job.counts[3].eq(Mux(blocked, (inner + (lanes - 1)) >> log_lanes, inner)),
                 job.settings.dtype.eq(body.dram_dtype),
                 job.settings.log_size.eq(log_bytes),
                 job.settings.turn.eq(turn),
@@ -312,7 +306,9 @@ class DmaQueue(wiring.Component):
             places.r_en.eq(Mux(store, write_aligner.run.ready, read_aligner.run.ready)),
         ]
 
-        # Bursts in flight, counted from when they are committed to their address channel.
+        # Bursts in flight, counted from when they are committed to their address channel. Beats
+        # of reads are limited too: what is asked for is ahead of anyone else's reads.
+        beats = Signal(range(4 * self._outstanding + 16))
         flight = data.StructLayout({"beat": ADDRESS_BITS - log_beat, "last": 1})
         m.submodules.flying = flying = fifo.SyncFIFO(width=flight.size, depth=self._outstanding)
         oldest = data.View(flight, flying.r_data)
@@ -324,6 +320,7 @@ class DmaQueue(wiring.Component):
                 flying.w_rdy
                 & ~self.stop
                 & ~failed
+                & (beats < 4 * self._outstanding)
                 & Mux(store, ~aw.valid | aw.ready, ~ar.valid | ar.ready)
             ),
             commit.eq(burst.valid & burst.ready),
@@ -347,6 +344,9 @@ class DmaQueue(wiring.Component):
 
         # ---------------------------------------------------------------------------- responses
         r, b = self.axi_read.r, self.axi_write.b
+        m.d.sync += beats.eq(
+            beats + Mux(commit & ~store, burst.payload.len + 1, 0) - (r.valid & r.ready)
+        )
         good = Signal()
         answered = Signal()
         error = Signal()
@@ -415,6 +415,7 @@ class DmaQueue(wiring.Component):
                 turner.write.payload.index.eq(column),
                 turner.write.payload.words.eq(columns.r_data),
                 turner.write.payload.mask.eq(Const((1 << lanes) - 1, lanes)),
+                turner.write.payload.row_end.eq(1),
                 turner.write.payload.commit.eq(last_column),
                 turner.write.payload.info.eq(tile),
             ]

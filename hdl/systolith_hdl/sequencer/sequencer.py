@@ -131,7 +131,12 @@ class Sequencer(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
-        m.submodules.fetch = fetch = Fetch(config)
+        # Of the first instructions, those of the DMA queues are urgent: the others wait for data.
+        if self._kind is EngineKind.DMA:
+            fetch = Fetch(config)
+        else:
+            fetch = Fetch(config, ahead=2, delay=2 * config.dma_queues)
+        m.submodules.fetch = fetch
         m.submodules.check = check = Check(config, self._kind)
         m.submodules.retire = retire = Retire()
         m.submodules.retire_load = retire_load = Retire()
@@ -249,6 +254,8 @@ class Sequencer(wiring.Component):
                 target.issued.payload.eq(completion),
                 target.issued.valid.eq(leave & ~internal & mine),
             ]
+        with m.If(leave):
+            m.d.sync += fetch.issued.eq(1)
         with m.If(leave & is_end):
             m.d.sync += [self.ended.eq(1), running.eq(0)]
 
@@ -271,6 +278,7 @@ class Sequencer(wiring.Component):
                 self.fault.eq(0),
                 next_pc.eq(0),
                 self.ended.eq(0),
+                fetch.issued.eq(0),
             ]
         oldest = Mux(retire.empty, next_pc, retire.oldest.pc)
         oldest_load = Mux(retire_load.empty, next_pc, retire_load.oldest.pc)
