@@ -159,7 +159,10 @@ class Core(wiring.Component):
         for index, queue in enumerate(queues):
             place = count - len(queues) + index
             pc = sequencers[place].pc
-            reports.append((queue.fault.valid, place, queue.fault.cause, pc, queue.fault.address))
+            # Everything before the instruction that failed is done: once that has been signalled,
+            # the oldest is the one.
+            valid = queue.fault.valid & sequencers[place].settled
+            reports.append((valid, place, queue.fault.cause, pc, queue.fault.address))
         ended = Signal(count)
         m.d.comb += ended.eq(Cat(s.ended for s in sequencers))
         for index in range(count):

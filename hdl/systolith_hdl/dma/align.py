@@ -26,39 +26,25 @@ def run_position(config: CoreConfig) -> data.StructLayout:
 class ReadAligner(wiring.Component):
     """Cuts beats of read data into rows of words, for `corner_turn.CornerTurn.write`.
 
-    A tile has rows 0 to ``rows - 1`` of `length` elements: columns of lanes (`turn` low) or lanes
-    of columns (`turn` high). Rows of one run follow each other without a gap in the beats.
+    A tile has `columns` rows of `lanes` elements, or, turned, `rows` rows of `columns` elements.
+    Narrow elements are widened. Rows of one run follow each other without a gap in the beats.
 
     Members
     -------
-    dtype : In(DType), of the elements; narrow ones are widened
-    log_size : In(2), 0, 1 or 2: an element has ``1 << log_size`` bytes
-    turn : In(1), a row is one lane of the tile, else one column
-    merged : In(1), a run goes on over all rows of a pass along the innermost dimension, else every
-        row is a run of its own
-    lanes : In, elements of a row when `turn` is low
-    turned_rows : In, rows of a tile when `turn` is high
-    tile : In(stream of `tile_layout`)
+    tile : In(stream of `tile_layout`), of one instruction after the other
     run : In(stream of `run_position`), one for each run
     beats : In(stream of data)
     rows : Out(stream), connects to `CornerTurn.write`
 
-    The settings are stable while anything is under way. Latency: one cycle. Throughput: one step
-    or one beat per cycle, whichever are more: a run of B beats takes max(B, steps) cycles.
+    Latency: one cycle. Throughput: one step or one beat per cycle, whichever are more: a run of B
+    beats takes max(B, steps) cycles.
     """
 
     def __init__(self, config: CoreConfig) -> None:
         self._config = config
         lanes = config.lanes
-        count = unsigned(lanes.bit_length())
         super().__init__(
             {
-                "dtype": In(DType),
-                "log_size": In(2),
-                "turn": In(1),
-                "merged": In(1),
-                "lanes": In(count),
-                "turned_rows": In(count),
                 "tile": In(stream.Signature(tile_layout(lanes))),
                 "run": In(stream.Signature(run_position(config))),
                 "beats": In(stream.Signature(unsigned(8 * config.axi_bytes))),
@@ -69,6 +55,7 @@ class ReadAligner(wiring.Component):
                                 "index": unsigned(lanes.bit_length() - 1),
                                 "words": data.ArrayLayout(unsigned(32), lanes),
                                 "mask": unsigned(lanes),
+                                "row_end": unsigned(1),
                                 "commit": unsigned(1),
                                 "info": tile_layout(lanes),
                             }
@@ -85,6 +72,7 @@ class ReadAligner(wiring.Component):
         log_width = width.bit_length() - 1
         steps = 4 * lanes // width
         tile = self.tile.payload
+        settings = tile.settings
         beat = self.beats.payload
 
         # Place in the tile, in the row and in the run.
@@ -105,12 +93,12 @@ class ReadAligner(wiring.Component):
         start = Signal(log_width)
         end = Signal(log_width + 2)
         m.d.comb += [
-            length.eq(Mux(self.turn, tile.columns, self.lanes)),
-            rest.eq((length << self.log_size) - (step << log_width)),
+            length.eq(Mux(settings.turn, tile.columns, settings.lanes)),
+            rest.eq((length << settings.log_size) - (step << log_width)),
             row_end.eq(rest <= width),
             taking.eq(Mux(row_end, rest, width)),
-            last_row.eq(row == Mux(self.turn, self.turned_rows, tile.columns) - 1),
-            run_end.eq(row_end & (~self.merged | (last_row & tile.ends_inner))),
+            last_row.eq(row == Mux(settings.turn, settings.rows, tile.columns) - 1),
+            run_end.eq(row_end & (~settings.merged | (last_row & tile.ends_inner))),
             start.eq(Mux(begin, self.run.payload.offset, offset)),
             end.eq(start + taking),
         ]
@@ -170,16 +158,17 @@ class ReadAligner(wiring.Component):
                 register_step.eq(step),
                 register_length.eq(length),
                 out.index.eq(row),
+                out.row_end.eq(row_end),
                 out.commit.eq(row_end & last_row),
                 out.info.eq(tile),
             ]
         for element in range(lanes):
             m.submodules[f"widen{element}"] = widen = Once(WidenNarrow(), "widen_narrow")
-            m.d.comb += widen.dtype.eq(self.dtype)
+            m.d.comb += widen.dtype.eq(out.info.settings.dtype)
             for log_size in range(3):
                 in_step, place = divmod(element, width >> log_size)
                 raw = register.word_select(place, 8 << log_size)
-                with m.If(self.log_size == log_size):
+                with m.If(out.info.settings.log_size == log_size):
                     m.d.comb += [
                         widen.bits.eq(raw),
                         out.words[element].eq(raw if log_size == 2 else widen.o),
@@ -195,9 +184,8 @@ class WriteAligner(wiring.Component):
 
     Members
     -------
-    dtype, log_size : In, as those of `ReadAligner`: words are rounded to the type; stable
-    row : In(stream of {words, length, run_end}); the first `length` words are written, right after
-        the row before unless that had `run_end`
+    row : In(stream of {words, length, run_end, dtype, log_size}); the first `length` words, rounded
+        to the type, are written right after the row before unless that had `run_end`
     run : In(stream of `run_position`), one for each run
     beats : Out(stream of {data, strb, last}); `last` at the end of every block and run
 
@@ -210,8 +198,6 @@ class WriteAligner(wiring.Component):
         width = config.axi_bytes
         super().__init__(
             {
-                "dtype": In(DType),
-                "log_size": In(2),
                 "row": In(
                     stream.Signature(
                         data.StructLayout(
@@ -219,6 +205,8 @@ class WriteAligner(wiring.Component):
                                 "words": data.ArrayLayout(unsigned(32), config.lanes),
                                 "length": unsigned(config.lanes.bit_length()),
                                 "run_end": unsigned(1),
+                                "dtype": DType,
+                                "log_size": unsigned(2),
                             }
                         )
                     )
@@ -262,7 +250,7 @@ class WriteAligner(wiring.Component):
         start_place = Signal(4)
         end = Signal(log_width + 2)
         m.d.comb += [
-            rest.eq((row.length << self.log_size) - (step << log_width)),
+            rest.eq((row.length << row.log_size) - (step << log_width)),
             row_end.eq(rest <= width),
             giving.eq(Mux(row_end, rest, width)),
             run_end.eq(row_end & row.run_end),
@@ -277,13 +265,13 @@ class WriteAligner(wiring.Component):
             m.submodules[f"pack{element}"] = pack = Once(PackNarrow(), "pack_narrow")
             m.d.comb += [
                 rounding.word.eq(row.words[element]),
-                rounding.dtype.eq(self.dtype),
+                rounding.dtype.eq(row.dtype),
                 pack.word.eq(rounding.o),
-                pack.dtype.eq(self.dtype),
+                pack.dtype.eq(row.dtype),
             ]
             narrow.append(pack.o)
         packed = Signal(32 * lanes)
-        with m.Switch(self.log_size):
+        with m.Switch(row.log_size):
             with m.Case(0):
                 m.d.comb += packed.eq(Cat(element[:8] for element in narrow))
             with m.Case(1):

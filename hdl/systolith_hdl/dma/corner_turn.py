@@ -27,7 +27,8 @@ def rotate_down(m: Module, value: Value, amount: Value, *, unit: int, name: str)
 
 
 class CornerTurn(wiring.Component):
-    """Holds two tiles of N x N words: one is filled while the other is drained.
+    """Holds two tiles of N x N words: one is filled while the other is drained. A tile that is not
+    turned is drained while it is filled.
 
     Word j of row i lies in memory ``(i + j) mod N`` at address i. The words of a row are thus in N
     different memories, and so are those of a column (word j of every row): either is moved in one
@@ -36,23 +37,26 @@ class CornerTurn(wiring.Component):
     Parameters
     ----------
     lanes : N, a power of two
-    info : layout of what goes with a tile
+    info : layout of what goes with a tile; a struct that has `turn` in its `settings`: high:
+        `request` reads columns of what `write` wrote as rows; low: it reads the rows themselves,
+        as a FIFO would
     user : layout of what goes with a read
 
     Members
     -------
-    turn : In(1); high: `request` reads columns of what `write` wrote as rows; low: it reads the
-        rows themselves, as a FIFO would. Stable while there is anything in the buffer.
-    write : In(stream of {index, words, mask, commit, info}); writes the words of row `index` that
-        `mask` names; `commit` ends the tile and hands it over with its `info`. Ready while the
-        tile to be filled is free.
-    full : Out(1), a tile is there to be read; its info is on `info`
+    write : In(stream of {index, words, mask, row_end, commit, info}); writes the words of row
+        `index` that `mask` names; `row_end` ends the row and `commit` the tile. Rows come in
+        order. `info` is the same with every row of a tile. Ready while the tile to be filled is
+        free.
+    full : Out(1), there is something to read: a whole tile, or a row of one that is not turned;
+        its info is on `info`
     info : Out(info), valid with `full`
-    request : In(stream of {index, release, user}); reads a column (or row); ready only while
-        `full`; `release` frees the tile. Every tile is released once.
+    request : In(stream of {index, release, user}); reads a column (or row, in order); ready only
+        while `full`; `release` frees the tile. Every tile is released once, with its last column.
     response : Out(stream of {words, user}), one for each request, in order
 
-    Latency: a committed tile can be read in the next cycle; response one cycle after request.
+    Latency: a committed tile, or a row, can be read in the next cycle; response one cycle after
+    request.
     Throughput: one row and one column per cycle.
     """
 
@@ -62,7 +66,6 @@ class CornerTurn(wiring.Component):
         words = data.ArrayLayout(unsigned(32), lanes)
         super().__init__(
             {
-                "turn": In(1),
                 "write": In(
                     stream.Signature(
                         data.StructLayout(
@@ -70,6 +73,7 @@ class CornerTurn(wiring.Component):
                                 "index": unsigned(self._log),
                                 "words": words,
                                 "mask": unsigned(lanes),
+                                "row_end": unsigned(1),
                                 "commit": unsigned(1),
                                 "info": info,
                             }
@@ -98,31 +102,41 @@ class CornerTurn(wiring.Component):
         infos = [Signal(self.info.shape(), name=f"info{half}") for half in range(2)]
         filling = Signal()
         draining = Signal()
+        rows = Signal(range(lanes))  # complete ones of the tile that is being filled
 
         write, request = self.write.payload, self.request.payload
+        turn = self.info.settings.turn
         writing = Signal()
         reading = Signal()
         m.d.comb += [
             self.write.ready.eq(~full.bit_select(filling, 1)),
             writing.eq(self.write.valid & self.write.ready),
-            self.full.eq(full.bit_select(draining, 1)),
+            self.full.eq(
+                full.bit_select(draining, 1)
+                | ((filling == draining) & ~turn & (self.request.payload.index < rows))
+            ),
             self.info.eq(Array(infos)[draining]),
             self.request.ready.eq(self.full & (~self.response.valid | self.response.ready)),
             reading.eq(self.request.valid & self.request.ready),
         ]
-        # A tile being filled is not full and a tile being drained is: they are never the same one.
+        # `full` may be high for both, or for the one that is being drained; of the one being filled
+        # it is low.
         for half in range(2):
-            with m.If(writing & write.commit & (filling == half)):
-                m.d.sync += [full[half].eq(1), infos[half].eq(write.info)]
+            with m.If(writing & (filling == half)):
+                m.d.sync += infos[half].eq(write.info)
+                with m.If(write.commit):
+                    m.d.sync += full[half].eq(1)
             with m.If(reading & request.release & (draining == half)):
                 m.d.sync += full[half].eq(0)
+        with m.If(writing & write.row_end):
+            m.d.sync += rows.eq(Mux(write.commit, 0, rows + 1))
         m.d.sync += [
             filling.eq(filling ^ (writing & write.commit)),
             draining.eq(draining ^ (reading & request.release)),
         ]
 
         place = Signal(log)
-        m.d.comb += place.eq(Mux(self.turn, write.index, 0))
+        m.d.comb += place.eq(Mux(write.info.settings.turn, write.index, 0))
         words = rotate_up(m, write.words.as_value(), place, unit=32, name="write_words")
         mask = rotate_up(m, write.mask, place, unit=1, name="write_mask")
         found = []
@@ -139,12 +153,12 @@ class CornerTurn(wiring.Component):
             out = ram.read_port(domain="comb")
             row = Signal(log, name=f"row{bank}")
             m.d.comb += [
-                row.eq(Mux(self.turn, bank - request.index, request.index)),
+                row.eq(Mux(turn, bank - request.index, request.index)),
                 out.addr.eq(Cat(row, draining)),
             ]
             found.append(out.data)
         back = Signal(log)
-        m.d.comb += back.eq(Mux(self.turn, request.index, 0))
+        m.d.comb += back.eq(Mux(turn, request.index, 0))
         turned = rotate_down(m, Cat(*found), back, unit=32, name="read_words")
         with m.If(self.response.ready):
             m.d.sync += self.response.valid.eq(0)

@@ -1,20 +1,22 @@
-"""One DMA queue: executes DMA_LOAD and DMA_STORE, one after the other."""
+"""One DMA queue: executes DMA_LOAD and DMA_STORE, in order, several at a time."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, unsigned
-from amaranth.lib import data, enum, fifo, wiring
+from amaranth.lib import data, fifo, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..access import AddressGenerator, pattern
+from ..access import AddressGenerator, Pattern, pattern
 from ..config import CoreConfig
-from ..formats import FORMATS, DType
+from ..formats import FORMATS
 from ..isa import DMA_TYPES, SPECS, FaultCause, Opcode
 from ..ports import READ_LATENCY, IssuePort, ReadPort, WritePort, axi4_read, axi4_write
 from .align import ReadAligner, WriteAligner, run_position
 from .corner_turn import CornerTurn
 from .runs import ADDRESS_BITS, RUN_BYTES_BITS, BurstSplitter, Nest
-from .tiles import TileCounter, tile_layout
+from .tiles import TileCounter, settings_layout, tile_layout
 
 _BURST_INCR = 1
+#: Instructions that wait for a stage of the queue while those before them are in it.
+_LOOKAHEAD = 4
 
 
 class FaultPort(wiring.Signature):
@@ -22,7 +24,8 @@ class FaultPort(wiring.Signature):
 
     Members
     -------
-    valid : Out(1), stays high until reset
+    valid : Out(1), stays high until reset; rises after `done` of every instruction before the one
+        that failed
     cause : Out(FaultCause), valid with `valid`
     address : Out(48 bits), valid with `valid`; its meaning depends on the cause
     """
@@ -31,13 +34,6 @@ class FaultPort(wiring.Signature):
         super().__init__(
             {"valid": Out(1), "cause": Out(FaultCause), "address": Out(unsigned(ADDRESS_BITS))}
         )
-
-
-class _State(enum.Enum, shape=2):
-    IDLE = 0
-    PREPARE = 1
-    START = 2
-    RUN = 3
 
 
 class DmaQueue(wiring.Component):
@@ -72,10 +68,15 @@ class DmaQueue(wiring.Component):
     SBUF side takes one cycle per column at the same time. Aligned and with N lanes, merged,
     columns and turned thus all move one beat per cycle, but for elements of one byte: N of them,
     that is mostly half a beat. Single moves one element per cycle.
-    From taking an instruction to `done`, 15 to 26 cycles come on top, and the latency of DRAM.
-    At most `outstanding` bursts are answered per round trip to DRAM, which is what limits runs of
-    one beat (columns or turned of narrow types, aligned; single) once the latency exceeds some 50
-    cycles.
+    From taking an instruction to `done`, 12 to 26 cycles come on top, and the latency of DRAM.
+    At most `outstanding` bursts, and of reads about four times as many beats, are answered per
+    round trip to DRAM, which is what limits runs of one beat (columns or turned of narrow types,
+    aligned; single) once the latency exceeds some 50 cycles.
+
+    Instructions overlap, but none sees another half done. Loads follow loads and stores follow
+    stores without a bubble: while data of one is in flight, bursts of the next ones are issued;
+    SBUF is written, and DRAM is, in program order. A store after a load begins when all columns of
+    the load are in SBUF; a load after a store when every burst of the store has been answered.
 
     Parameters
     ----------
@@ -83,8 +84,8 @@ class DmaQueue(wiring.Component):
 
     Members
     -------
-    issue : In(IssuePort); an instruction is taken when the one before is done, that is when all
-        columns of a load have been written or every burst of a store has been answered
+    issue : In(IssuePort); `done` means that all columns of a load have been written, or that every
+        burst of a store has been answered
     read, write : Out(ReadPort), Out(WritePort) of SBUF
     axi_read, axi_write : Out(axi4_read), Out(axi4_write) with IDs of no bits. Addresses of bursts
         are multiples of a beat; bursts have up to 16 beats and end at multiples of 16 beats. Write
@@ -93,7 +94,8 @@ class DmaQueue(wiring.Component):
     stop : In(1), no further bursts are issued while it is high
     active : Out(1), bursts are in flight
     fault : Out(FaultPort); address is that of the burst, as on AxADDR. After an error response no
-        burst is issued and no instruction taken until reset; those in flight are finished.
+        burst is issued and no instruction taken until reset; those in flight are finished. Loads
+        after one that failed write nothing; stores after one that failed may have written.
     """
 
     def __init__(self, config: CoreConfig, *, outstanding: int = 64) -> None:
@@ -131,139 +133,165 @@ class DmaQueue(wiring.Component):
         m.submodules.turner = turner = CornerTurn(
             lanes=lanes,
             info=tile_layout(lanes),
-            user=data.StructLayout({"length": count, "run_end": 1, "last": 1}),
+            user=data.StructLayout(
+                {"length": count, "run_end": 1, "last": 1, "settings": settings_layout(lanes)}
+            ),
         )
 
-        # ---------------------------------------------------------------- instruction, settings
+        # ---------------------------------------------------------------- taking an instruction
+        # Everything that is decided once is decided while it is taken.
         layout = SPECS[Opcode.DMA_LOAD].layout
-        instruction = Signal(layout)
-        body = instruction.body
-        state = Signal(_State)
-        finished = Signal()
-
-        store = Signal()
-        dtype = Signal(DType)
-        log_size = Signal(2)
-        turn = Signal()  # rows of a tile are lanes, else columns
-        merged = Signal()
-        blocks = Signal()  # tiles have up to N columns, else one
-        broadcast = Signal()
-        last_columns = Signal(count)
-        pieces = Signal(16)  # tiles along the innermost dimension
-        dense_elements = Signal(24)  # elements of a run when not turned
-
+        incoming = data.View(layout, self.issue.instruction.payload)
+        body = incoming.body
         log_bytes = Signal(2)
         element_bytes = Signal(4)
         used_lanes = Signal(count)
         inner_stride = body.dram_strides[3]
         lane_stride = body.lane_stride
-        dense_lanes = Signal()
-        dense_inner = Signal()
-        dense_columns = Signal()
-        separate = Signal()
-        blocked = Signal()
         is_store = Signal()
+        dense_lanes = Signal()
+        merged = Signal()
+        separate = Signal()
+        blocked = Signal()  # tiles have several columns, else one
+        turn = Signal()  # rows of a tile are lanes, else columns
+        broadcast = Signal()
+        inner = body.counts[3]
+        with m.Switch(body.dram_dtype):
+            for each in sorted(DMA_TYPES, key=lambda member: member.value):
+                with m.Case(each):
+                    m.d.comb += log_bytes.eq(FORMATS[each].bytes.bit_length() - 1)
         m.d.comb += [
-            is_store.eq(instruction.header.opcode == Opcode.DMA_STORE),
+            is_store.eq(incoming.header.opcode == Opcode.DMA_STORE),
             element_bytes.eq(1 << log_bytes),
-            used_lanes.eq(instruction.header.lanes),
+            used_lanes.eq(incoming.header.lanes),
             dense_lanes.eq((lane_stride == element_bytes) | (used_lanes == 1)),
-            dense_inner.eq(inner_stride == element_bytes),
-            dense_columns.eq(inner_stride == used_lanes << log_bytes),
+            merged.eq(dense_lanes & (inner_stride == used_lanes << log_bytes)),
             # The rows of a turned tile do not overlap: the order in which a store writes them is
             # then of no consequence.
             separate.eq(
                 (lane_stride >= (element_bytes << log_lanes))
                 | (lane_stride <= -(element_bytes << log_lanes))
             ),
-            blocked.eq(dense_lanes | (dense_inner & (separate | ~is_store))),
+            turn.eq(~dense_lanes),
+            blocked.eq(dense_lanes | ((inner_stride == element_bytes) & (separate | ~is_store))),
+            broadcast.eq(turn & ~is_store & (lane_stride == 0)),
         ]
-        with m.Switch(body.dram_dtype):
-            for each in sorted(DMA_TYPES, key=lambda member: member.value):
-                with m.Case(each):
-                    m.d.comb += log_bytes.eq(FORMATS[each].bytes.bit_length() - 1)
-        with m.If(state == _State.PREPARE):
+
+        # The instruction taken last, until it is launched.
+        held = Signal()
+        base = Signal(ADDRESS_BITS)
+        held_store = Signal()
+        job = Signal.like(tiles.start.payload)
+        place = Signal(Pattern)
+        walk = Signal.like(nest.start.payload)
+        dense_elements = Signal(24)  # of a run when not turned
+        taking = Signal()
+        launch = Signal()
+        failed = Signal()
+        m.d.comb += [
+            self.issue.instruction.ready.eq((~held | launch) & ~failed),
+            taking.eq(self.issue.instruction.valid & self.issue.instruction.ready),
+        ]
+        with m.If(taking):
             m.d.sync += [
-                store.eq(is_store),
-                dtype.eq(body.dram_dtype),
-                log_size.eq(log_bytes),
-                turn.eq(~dense_lanes),
-                merged.eq(dense_lanes & dense_columns),
-                blocks.eq(blocked),
-                broadcast.eq(~dense_lanes & ~is_store & (lane_stride == 0)),
-                last_columns.eq(Mux(blocked, (body.counts[3] - 1)[:log_lanes] + 1, 1)),
-                pieces.eq(
-                    Mux(blocked, (body.counts[3] + (lanes - 1)) >> log_lanes, body.counts[3])
+                held.eq(1),
+                held_store.eq(is_store),
+                base.eq(body.dram_base),
+                place.eq(pattern(body.local, body.counts)),
+                job.full_columns.eq(Mux(blocked, lanes, 1)),
+                job.last_columns.eq(Mux(blocked, (inner - 1)[:log_lanes] + 1, 1)),
+                job.counts[3].eq(Mux(blocked, (inner + (lanes - 1)) >> log_lanes, inner)),
+                job.settings.dtype.eq(body.dram_dtype),
+                job.settings.log_size.eq(log_bytes),
+                job.settings.turn.eq(turn),
+                job.settings.merged.eq(merged),
+                job.settings.broadcast.eq(broadcast),
+                job.settings.lanes.eq(used_lanes),
+                job.settings.rows.eq(Mux(broadcast, 1, used_lanes)),
+                dense_elements.eq(used_lanes * Mux(merged, inner, Const(1, 16))),
+                # Innermost dimension: all of it, by columns, or by tiles; then the lanes.
+                walk.counts[3].eq(
+                    Mux(
+                        turn & blocked,
+                        (inner + (lanes - 1)) >> log_lanes,
+                        Mux(merged, 1, inner),
+                    )
                 ),
-                dense_elements.eq(
-                    used_lanes * Mux(dense_lanes & dense_columns, body.counts[3], Const(1, 16))
-                ),
+                walk.strides[3].eq(Mux(turn & blocked, element_bytes << log_lanes, inner_stride)),
+                walk.counts[4].eq(Mux(turn & ~broadcast, used_lanes, 1)),
+                walk.strides[4].eq(lane_stride),
             ]
+            for d in range(3):
+                m.d.sync += [
+                    job.counts[d].eq(body.counts[d]),
+                    walk.counts[d].eq(body.counts[d]),
+                    walk.strides[d].eq(body.dram_strides[d]),
+                ]
+        with m.Elif(launch):
+            m.d.sync += held.eq(0)
 
-        starting = state == _State.START
+        # ------------------------------------------------------------------------------- launch
+        # An instruction is launched into three stages at once: `nest` walks its runs, `tiles` its
+        # tiles, `local` its columns in SBUF. The first begins at once, the others when those
+        # before it are through. What has been launched is all loads or all stores.
+        m.submodules.jobs = jobs = fifo.SyncFIFO(width=job.shape().size, depth=_LOOKAHEAD)
+        m.submodules.patterns = patterns = fifo.SyncFIFO(
+            width=Pattern.as_shape().size, depth=_LOOKAHEAD
+        )
+        store = Signal()
+        pending = Signal(range(self._outstanding + 4 * _LOOKAHEAD))  # launched and not done
+        alone = Signal()
         m.d.comb += [
-            self.issue.instruction.ready.eq((state == _State.IDLE) & ~self.fault.valid),
-            self.issue.busy.eq(state != _State.IDLE),
-            self.issue.done.eq((state == _State.RUN) & finished & ~self.fault.valid),
+            alone.eq(pending == self.issue.done),
+            nest.start.valid.eq(
+                held & ~failed & (alone | (store == held_store)) & jobs.w_rdy & patterns.w_rdy
+            ),
+            nest.start.payload.eq(walk),
+            nest.start.payload.base.eq(base),
+            launch.eq(nest.start.valid & nest.start.ready),
+            jobs.w_en.eq(launch),
+            jobs.w_data.eq(job),
+            patterns.w_en.eq(launch),
+            patterns.w_data.eq(place),
+            tiles.start.valid.eq(jobs.r_rdy),
+            tiles.start.payload.eq(jobs.r_data),
+            jobs.r_en.eq(tiles.start.ready),
+            local.start.valid.eq(patterns.r_rdy),
+            local.start.payload.eq(patterns.r_data),
+            patterns.r_en.eq(local.start.ready),
+            self.issue.busy.eq(held | (pending != 0)),
         ]
-        with m.Switch(state):
-            with m.Case(_State.IDLE):
-                with m.If(self.issue.instruction.valid & ~self.fault.valid):
-                    m.d.sync += [
-                        instruction.eq(self.issue.instruction.payload),
-                        state.eq(_State.PREPARE),
-                    ]
-            with m.Case(_State.PREPARE):
-                m.d.sync += state.eq(_State.START)
-            with m.Case(_State.START):
-                # The generator is idle: the instruction before took all of its addresses.
-                m.d.sync += state.eq(_State.RUN)
-            with m.Case(_State.RUN):
-                with m.If(self.issue.done):
-                    m.d.sync += state.eq(_State.IDLE)
-
-        rows = Signal(count)  # of a turned tile
-        m.d.comb += [
-            rows.eq(Mux(broadcast, 1, used_lanes)),
-            local.start.valid.eq(starting),
-            local.start.payload.eq(pattern(body.local, body.counts)),
-            tiles.start.eq(starting),
-            tiles.full_columns.eq(Mux(blocks, lanes, 1)),
-            tiles.last_columns.eq(last_columns),
-            tiles.counts[3].eq(pieces),
-            nest.start.eq(starting),
-            nest.base.eq(body.dram_base),
-            # Innermost dimension: all of it, by columns, or by tiles; then the lanes.
-            nest.counts[3].eq(Mux(turn, pieces, Mux(merged, 1, body.counts[3]))),
-            nest.strides[3].eq(Mux(turn & blocks, element_bytes << log_lanes, inner_stride)),
-            nest.counts[4].eq(Mux(turn, rows, 1)),
-            nest.strides[4].eq(lane_stride),
-        ]
-        for d in range(3):
-            m.d.comb += [
-                tiles.counts[d].eq(body.counts[d]),
-                nest.counts[d].eq(body.counts[d]),
-                nest.strides[d].eq(body.dram_strides[d]),
-            ]
+        m.d.sync += pending.eq(pending + launch - self.issue.done)
+        with m.If(launch):
+            m.d.sync += store.eq(held_store)
 
         # ---------------------------------------------------------------------- runs and bursts
         # A run goes to the splitter, its place to the aligner, in the same cycle.
         position = run_position(config)
         m.submodules.places = places = fifo.SyncFIFO(width=position.size, depth=self._outstanding)
+        running = Signal.like(job)
+        dense_running = Signal.like(dense_elements)
+        with m.If(launch):
+            m.d.sync += [running.eq(job), dense_running.eq(dense_elements)]
         elements = Signal(24)
         run = splitter.run.payload
+        point = nest.point.payload
         m.d.comb += [
             elements.eq(
                 Mux(
-                    turn,
-                    Mux(nest.point.payload.ends[3], last_columns, tiles.full_columns),
-                    dense_elements,
+                    running.settings.turn,
+                    Mux(point.ends[3], running.last_columns, running.full_columns),
+                    dense_running,
                 )
             ),
             run.address.eq(
-                Cat(nest.point.payload.address[0] & (log_size == 0), nest.point.payload.address[1:])
+                Cat(
+                    point.address[0] & (running.settings.log_size == 0),
+                    point.address[1:],
+                )
             ),
-            run.bytes.eq(elements << log_size),
+            run.bytes.eq(elements << running.settings.log_size),
+            run.last.eq(point.ends.all()),
             splitter.run.valid.eq(nest.point.valid & places.w_rdy),
             nest.point.ready.eq(splitter.run.ready & places.w_rdy),
             places.w_en.eq(nest.point.valid & splitter.run.ready),
@@ -278,10 +306,12 @@ class DmaQueue(wiring.Component):
             places.r_en.eq(Mux(store, write_aligner.run.ready, read_aligner.run.ready)),
         ]
 
-        # Bursts in flight, counted from when they are committed to their address channel.
-        m.submodules.flying = flying = fifo.SyncFIFO(
-            width=ADDRESS_BITS - log_beat, depth=self._outstanding
-        )
+        # Bursts in flight, counted from when they are committed to their address channel. Beats
+        # of reads are limited too: what is asked for is ahead of anyone else's reads.
+        beats = Signal(range(4 * self._outstanding + 16))
+        flight = data.StructLayout({"beat": ADDRESS_BITS - log_beat, "last": 1})
+        m.submodules.flying = flying = fifo.SyncFIFO(width=flight.size, depth=self._outstanding)
+        oldest = data.View(flight, flying.r_data)
         ar, aw = self.axi_read.ar, self.axi_write.aw
         burst = splitter.burst
         commit = Signal()
@@ -289,12 +319,13 @@ class DmaQueue(wiring.Component):
             burst.ready.eq(
                 flying.w_rdy
                 & ~self.stop
-                & ~self.fault.valid
+                & ~failed
+                & (beats < 4 * self._outstanding)
                 & Mux(store, ~aw.valid | aw.ready, ~ar.valid | ar.ready)
             ),
             commit.eq(burst.valid & burst.ready),
             flying.w_en.eq(commit),
-            flying.w_data.eq(burst.payload.beat),
+            flying.w_data.eq(Cat(burst.payload.beat, burst.payload.last)),
             self.active.eq(flying.r_rdy),
         ]
         for channel, mine in ((ar, ~store), (aw, store)):
@@ -313,42 +344,46 @@ class DmaQueue(wiring.Component):
 
         # ---------------------------------------------------------------------------- responses
         r, b = self.axi_read.r, self.axi_write.b
+        m.d.sync += beats.eq(
+            beats + Mux(commit & ~store, burst.payload.len + 1, 0) - (r.valid & r.ready)
+        )
+        good = Signal()
+        answered = Signal()
         error = Signal()
+        stored = Signal()
+        arrived = Signal()  # all beats of a load have
         m.d.comb += [
-            # After a fault what still comes is dropped.
-            read_aligner.beats.valid.eq(r.valid & ~self.fault.valid),
+            # What came with an error is dropped, and so is all that comes after it.
+            good.eq(~failed & (Mux(store, b.payload.resp, r.payload.resp) == 0)),
+            read_aligner.beats.valid.eq(r.valid & good),
             read_aligner.beats.payload.eq(r.payload.data),
-            r.ready.eq(read_aligner.beats.ready | self.fault.valid),
+            r.ready.eq(read_aligner.beats.ready | ~good),
             b.ready.eq(1),
-            flying.r_en.eq(Mux(store, b.valid, r.valid & r.ready & r.payload.last)),
-            error.eq(
-                Mux(
-                    store,
-                    b.valid & (b.payload.resp != 0),
-                    r.valid & r.ready & (r.payload.resp != 0),
-                )
-            ),
+            answered.eq(Mux(store, b.valid, r.valid & r.ready & r.payload.last)),
+            flying.r_en.eq(answered),
+            error.eq(Mux(store, b.valid, r.valid) & ~good & ~failed),
+            stored.eq(answered & good & oldest.last & store),
+            arrived.eq(answered & good & oldest.last & ~store),
         ]
-        with m.If(error & ~self.fault.valid):
+        with m.If(error):
             m.d.sync += [
-                self.fault.valid.eq(1),
+                failed.eq(1),
                 self.fault.cause.eq(
                     Mux(store, FaultCause.AXI_WRITE_ERROR.value, FaultCause.AXI_READ_ERROR.value)
                 ),
-                self.fault.address.eq(Cat(Const(0, log_beat), flying.r_data)),
+                self.fault.address.eq(Cat(Const(0, log_beat), oldest.beat)),
             ]
+        # Loads whose data has come are still finished: the fault waits for them.
+        loaded = Signal()
+        ahead = Signal.like(pending)
+        m.d.sync += ahead.eq(ahead + arrived - loaded)
+        with m.If(failed & (ahead == 0)):
+            m.d.sync += self.fault.valid.eq(1)
 
         # ----------------------------------------------------------------- filling: rows (load)
         m.d.comb += [
-            read_aligner.dtype.eq(dtype),
-            read_aligner.log_size.eq(log_size),
-            read_aligner.turn.eq(turn),
-            read_aligner.merged.eq(merged),
-            read_aligner.lanes.eq(used_lanes),
-            read_aligner.turned_rows.eq(rows),
             read_aligner.tile.valid.eq(tiles.tile.valid & ~store),
             read_aligner.tile.payload.eq(tiles.tile.payload),
-            turner.turn.eq(turn),
         ]
 
         # -------------------------------------------------------------- filling: columns (store)
@@ -380,6 +415,7 @@ class DmaQueue(wiring.Component):
                 turner.write.payload.index.eq(column),
                 turner.write.payload.words.eq(columns.r_data),
                 turner.write.payload.mask.eq(Const((1 << lanes) - 1, lanes)),
+                turner.write.payload.row_end.eq(1),
                 turner.write.payload.commit.eq(last_column),
                 turner.write.payload.info.eq(tile),
             ]
@@ -396,32 +432,35 @@ class DmaQueue(wiring.Component):
         draining = Signal(count)
         info = turner.info
         request = turner.request
+        user = request.payload.user
         last_drain = Signal()
         m.d.comb += [
-            draining.eq(Mux(store & turn, used_lanes, info.columns)),
+            draining.eq(Mux(store & info.settings.turn, info.settings.lanes, info.columns)),
             last_drain.eq(drained == draining - 1),
             request.valid.eq(turner.full),
             request.payload.index.eq(drained),
             request.payload.release.eq(last_drain),
-            request.payload.user.length.eq(Mux(turn, info.columns, used_lanes)),
-            request.payload.user.run_end.eq(~merged | (last_drain & info.ends_inner)),
-            request.payload.user.last.eq(last_drain & info.last),
+            user.length.eq(Mux(info.settings.turn, info.columns, info.settings.lanes)),
+            user.run_end.eq(~info.settings.merged | (last_drain & info.ends_inner)),
+            user.last.eq(last_drain & info.last),
+            user.settings.eq(info.settings),
         ]
         with m.If(request.valid & request.ready):
             m.d.sync += drained.eq(Mux(last_drain, 0, drained + 1))
 
         response = turner.response
+        out = response.payload.user
         write = self.write.request
         m.d.comb += [
             write.valid.eq(~store & response.valid & local.address.valid),
             write.payload.address.eq(local.address.payload.address),
-            write.payload.mask.eq(Cat(lane < used_lanes for lane in range(lanes))),
-            write_aligner.dtype.eq(dtype),
-            write_aligner.log_size.eq(log_size),
+            write.payload.mask.eq(Cat(lane < out.settings.lanes for lane in range(lanes))),
             write_aligner.row.valid.eq(store & response.valid),
             write_aligner.row.payload.words.eq(response.payload.words),
-            write_aligner.row.payload.length.eq(response.payload.user.length),
-            write_aligner.row.payload.run_end.eq(response.payload.user.run_end),
+            write_aligner.row.payload.length.eq(out.length),
+            write_aligner.row.payload.run_end.eq(out.run_end),
+            write_aligner.row.payload.dtype.eq(out.settings.dtype),
+            write_aligner.row.payload.log_size.eq(out.settings.log_size),
             response.ready.eq(
                 Mux(store, write_aligner.row.ready, local.address.valid & write.ready)
             ),
@@ -429,7 +468,9 @@ class DmaQueue(wiring.Component):
         ]
         words = response.payload.words
         for lane in range(lanes):
-            m.d.comb += write.payload.data[lane].eq(Mux(broadcast, words[0], words[lane]))
+            m.d.comb += write.payload.data[lane].eq(
+                Mux(out.settings.broadcast, words[0], words[lane])
+            )
 
         # Data may be offered ahead of its address: the arbiter takes it only after.
         w = self.axi_write.w
@@ -440,9 +481,6 @@ class DmaQueue(wiring.Component):
         ]
 
         # ---------------------------------------------------------------------------------- end
-        loaded = Signal()
-        m.d.sync += loaded.eq(
-            (loaded & ~self.issue.done) | (write.valid & write.ready & response.payload.user.last)
-        )
-        m.d.comb += finished.eq(Mux(store, ~nest.busy & ~splitter.busy & ~flying.r_rdy, loaded))
+        m.d.sync += loaded.eq(write.valid & write.ready & out.last)
+        m.d.comb += self.issue.done.eq(loaded | stored)
         return m

@@ -22,60 +22,68 @@ class Nest(wiring.Component):
 
     Members
     -------
-    start : In(1), starts at the point zero in the next cycle; only when `busy` is low
-    counts : In(16 bits x levels), at least 1; stable while busy
-    base, strides : In(48 bits), In(33 bits signed x levels), stable while busy; with `addresses`
-    point : Out(stream of {address, ends}); bit d of `ends` is high when index d is at its last
-    busy : Out(1), high from `start` until the last point was taken
+    start : In(stream of {counts, base, strides}): `counts` 16 bits x levels, at least 1; `base` 48
+        bits and `strides` 33 bits signed x levels only with `addresses`. Taken when there is no
+        point left, or in the cycle in which the last one is taken.
+    point : Out(stream of {address, ends}); bit d of `ends` is high when index d is at its last.
+        The first is valid in the cycle after `start` is taken.
 
-    No multiplier: a running address is kept for each level.
+    Throughput: one point per cycle, walks follow each other without a bubble. No multiplier: a
+    running address is kept for each level.
     """
 
     def __init__(self, levels: int, *, addresses: bool) -> None:
         self._levels = levels
         self._addresses = addresses
-        fields = {"ends": unsigned(levels)}
-        members = {
-            "start": In(1),
-            "counts": In(data.ArrayLayout(unsigned(16), levels)),
-            "busy": Out(1),
-        }
+        walk: dict[str, object] = {"counts": data.ArrayLayout(unsigned(16), levels)}
+        point: dict[str, object] = {"ends": unsigned(levels)}
         if addresses:
-            fields["address"] = unsigned(ADDRESS_BITS)
-            members["base"] = In(ADDRESS_BITS)
-            members["strides"] = In(data.ArrayLayout(signed(33), levels))
-        members["point"] = Out(stream.Signature(data.StructLayout(fields)))
-        super().__init__(members)
+            walk["base"] = unsigned(ADDRESS_BITS)
+            walk["strides"] = data.ArrayLayout(signed(33), levels)
+            point["address"] = unsigned(ADDRESS_BITS)
+        super().__init__(
+            {
+                "start": In(stream.Signature(data.StructLayout(walk))),
+                "point": Out(stream.Signature(data.StructLayout(point))),
+            }
+        )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         levels = self._levels
+        busy = Signal()
+        walk = self.start.payload
+        again = Signal(data.ArrayLayout(unsigned(16), levels))  # counts less one
         left = Signal(data.ArrayLayout(unsigned(16), levels))
         ends = Signal(levels)
+        starting = Signal()
         m.d.comb += [
             ends.eq(Cat(left[d] == 0 for d in range(levels))),
-            self.point.valid.eq(self.busy),
+            self.point.valid.eq(busy),
             self.point.payload.ends.eq(ends),
+            self.start.ready.eq(~busy | (self.point.ready & ends.all())),
+            starting.eq(self.start.valid & self.start.ready),
         ]
         # steps[d]: index d advances and all those inside it start again.
         steps = [Cat(~ends[d], ends[d + 1 :]).all() for d in range(levels)]
-        with m.If(self.start):
-            m.d.sync += self.busy.eq(1)
+        with m.If(starting):
+            m.d.sync += busy.eq(1)
             for d in range(levels):
-                m.d.sync += left[d].eq(self.counts[d] - 1)
-        with m.Elif(self.busy & self.point.ready):
+                m.d.sync += [left[d].eq(walk.counts[d] - 1), again[d].eq(walk.counts[d] - 1)]
+        with m.Elif(busy & self.point.ready):
             with m.If(ends.all()):
-                m.d.sync += self.busy.eq(0)
+                m.d.sync += busy.eq(0)
             for d in range(levels):
                 with m.If(steps[d]):
                     m.d.sync += left[d].eq(left[d] - 1)
                     for inner in range(d + 1, levels):
-                        m.d.sync += left[inner].eq(self.counts[inner] - 1)
+                        m.d.sync += left[inner].eq(again[inner])
         if not self._addresses:
             return m
 
         # at[d] is the address at which the current pass of level d's inside began.
         at = Signal(data.ArrayLayout(unsigned(ADDRESS_BITS), levels))
+        strides = Signal(data.ArrayLayout(signed(33), levels))
         origin = Signal(ADDRESS_BITS)
         stride = Signal(signed(33))
         moved = Signal(ADDRESS_BITS)
@@ -85,11 +93,12 @@ class Nest(wiring.Component):
         ]
         for d in range(levels):
             with m.If(steps[d]):
-                m.d.comb += [origin.eq(at[d]), stride.eq(self.strides[d])]
-        with m.If(self.start):
+                m.d.comb += [origin.eq(at[d]), stride.eq(strides[d])]
+        with m.If(starting):
+            m.d.sync += strides.eq(walk.strides)
             for d in range(levels):
-                m.d.sync += at[d].eq(self.base)
-        with m.Elif(self.busy & self.point.ready):
+                m.d.sync += at[d].eq(walk.base)
+        with m.Elif(busy & self.point.ready):
             for d in range(levels):
                 with m.If(steps[d]):
                     for inner in range(d, levels):
@@ -109,9 +118,9 @@ class BurstSplitter(wiring.Component):
 
     Members
     -------
-    run : In(stream of {address, bytes}); bytes at least 1
-    burst : Out(stream of {beat, len}); `beat` is the address in beats, `len` beats less one
-    busy : Out(1), a run is not wholly split yet
+    run : In(stream of {address, bytes, last}); bytes at least 1
+    burst : Out(stream of {beat, len, last}); `beat` is the address in beats, `len` beats less one;
+        `last` is high with the last burst of a run that had it
 
     Throughput: one burst per cycle, runs follow each other without a bubble. Latency: 1 cycle.
     """
@@ -123,23 +132,32 @@ class BurstSplitter(wiring.Component):
                 "run": In(
                     stream.Signature(
                         data.StructLayout(
-                            {"address": unsigned(ADDRESS_BITS), "bytes": unsigned(RUN_BYTES_BITS)}
+                            {
+                                "address": unsigned(ADDRESS_BITS),
+                                "bytes": unsigned(RUN_BYTES_BITS),
+                                "last": unsigned(1),
+                            }
                         )
                     )
                 ),
                 "burst": Out(
                     stream.Signature(
                         data.StructLayout(
-                            {"beat": unsigned(ADDRESS_BITS - self._log_beat), "len": unsigned(4)}
+                            {
+                                "beat": unsigned(ADDRESS_BITS - self._log_beat),
+                                "len": unsigned(4),
+                                "last": unsigned(1),
+                            }
                         )
                     )
                 ),
-                "busy": Out(1),
             }
         )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        busy = Signal()
+        last_run = Signal()
         log_beat = self._log_beat
         beat = Signal(ADDRESS_BITS - log_beat)
         more = Signal(RUN_BYTES_BITS - log_beat + 1)  # beats of the run after this one
@@ -148,22 +166,24 @@ class BurstSplitter(wiring.Component):
         m.d.comb += [
             in_block.eq(~beat[:4]),
             last.eq(more <= in_block),
-            self.burst.valid.eq(self.busy),
+            self.burst.valid.eq(busy),
             self.burst.payload.beat.eq(beat),
             self.burst.payload.len.eq(Mux(last, more, in_block)),
-            self.run.ready.eq(~self.busy | (self.burst.ready & last)),
+            self.burst.payload.last.eq(last & last_run),
+            self.run.ready.eq(~busy | (self.burst.ready & last)),
         ]
-        with m.If(self.busy & self.burst.ready):
+        with m.If(busy & self.burst.ready):
             m.d.sync += [
                 beat[4:].eq(beat[4:] + 1),
                 beat[:4].eq(0),
                 more.eq(more - in_block - 1),
-                self.busy.eq(~last),
+                busy.eq(~last),
             ]
         with m.If(self.run.valid & self.run.ready):
             run = self.run.payload
             m.d.sync += [
-                self.busy.eq(1),
+                busy.eq(1),
+                last_run.eq(run.last),
                 beat.eq(run.address[log_beat:]),
                 more.eq((run.address[:log_beat] + run.bytes - 1)[log_beat:]),
             ]

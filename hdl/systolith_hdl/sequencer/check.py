@@ -50,8 +50,9 @@ class Check(wiring.Component):
     checked : Out(stream of {word, fault}); fault.cause is NONE for a legal instruction
     idle : Out(1), holds no instruction
 
-    Latency: 2 cycles, and 6 for each local operand, whose bounds are worked out with one
-    multiplier; the next instruction is checked while those before it execute.
+    Latency: 2 cycles, and ``2 + d`` for each local operand, whose bounds are worked out with one
+    multiplier, d being the dimensions of more than one element; the next instruction is checked
+    while those before it execute.
     """
 
     def __init__(self, config: CoreConfig, kind: EngineKind) -> None:
@@ -158,7 +159,9 @@ class Check(wiring.Component):
         counts = data.View(TensorBody, word[_BODY:]).counts
 
         slot = Signal(range(_SLOTS))
-        step = Signal(range(6))
+        first = Signal()  # cycle of an operand
+        todo = Signal(4)  # dimensions to multiply
+        multiplied = Signal()  # `product` is to be added
         product = Signal(signed(33))
         low = Signal(signed(40))
         high = Signal(signed(40))
@@ -177,6 +180,13 @@ class Check(wiring.Component):
                 with m.If(mask[index]):
                     m.d.sync += slot.eq(index)
 
+        long = Cat(count != 1 for count in counts)
+        stride = Signal(signed(16))
+        dimension = Signal(16)
+        for d in reversed(range(4)):
+            with m.If(todo[d]):
+                m.d.comb += [stride.eq(operand.strides[d]), dimension.eq(counts[d])]
+
         with m.FSM():
             with m.State("TAKE"):
                 m.d.comb += [self.instruction.ready.eq(1), self.idle.eq(1)]
@@ -184,29 +194,26 @@ class Check(wiring.Component):
                     m.d.sync += [word.eq(self.instruction.payload), fault.eq(0)]
                     m.next = "CHECK"
             with m.State("CHECK"):
-                m.d.sync += [fault.cause.eq(cause), step.eq(0)]
+                m.d.sync += [fault.cause.eq(cause), first.eq(1), todo.eq(long)]
                 goto_first(slots)
                 with m.If((cause == FaultCause.NONE) & slots.any()):
                     m.next = "BOUNDS"
                 with m.Else():
                     m.next = "GIVE"
             with m.State("BOUNDS"):
-                # Steps 0-3 multiply one dimension each, 1-4 add the product of the step before,
-                # 5 compares.
-                m.d.sync += step.eq(step + 1)
-                with m.Switch(step):
-                    for d in range(4):
-                        with m.Case(d):
-                            m.d.sync += product.eq(operand.strides[d] * (counts[d] - 1)[:16])
-                with m.If(step == 0):
+                # Each cycle multiplies one dimension and adds the product of the one before; the
+                # last one compares.
+                m.d.sync += [first.eq(0), todo.eq(todo & (todo - 1)), multiplied.eq(todo.any())]
+                m.d.sync += product.eq(stride * (dimension - 1)[:16])
+                with m.If(first):
                     m.d.sync += [low.eq(operand.base), high.eq(operand.base)]
-                with m.Elif(step <= 4):
+                with m.Elif(multiplied):
                     with m.If(product < 0):
                         m.d.sync += low.eq(low + product)
                     with m.Else():
                         m.d.sync += high.eq(high + product)
                 with m.Else():
-                    m.d.sync += step.eq(0)
+                    m.d.sync += [first.eq(1), todo.eq(long)]
                     goto_first(after)
                     with m.If((low < 0) | (high >= limit)):
                         m.d.sync += [

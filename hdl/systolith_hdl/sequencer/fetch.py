@@ -15,10 +15,14 @@ class Fetch(wiring.Component):
     Parameters
     ----------
     depth : instructions held or on their way
+    ahead : the same before the first `issued`, so that an engine that waits leaves the bus to the
+        others
+    delay : cycles from `start` to the first request
 
     Members
     -------
     start : In(1), begins at `base`; only while `idle`
+    issued : In(1), an instruction has been issued since `start`
     stop : In(1), no further request is made and what is buffered or arrives is dropped
     base : In(48), a multiple of 64
     axi : Out(axi4_read): a burst of 64 bytes for each instruction
@@ -26,12 +30,17 @@ class Fetch(wiring.Component):
     idle : Out(1), nothing is outstanding
     """
 
-    def __init__(self, config: CoreConfig, *, depth: int = 4) -> None:
+    def __init__(
+        self, config: CoreConfig, *, depth: int = 4, ahead: int | None = None, delay: int = 0
+    ) -> None:
         self._config = config
         self._depth = depth
+        self._ahead = depth if ahead is None else ahead
+        self._delay = delay
         super().__init__(
             {
                 "start": In(1),
+                "issued": In(1),
                 "stop": In(1),
                 "base": In(48),
                 "axi": Out(axi4_read(config, id_width=0)),
@@ -56,12 +65,18 @@ class Fetch(wiring.Component):
         running = Signal()
         address = Signal(48)
         free = Signal(range(self._depth + 1), init=self._depth)
+        kept = self._depth - self._ahead
+        reserve = Mux(self.issued, 0, kept) if kept else 0
+        waiting = Signal(range(self._delay + 1))
         outstanding = Signal(range(self._depth + 1))
 
         with m.If(self.start):
-            m.d.sync += [running.eq(1), address.eq(self.base)]
-        with m.Elif(self.stop):
-            m.d.sync += running.eq(0)
+            m.d.sync += [running.eq(1), address.eq(self.base), waiting.eq(self._delay)]
+        with m.Else():
+            with m.If(self.stop):
+                m.d.sync += running.eq(0)
+            with m.If(waiting != 0):
+                m.d.sync += waiting.eq(waiting - 1)
 
         ar, r = self.axi.ar, self.axi.r
         # A request once offered stays: `offered` holds it through a stop.
@@ -74,7 +89,7 @@ class Fetch(wiring.Component):
             ar.payload.burst.eq(1),
         ]
         requested = ar.valid & ar.ready
-        can_request = running & ~self.stop & (free > Mux(offered, 1, 0))
+        can_request = running & ~self.stop & (waiting == 0) & (free > Mux(offered, 1, 0) + reserve)
         with m.If(requested):
             m.d.sync += [address.eq(address + INSTRUCTION_BYTES), offered.eq(can_request)]
         with m.Elif(~offered):

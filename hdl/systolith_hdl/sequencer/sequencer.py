@@ -33,6 +33,7 @@ class Retire(wiring.Component):
     update : Out(stream of Update)
     completed : Out(1), high for a cycle for each instruction whose signal is applied
     empty : Out(1), nothing is in flight
+    settled : Out(1), all that are done have been signalled: `oldest` is not done
     oldest : Out(Completion), valid while not empty
     """
 
@@ -44,6 +45,7 @@ class Retire(wiring.Component):
                 "update": Out(stream.Signature(Update)),
                 "completed": Out(1),
                 "empty": Out(1),
+                "settled": Out(1),
                 "oldest": Out(Completion),
             }
         )
@@ -67,6 +69,7 @@ class Retire(wiring.Component):
             queue.r_en.eq(pop),
             self.completed.eq(pop),
             self.empty.eq(~queue.r_rdy),
+            self.settled.eq(~finished.any()),
             self.oldest.eq(head),
         ]
         m.d.sync += finished.eq(finished + self.done - pop)
@@ -90,6 +93,7 @@ class Sequencer(wiring.Component):
     overflow : In(3), the update of that index overflowed its semaphore
     fault : Out({valid, pc, fault}), valid stays high once the engine stopped
     pc : Out(32), index of the oldest instruction that is not complete
+    settled : Out(1), no instruction that the engine is done with waits to be counted complete
     completed : Out(3), instructions completed in this cycle, a bit each
     ended : Out(1), END is complete
     idle : Out(1), nothing fetched, waiting or in flight
@@ -117,6 +121,7 @@ class Sequencer(wiring.Component):
                     data.StructLayout({"valid": unsigned(1), "pc": unsigned(32), "fault": Fault})
                 ),
                 "pc": Out(32),
+                "settled": Out(1),
                 "completed": Out(3),
                 "ended": Out(1),
                 "idle": Out(1),
@@ -126,7 +131,12 @@ class Sequencer(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
-        m.submodules.fetch = fetch = Fetch(config)
+        # Of the first instructions, those of the DMA queues are urgent: the others wait for data.
+        if self._kind is EngineKind.DMA:
+            fetch = Fetch(config)
+        else:
+            fetch = Fetch(config, ahead=2, delay=2 * config.dma_queues)
+        m.submodules.fetch = fetch
         m.submodules.check = check = Check(config, self._kind)
         m.submodules.retire = retire = Retire()
         m.submodules.retire_load = retire_load = Retire()
@@ -244,6 +254,8 @@ class Sequencer(wiring.Component):
                 target.issued.payload.eq(completion),
                 target.issued.valid.eq(leave & ~internal & mine),
             ]
+        with m.If(leave):
+            m.d.sync += fetch.issued.eq(1)
         with m.If(leave & is_end):
             m.d.sync += [self.ended.eq(1), running.eq(0)]
 
@@ -266,12 +278,14 @@ class Sequencer(wiring.Component):
                 self.fault.eq(0),
                 next_pc.eq(0),
                 self.ended.eq(0),
+                fetch.issued.eq(0),
             ]
         oldest = Mux(retire.empty, next_pc, retire.oldest.pc)
         oldest_load = Mux(retire_load.empty, next_pc, retire_load.oldest.pc)
         m.d.comb += [
             self.completed.eq(Cat(leave & internal, retire.completed, retire_load.completed)),
             self.pc.eq(Mux(oldest_load < oldest, oldest_load, oldest)),
+            self.settled.eq(retire.settled & retire_load.settled),
             self.idle.eq(fetch.idle & check.idle & ~holding & drained & ~running),
         ]
         return m

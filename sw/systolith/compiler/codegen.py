@@ -31,9 +31,9 @@ _MAX_COUNT = (1 << 16) - 1
 _PIECES = 4  #: instructions an operation on many tiles is made of, at most
 _PIECE_COLUMNS = 64  #: columns of each of them, at least
 _ARRIVAL = 1.25  #: cycles in which a column of an operand arrives, about
-_ENDING = 4  #: parts in which the last block of a matrix product leaves PSUM
-_ENDING_COLUMNS = 32  #: columns of each of them, at least
-_LOAD_PIECES = 32  #: the same for the operands of a matrix product, which begins with the first
+_ENDING = 8  #: parts in which the last block of a matrix product leaves PSUM, about
+_LOAD_PIECES = 32  #: as _PIECES, for an operand of a matrix product, which begins with the first
+_LOAD_COLUMNS = 32  #: columns of each of them, at least
 
 
 @dataclasses.dataclass(eq=False)
@@ -107,6 +107,8 @@ class Generator:
         #: columns of work given to the engines that can do the same things
         self._work = {"vector": 0, "scalar": 0}
         self._last_queue = config.dma_queues - 1
+        #: value, form -> (start, length) of the pieces in which its first tile is loaded
+        self._heads: dict[tuple[Value, Form], list[tuple[int, int]]] = {}
 
     def run(self, metadata: dict[str, Any]) -> Program:
         """Generates everything."""
@@ -176,6 +178,7 @@ class Generator:
             # Operands of one operation come in turns: it can begin with the first pieces of all.
             # Nothing is stored before the first operation, so all queues load for it.
             loads: list[Iterator[None]] = []
+            operands: list[tuple[_Home, Form]] = []
             for number, (_, _, home, form) in enumerate(group):
                 size = columns(home.value.shape, form, self._config.lanes)
                 if size > budget:
@@ -184,19 +187,61 @@ class Generator:
                 budget -= size
                 tile = self._allocate(size, home.value.name)
                 home.tiles[form] = tile
-                queue = number % self._config.dma_queues if first == 0 else None
-                pieces = _LOAD_PIECES if op.kind == "dot" else _PIECES
-                # The array needs one block of the stationary operand before it can begin.
-                head = 0
-                if op.kind == "dot":
-                    stationary = 0 if op.form is Form.ROWS else op.attrs["parts"][0]
-                    head = lanes if op.operands[stationary].value is home.value else 0
-                loads.append(
-                    self._transfers(home, form, tile, home.dram[0], True, queue, pieces, head)
-                )
+                operands.append((home, form))
+                if op.kind != "dot":
+                    queue = number % self._config.dma_queues if first == 0 else None
+                    loads.append(self._transfers(home, form, tile, home.dram[0], True, queue))
             with self._nc.label(f"load operands of {op.label}", source=op.source or "jax"):
+                if op.kind == "dot":
+                    self._load_factors(op, operands)
                 for _ in itertools.zip_longest(*loads):
                     pass
+
+    def _load_factors(self, op: Op, operands: list[tuple[_Home, Form]]) -> None:
+        """Loads operands of a matrix product, in the order in which it needs their parts."""
+        lanes = self._config.lanes
+        rows, cols = op.result.shape
+        across, free = (rows, cols) if op.form is Form.ROWS else (cols, rows)
+        blocks = -(-across // lanes)
+        split = op.attrs["parts"][0]
+        stationary = op.operands[:split] if op.form is Form.ROWS else op.operands[split:]
+        # (column of the product before which it is needed, piece of an operand)
+        wanted: list[tuple[int, int, _Home, Form, tuple[int, int, int, int, int]]] = []
+        for home, form in operands:
+            stays = any(operand.value is home.value for operand in stationary)
+            for first, tiles, length, used in self._tiling(home.value.shape, form):
+                pieces = list(self._factor_pieces(first, tiles, length))
+                if first == 0:
+                    self._heads[home.value, form] = [p[2:] for p in pieces if p[0] == 0]
+                for tile, count, start, size in pieces:
+                    need = tile * blocks * free
+                    need += start // lanes * free if stays else start
+                    wanted.append((need, not stays, home, form, (tile, count, start, size, used)))
+        wanted.sort(key=lambda item: item[:2])
+        # One queue keeps them in this order; it needs help where its rows do not fill a beat.
+        for number, (_, _, home, form, piece) in enumerate(wanted):
+            copy = home.dram[0]
+            item = FORMATS[copy.tensor.dtype].bytes
+            queues = self._config.dma_queues if lanes * item < self._config.axi_bytes else 1
+            self._move_piece(
+                home.tiles[form], form, copy, home.value.shape, piece, True, number % queues
+            )
+
+    def _factor_pieces(
+        self, first: int, tiles: int, free: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """As `_pieces`, for an operand of a matrix product: the first tile comes in small pieces,
+        as the product can begin with them."""
+        lanes = self._config.lanes
+        if first == 0 and free <= _MAX_COUNT:
+            start, size = 0, lanes
+            while start < free:
+                length = min(size, free - start)
+                yield 0, 1, start, length
+                start += length
+                size = min(start, max(_PIECE_COLUMNS, lanes))
+            first, tiles = 1, tiles - 1
+        yield from self._pieces(first, tiles, free, _LOAD_PIECES, _LOAD_COLUMNS)
 
     # --- memory --------------------------------------------------------------------------
 
@@ -310,52 +355,62 @@ class Generator:
         copy: _DramCopy,
         load: bool,
         queue: int | None,
-        pieces: int = _PIECES,
-        head: int = 0,
     ) -> Iterator[None]:
         """The same piece by piece: each step of the iterator makes one instruction."""
+        shape = home.value.shape
+        for first, tiles, free, used in self._tiling(shape, form):
+            for piece in self._pieces(first, tiles, free):
+                self._move_piece(tile, form, copy, shape, (*piece, used), load, queue)
+                yield
+
+    def _move_piece(
+        self,
+        tile: Tile,
+        form: Form,
+        copy: _DramCopy,
+        shape: Shape,
+        piece: tuple[int, int, int, int, int],
+        load: bool,
+        queue: int | None,
+    ) -> None:
+        """Moves (tile, tiles, start, length, lanes) of a value between its tile and DRAM."""
         item = FORMATS[copy.tensor.dtype].bytes
         row, col = copy.strides
         lanes = self._config.lanes
-        for first, tiles, free, used in self._tiling(home.value.shape, form):
-            if form is Form.ALL:
-                lane, step = 0, (row if home.value.shape[1] == 1 else col)
-                used = lanes if load else 1
-            else:
-                lane, step = (row, col) if form is Form.ROWS else (col, row)
-            for tile0, count, free0, length in self._pieces(
-                first, tiles, free, pieces, 0 if first else head
-            ):
-                view = tile.view(
-                    (count, length), (free, 1), offset=tile0 * free + free0, lanes=used
-                )
-                offset = copy.offset + tile0 * lanes * lane + free0 * step
-                transfer = self._nc.dma.load if load else self._nc.dma.store
-                transfer(
-                    view,
-                    copy.tensor,
-                    offset * item,
-                    (lanes * lane * item, step * item),
-                    lane * item,
-                    queue=queue,
-                )
-                yield
+        tile0, count, free0, length, used = piece
+        if form is Form.ALL:
+            free, lane, step = shape[0] * shape[1], 0, (row if shape[1] == 1 else col)
+            used = lanes if load else 1
+        else:
+            lane, step = (row, col) if form is Form.ROWS else (col, row)
+            free = shape[1] if form is Form.ROWS else shape[0]
+        dims = [(count, free, lanes * lane), (length, 1, step)]
+        if lane == 1:
+            # What the lanes hold continues in the next tile: long runs in DRAM.
+            dims.reverse()
+        counts, strides, steps = zip(*dims, strict=True)
+        view = tile.view(counts, strides, offset=tile0 * free + free0, lanes=used)
+        offset = copy.offset + tile0 * lanes * lane + free0 * step
+        transfer = self._nc.dma.load if load else self._nc.dma.store
+        transfer(
+            view,
+            copy.tensor,
+            offset * item,
+            tuple(step * item for step in steps),
+            lane * item,
+            queue=queue,
+        )
 
     @staticmethod
     def _pieces(
-        first: int, tiles: int, free: int, most: int = _PIECES, head: int = 0
+        first: int, tiles: int, free: int, most: int = _PIECES, least: int = _PIECE_COLUMNS
     ) -> Iterator[tuple[int, int, int, int]]:
         """(tile, tiles, start, length) of the pieces that a walk over tiles is made in.
 
-        A long walk is cut into a few, so that what reads its result can begin before its end;
-        and no piece has counts or strides that an instruction cannot hold. With `head` the first
-        columns of the first tile are a piece of their own.
+        A long walk is cut into a few of `least` columns or more, so that what reads its result can
+        begin before its end; and no piece has counts or strides that an instruction cannot hold.
         """
-        if 0 < head < free <= _MAX_COUNT:
-            yield first, 1, 0, head
-            yield first, 1, head, free - head
-            first, tiles = first + 1, tiles - 1
-        step = max(-(-tiles // most), -(-_PIECE_COLUMNS // free))
+        step = max(-(-tiles // most), -(-least // free))
         if free > _MAX_STRIDE:
             step = 1
         for tile in range(first, first + tiles, step):
@@ -757,6 +812,14 @@ class Generator:
         steps = contraction_steps(op, self._config)
         # What the array holds: (of, block, tiles of K).
         loaded: tuple[Tile, int, tuple[int, ...]] | None = None
+        first_moving = op.attrs["parts"][0] if op.form is Form.ROWS else 0
+
+        def arrivals(moves: int) -> list[tuple[int, int]]:
+            """Pieces (column, columns) in which the first tile of a moving operand comes."""
+            index = first_moving + moves
+            form = operand_form(op, index)
+            assert form is not None
+            return self._heads.get((op.operands[index].value, form), [(0, free)])
 
         def product(
             psum: Tile, offset: int, block: int, step: int, start: int, length: int
@@ -777,18 +840,27 @@ class Generator:
                     )
                 )
                 loaded = stationary[still], block, tiles
-            columns, *second = (
-                moving[moves]
-                .view((length,), offset=k * free + start, lanes=used)
-                .astype(moving_type)
-                for k in tiles
-            )
-            self._nc.tensor.matmul(
-                psum.view((length,), offset=offset, lanes=m),
-                columns,
-                accumulate=step > 0,
-                pair=second[0] if second else None,
-            )
+            pieces = [(start, length)]
+            if block == step == 0:
+                # As they arrive.
+                pieces = [
+                    (max(at, start), min(at + size, start + length) - max(at, start))
+                    for at, size in arrivals(moves)
+                    if at < start + length and at + size > start
+                ]
+            for at, size in pieces:
+                columns, *second = (
+                    moving[moves]
+                    .view((size,), offset=k * free + at, lanes=used)
+                    .astype(moving_type)
+                    for k in tiles
+                )
+                self._nc.tensor.matmul(
+                    psum.view((size,), offset=offset + at - start, lanes=m),
+                    columns,
+                    accumulate=step > 0,
+                    pair=second[0] if second else None,
+                )
 
         # PSUM holds what is not rounded.
         stays = home.needs and op.result.dtype is DType.FP32
@@ -831,17 +903,17 @@ class Generator:
             for psum, (block, start, length) in zip(accumulators, group, strict=True):
                 # The very last block ends in smaller steps: nothing is left to hide it behind.
                 last = not parts and psum is accumulators[-1]
-                part = max(_ENDING_COLUMNS, -(-length // _ENDING)) if last else length
+                sizes = _ending(length, lanes) if last else [length]
                 for step in range(early, len(steps) - 1):
                     product(psum, 0, block, step, start, length)
                 m = min(lanes, across - block * lanes)
-                for number, at in enumerate(range(0, length, part)):
-                    count = min(part, length - at)
+                at = 0
+                for number, count in enumerate(sizes):
                     product(psum, at, block, len(steps) - 1, start + at, count)
                     done = result.view((count,), offset=block * free + start + at, lanes=m)
                     done = done.astype(op.result.dtype)
                     sums = psum.view((count,), offset=at, lanes=m)
-                    if last and number % 2:
+                    if last and (len(sizes) - number) % 2:
                         self._nc.vector.copy(done, sums, rounding=self._rounds(op.result))
                     elif last:
                         self._nc.scalar.activate(
@@ -856,6 +928,7 @@ class Generator:
                         self._move(done, sums, self._rounds(op.result))
                     if store is not None:
                         store(done, block * lanes, start + at)
+                    at += count
             for psum in accumulators:
                 self._pinned.discard(psum)
                 self._nc.psum.free(psum)
@@ -895,6 +968,17 @@ class Generator:
             )
 
         return store
+
+
+def _ending(length: int, lanes: int) -> list[int]:
+    """Lengths of the parts in which the last block of a product leaves PSUM: equal ones, and small
+    ones at the very end, which is waited for."""
+    step = max(lanes, -(-length // _ENDING))
+    parts = [step] * (length // step) + ([length % step] if length % step else [])
+    while parts[-1] >= 2 * lanes:
+        last = parts.pop()
+        parts += [last - last // 2, last // 2]
+    return parts
 
 
 def _dram_type(dtype: np.dtype) -> DType:

@@ -68,6 +68,8 @@ def assign_forms(graph: Graph, config: CoreConfig) -> int:
     """Sets `form` of every operation; returns the estimated cost in cycles."""
     lanes = config.lanes
     stored = {use.value for use in graph.outputs}
+    # What leaves with its lanes side by side in DRAM needs no corner turn.
+    straight = {use.value: Form.ROWS if use.transposed else Form.COLS for use in graph.outputs}
     in_dram = set(graph.inputs) | set(graph.constants)
     makers = {op.result: op for op in graph.ops}
     readers: dict[Value, list[tuple[Op, int]]] = {}
@@ -82,6 +84,8 @@ def assign_forms(graph: Graph, config: CoreConfig) -> int:
         if maker is not None:
             made = maker.form
             in_memory = value in stored or made is None
+            if straight.get(value, made) is not made:
+                cost += 2 * lanes
         else:
             in_memory = value in in_dram
         wanted: set[Form | None] = {operand_form(op, i) for op, i in readers.get(value, ())}
