@@ -220,6 +220,25 @@ def test_int8_weights_of_float_activations(device, rng, name):
              want.astype(kind))  # fmt: skip
 
 
+def test_int8_weights_of_float32_in_parts(device, rng):
+    """``matmul="float32"`` splits the activations only: an int8 is one part."""
+    x, w = rng.normal(size=(6, 150)).astype(np.float32), int8(rng, 150, 9)
+    fn = systolith.jit(lambda x, w: x @ w, device=device, matmul="float32")
+    got = np.asarray(fn(x, w), np.float64)
+    exact = x.astype(np.float64) @ w.astype(np.float64)
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(w.astype(np.float64))
+    assert (np.abs(got - exact) <= 2.0**-20 * magnitude).all()
+    assert "parts=(3, 1)" in fn.compiled.dumps["fuse"]
+
+
+def test_stochastic_rounding_leaves_integers_alone(device, rng):
+    a, b = int8(rng, 9, 13), int8(rng, 13, 10)
+    fn = systolith.jit(lambda a, b: (wide(a, b), (a @ b).T), device=device, rounding="stochastic")
+    got = fn(a, b)
+    same(got[0], product(a, b))
+    same(got[1], product(a, b).astype(np.int8).T)
+
+
 # --- moves ----------------------------------------------------------------------------------
 
 MOVES = {
