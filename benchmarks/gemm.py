@@ -36,6 +36,8 @@ SQUARE = {
     (256, 256, 256, 100): (87.9, 96.0),
     (512, 512, 512, 100): (92.6, 98.5),
 }
+#: the same of INT8 operands and INT32 results
+INT8 = {(256, 256, 256, 20): (95.0, 97.0)}
 #: sizes and DRAM latencies of the FP8 products
 FP8_SIZES = (64, 128, 256, 512)
 FP8_LATENCIES = (20, 100)
@@ -66,21 +68,27 @@ def formula(a: np.ndarray, b: np.ndarray, lanes: int, *, pairs: bool = False) ->
 def measure(
     device: systolith.Device, m: int, k: int, n: int, kind: type = BF16
 ) -> dict[str, float]:
-    """Cycles and utilization of one product to BF16, doorbell to interrupt; checks its bits."""
+    """Cycles and utilization of one product, to BF16 or of INT8 to INT32, doorbell to interrupt;
+    checks its bits."""
     rng = np.random.default_rng(m * 1_000_003 + k * 1_009 + n)
-    a = rng.standard_normal((m, k)).astype(kind)
-    b = rng.standard_normal((k, n)).astype(kind)
+    made: type = BF16
+    if kind is np.int8:
+        a, b = (rng.integers(-128, 128, shape).astype(kind) for shape in ((m, k), (k, n)))
+        expected = a.astype(np.int32) @ b.astype(np.int32)
+        made = np.int32
+    else:
+        a, b = (rng.standard_normal(shape).astype(kind) for shape in ((m, k), (k, n)))
+        pairs = kind is FP8 and device.config.fp8_rate == 2
+        expected = formula(a, b, device.config.lanes, pairs=pairs)
 
     def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jax.numpy.matmul(a, b, preferred_element_type=BF16)
+        return jax.numpy.matmul(a, b, preferred_element_type=made)
 
     product = systolith.jit(multiply, device=device)
     began = time.perf_counter()
     found = np.asarray(product(a, b))
     seconds = time.perf_counter() - began
-    pairs = kind is FP8 and device.config.fp8_rate == 2
-    expected = formula(a, b, device.config.lanes, pairs=pairs)
-    assert np.array_equal(found.view(np.uint16), expected.view(np.uint16)), (m, k, n)
+    assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), (m, k, n)
     stats = product.stats()
     return {
         "cycles": stats["cycles"],
@@ -105,15 +113,18 @@ def fp8(kind: str, config: str, progress: Callable[[str], None]) -> list[dict]:
     return rows
 
 
-def squares(kind: str, config: str, progress: Callable[[str], None]) -> list[dict]:
-    """The square products, at both latencies."""
+def squares(
+    kind: str, config: str, progress: Callable[[str], None], operands: type = BF16
+) -> list[dict]:
+    """The square products, at their latencies."""
     rows = []
-    for latency in sorted({key[3] for key in SQUARE}):
+    products = INT8 if operands is np.int8 else SQUARE
+    for latency in sorted({key[3] for key in products}):
         with systolith.Device(kind, config=config, dram_latency=latency, progress=progress) as dev:
-            for (m, k, n, at), (peer, target) in SQUARE.items():
+            for (m, k, n, at), (peer, target) in products.items():
                 if at == latency:
                     progress(f"{m} x {k} x {n}, latency {latency}")
-                    row = measure(dev, m, k, n)
+                    row = measure(dev, m, k, n, operands)
                     rows.append({"shape": [m, k, n], "latency": at, "peer": peer,
                                  "target": target, **row})  # fmt: skip
     return rows
@@ -143,6 +154,7 @@ def main() -> None:
         console.print(f"[dim]{line}[/dim]")
 
     square = squares(options.device, options.config, progress)
+    int8 = squares(options.device, options.config, progress, np.int8)
     odd = odd_shapes(options.device, options.config, progress)
     double = fp8(options.device, PAIRS_CONFIG, progress)
 
@@ -155,19 +167,25 @@ def main() -> None:
         "the bit. The peer is Gemmini (int8, 16 x 16, its own RTL and tiling, under the same",
         "Verilator).",
         "",
+    ]
+    table = Table("product", "latency", "cycles", "utilization", "target", "peer", "M MAC/s")
+    header = [
         "| product | DRAM latency | cycles | utilization | target | peer |",
         "|---|---|---|---|---|---|",
     ]
-    table = Table("product", "latency", "cycles", "utilization", "target", "peer", "M MAC/s")
-    for row in square:
+    lines += header
+    for row in (*square, *int8):
         name = " x ".join(map(str, row["shape"]))
+        if row is int8[0]:
+            lines += ["", "INT8 operands, INT32 results:", "", *header]
         met = "" if row["utilization"] >= row["target"] else " (missed)"
         lines.append(
             f"| {name} | {row['latency']} | {row['cycles']:,} | {row['utilization']:.1f} % | "
             f"{row['target']:.1f} %{met} | {row['peer']:.1f} % |"
         )
         table.add_row(
-            name, str(row["latency"]), f"{row['cycles']:,}", f"{row['utilization']:.1f} %",
+            name + (" INT8" if row in int8 else ""), str(row["latency"]),
+            f"{row['cycles']:,}", f"{row['utilization']:.1f} %",
             f"{row['target']:.1f} %{met}", f"{row['peer']:.1f} %",
             f"{row['macs'] / row['seconds'] / 1e6:.1f}",
         )  # fmt: skip
@@ -208,9 +226,9 @@ def main() -> None:
     console.print(odd_table)
     console.print(double_table)
     (DOCS / "performance.md").write_text("\n".join(lines) + "\n")
-    for row in (*square, *odd, *double):
+    for row in (*square, *int8, *odd, *double):
         del row["seconds"]
-    report = {"config": options.config, "square": square, "odd": odd, "fp8": double}
+    report = {"config": options.config, "square": square, "int8": int8, "odd": odd, "fp8": double}
     (DOCS / "performance.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -12,7 +12,8 @@ from amaranth.lib import enum
 class DType(enum.Enum, shape=4):
     """Type of an operand. SBUF and PSUM hold one element per 32-bit word: every float is kept
     as FP32, so a write in a narrow type rounds to it and keeps the rounded value, and a narrow
-    type is packed only in DRAM and at the tensor engine's inputs."""
+    type is packed only in DRAM and at the tensor engine's inputs. An integer is kept as a 32-bit
+    two's complement number."""
 
     #: IEEE-754 binary32
     FP32 = 0
@@ -86,6 +87,7 @@ NARROW_FLOATS = (DType.BF16, DType.FP16, DType.FP8_E4M3, DType.FP8_E5M2)
 FP8_TYPES = (DType.FP8_E4M3, DType.FP8_E5M2)
 #: All floating-point types.
 FLOATS = (DType.FP32, *NARROW_FLOATS)
+INTEGERS = (DType.INT32, DType.INT8)
 
 
 def dtype_of(dtype: np.dtype | type) -> DType:

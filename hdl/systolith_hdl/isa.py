@@ -18,7 +18,7 @@ from amaranth.hdl import Shape, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES, CoreConfig
-from .formats import FLOATS, FP8_TYPES, NARROW_FLOATS, DType
+from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
 
 ISA_VERSION = 2
 MAX_WAITS = 3
@@ -57,12 +57,14 @@ class Opcode(enum.Enum, shape=8):
     #: ends the engine's stream once all its earlier instructions have completed; the program is
     #: done when every engine has ended
     END = 0x01
-    #: stationary[k, m] <- src0 rounded to its type, `lanes` rows (K), one column per step; counts 0
-    #: to 2 must be 1 and count 3 is M, at most N (else BAD_COUNT). Rows from K on become zero,
-    #: columns from M on keep their weights
+    #: stationary[k, m] <- src0 rounded to its type (of INT8: the low 8 bits of the word, as a
+    #: number), `lanes` rows (K), one column per step; counts 0 to 2 must be 1 and count 3 is M, at
+    #: most N (else BAD_COUNT). Rows from K on become zero, columns from M on keep their weights
     LOAD_STATIONARY = 0x10
-    #: dst[m, f] (+)= sum over k of stationary[k, m] * src0[k, f], src0 rounded to its type, which
-    #: may be another than the stationary operand's; `lanes` = K, `columns` = M
+    #: dst[m, f] (+)= sum over k of stationary[k, m] * src0[k, f], src0 taken as its type like the
+    #: stationary operand, whose type may be another; `lanes` = K, `columns` = M. With a dst of type
+    #: INT32, for which src0 must be INT8 (else BAD_TYPE), the FP32 sum is made an integer, toward
+    #: zero, before it is written or added modulo 2**32
     MATMUL = 0x11
     #: stationary[k, m] <- the pair of src0 and src1, each rounded to its type, which is FP8;
     #: otherwise as LOAD_STATIONARY. Only where `fp8_rate` is 2
@@ -378,10 +380,11 @@ _SBUF = frozenset({Space.SBUF})
 _PSUM = frozenset({Space.PSUM})
 _READ = frozenset({DType.FP32})
 _WRITE = frozenset(FLOATS)
-_MATMUL = frozenset(NARROW_FLOATS)
+_MATMUL = frozenset({*NARROW_FLOATS, DType.INT8})
 _FP8 = frozenset(FP8_TYPES)
+_SUMS = frozenset({DType.FP32, DType.INT32})
 #: types DMA moves between DRAM and 32-bit words
-DMA_TYPES = frozenset(FLOATS)
+DMA_TYPES = frozenset({*FLOATS, *INTEGERS})
 
 _DST = {"dst": (_BOTH, _WRITE)}
 _SRC0 = {"src0": (_BOTH, _READ)}
@@ -401,7 +404,7 @@ SPECS: dict[Opcode, Spec] = {
         kind=EngineKind.TENSOR,
         body=TensorBody,
         header=frozenset({"lanes", "accumulate"}),
-        operands={"dst": (_PSUM, _READ), "src0": (_SBUF, _MATMUL)},
+        operands={"dst": (_PSUM, _SUMS), "src0": (_SBUF, _MATMUL)},
     ),
     Opcode.LOAD_STATIONARY_PAIR: Spec(
         kind=EngineKind.TENSOR,

@@ -4,7 +4,7 @@ from amaranth.hdl import Cat, Module, Mux, Shape, Signal, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from .arith import FP32_LATENCY, Fp32Add
+from .arith import FP32_LATENCY, Fp32Add, Fp32ToInt32
 from .banked import BankedMemory
 from .config import CoreConfig
 from .emit import Once
@@ -16,12 +16,14 @@ ACCUMULATE_LATENCY = READ_LATENCY + FP32_LATENCY
 
 
 def accumulate_tag(config: CoreConfig) -> data.StructLayout:
-    """What PSUM has to know of a column: word address, whether it is added or overwrites, number of
-    lanes (the low ones) that are written, and whether it is the last of its matmul."""
+    """What PSUM has to know of a column: word address, whether it is added or overwrites, whether
+    its words become integers, number of lanes (the low ones) that are written, and whether it is
+    the last of its matmul."""
     return data.StructLayout(
         {
             "address": unsigned(Shape.cast(range(config.psum_depth)).width),
             "accumulate": unsigned(1),
+            "integer": unsigned(1),
             "columns": unsigned(8),
             "last": unsigned(1),
         }
@@ -51,8 +53,61 @@ class AccumulatePort(wiring.Signature):
         )
 
 
+class Lane(wiring.Component):
+    """What one partition does with the words that come from the array.
+
+    Members
+    -------
+    word : In(32), FP32
+    integer : In(1), sampled with `word`: it is made an INT32 number first, and INT32 numbers are
+        added, modulo 2**32
+    accumulate, old : In(1), In(32), READ_LATENCY cycles after `word`: what it is added to
+    o : Out(32), ACCUMULATE_LATENCY cycles after `word`
+    """
+
+    word: In(32)
+    integer: In(1)
+    accumulate: In(1)
+    old: In(32)
+    o: Out(32)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        # Integers take the registers of floats while the read is on its way, and an adder of their
+        # own after that.
+        m.submodules.convert = convert = Fp32ToInt32()
+        m.d.comb += convert.word.eq(self.word)
+        word = Mux(self.integer, convert.o, self.word)
+        carry, integer = convert.carry, self.integer
+        for stage in range(ACCUMULATE_LATENCY):
+            integer_next = Signal(name=f"integer{stage}", reset_less=True)
+            m.d.sync += integer_next.eq(integer)
+            integer = integer_next
+        for stage in range(READ_LATENCY):
+            word_next = Signal(32, name=f"word{stage}", reset_less=True)
+            carry_next = Signal(name=f"carry{stage}", reset_less=True)
+            m.d.sync += [word_next.eq(word), carry_next.eq(carry)]
+            word, carry = word_next, carry_next
+
+        # Overwriting adds to -0, which changes nothing, so both take the same time and the writes
+        # stay in order.
+        m.submodules.add = add = Once(Fp32Add(), "fp32_add")
+        m.d.comb += [
+            add.en.eq(1),
+            add.a.eq(Mux(self.accumulate, self.old, 1 << 31)),
+            add.b.eq(word),
+        ]
+        total = (Mux(self.accumulate, self.old, 0) + word + carry)[:32]
+        for stage in range(FP32_LATENCY):
+            total_next = Signal(32, name=f"total{stage}", reset_less=True)
+            m.d.sync += total_next.eq(total)
+            total = total_next
+        m.d.comb += self.o.eq(Mux(integer, total, add.o))
+        return m
+
+
 class Psum(wiring.Component):
-    """N partitions x 8 banks of FP32 words with read-add-write at the memory.
+    """N partitions x 8 banks of FP32 or INT32 words with read-add-write at the memory.
 
     Parameters
     ----------
@@ -61,7 +116,8 @@ class Psum(wiring.Component):
     Members
     -------
     accumulate : In(AccumulatePort), one column per cycle: word = column, or word = word + column
-        rounded to nearest even. Its accesses go before those of all other ports, in order.
+        rounded to nearest even; or the same with integers, see `Lane`. Its accesses go before
+        those of all other ports, in order.
     read : In(ReadPort) x reads
     write : In(WritePort) x writes
     stalled : Out(1), a request of another port was held back
@@ -110,31 +166,26 @@ class Psum(wiring.Component):
             valid, tag = valid_next, tag_next
             valids.append(valid)
             tags.append(tag)
-        words = column.data
-        for stage in range(READ_LATENCY):
-            words_next = Signal(column_shape(config), name=f"words{stage}", reset_less=True)
-            m.d.sync += words_next.eq(words)
-            words = words_next
 
-        # Add, write. Overwriting adds to -0, which changes nothing, so both take the same time
-        # and the writes stay in order.
+        # Add, write.
         old = split_words(m, memory.read[0].response.payload, name="old")
-        new = split_words(m, words, name="new")
+        new = split_words(m, column.data, name="new")
         write = memory.write[0].request
         sums = []
-        for lane in range(config.lanes):
-            m.submodules[f"add{lane}"] = add = Once(Fp32Add(), "fp32_add")
+        for number in range(config.lanes):
+            m.submodules[f"lane{number}"] = lane = Once(Lane(), "psum_lane")
             m.d.comb += [
-                add.en.eq(1),
-                add.a.eq(Mux(tags[READ_LATENCY - 1].accumulate, old[lane], 1 << 31)),
-                add.b.eq(new[lane]),
+                lane.word.eq(new[number]),
+                lane.integer.eq(column.tag.integer),
+                lane.accumulate.eq(tags[READ_LATENCY - 1].accumulate),
+                lane.old.eq(old[number]),
             ]
-            sums.append(add.o)
+            sums.append(lane.o)
         m.d.comb += [
             write.valid.eq(valid),
             write.payload.address.eq(tag.address),
             write.payload.data.as_value().eq(Cat(sums)),
-            write.payload.mask.eq(Cat(lane < tag.columns for lane in range(config.lanes))),
+            write.payload.mask.eq(Cat(number < tag.columns for number in range(config.lanes))),
             column.done.eq(valid & tag.last),
         ]
         return m

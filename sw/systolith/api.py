@@ -97,7 +97,7 @@ class Device:
             self._doomed.pop().unload()
 
     def put(self, array: Any) -> DeviceArray:
-        """Copies an array of a type the chip has (any of its floats, or bool) to the device."""
+        """Copies an array to the device; of any of the chip's types (see `jit`), or bool."""
         host = np.asarray(array)
         _check_dtype(host.dtype, "the array")
         result = self._empty(host.shape, host.dtype, "array")
@@ -153,7 +153,7 @@ class DeviceArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or bool."""
+        """float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, int32, int8 or bool."""
         return self._dtype
 
     @property
@@ -182,10 +182,10 @@ class DeviceArray:
     def __jax_array__(self) -> jax.Array:
         return jax.numpy.asarray(self.numpy())
 
-    def item(self) -> float | bool:
+    def item(self) -> float | int | bool:
         """The only element, as a Python number."""
         value = self.numpy().item()
-        return value if isinstance(value, bool) else float(value)
+        return value if isinstance(value, bool | int) else float(value)
 
     def __float__(self) -> float:
         return float(self.item())
@@ -398,10 +398,11 @@ def jit(
 
     Parameters
     ----------
-    fn : any function of pytrees of float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 and bool
-        arrays of rank 0 to 2; Python floats are float32 scalars
+    fn : any function of pytrees of float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, int32,
+        int8 and bool arrays of rank 0 to 2; Python floats are float32 scalars
     matmul : type that float32 operands of matrix products are rounded to: "bfloat16", "float16",
-        "float8_e4m3fn" or "float8_e5m2". Operands of those types are multiplied as they are.
+        "float8_e4m3fn" or "float8_e5m2". Operands of those types and of int8 are multiplied as they
+        are.
         With "float32", and in a product of `precision` HIGH or HIGHEST, float32 operands are
         multiplied as they are, in six passes of BF16 products.
     rounding : "nearest", to even, or "stochastic": how each result of a narrow type is rounded to

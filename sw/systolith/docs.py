@@ -129,9 +129,11 @@ Semaphores count from 0 to 65535 and are zeroed at the start of a program.
 
 Elementwise instructions walk four nested counts, index 0 outermost. An operand lies at word
 `base + i0*strides.0 + i1*strides.1 + i2*strides.2 + i3*strides.3` of partitions 0 to `lanes` - 1;
-a stride of 0 repeats a word. Words hold FP32. A destination of a narrow type rounds to it, as
-`rounding` says, and keeps the rounded value as FP32; the operands of the tensor engine are rounded
-to their type, to nearest even, as they are read.
+a stride of 0 repeats a word. Words hold FP32 or 32-bit integers. A destination of a narrow type
+rounds to it, as `rounding` says, and keeps the rounded value as FP32; the operands of the tensor
+engine are rounded to their type, to nearest even, as they are read, and of INT8 the low 8 bits of
+the word count. The vector engine moves integers with `BYPASS` and a destination of FP32, which
+leaves words as they are.
 
 A destination may be a source element for element, that is in place. If a destination overlaps a
 source in any other way, the result is undefined. If a destination names a word more than once, the
@@ -145,9 +147,11 @@ FP32 operations round to nearest even and keep subnormals. Whatever results in N
 
 A MATMUL computes, for each element of its tile, the chain `acc = fp32(acc + w*x)` from +0 in the
 order of the partitions, each product exact and each step rounded once. With `accumulate`, one FP32
-addition adds the tile to the destination. A MATMUL uses the last LOAD_STATIONARY before it in its
-stream. A load of M columns sets their rows from `lanes` on to zero; columns from M on keep their
-weights.
+addition adds the tile to the destination. If the destination is INT32, the tile is made integers
+first: toward zero, the end of the range for what is outside of it, 0 for NaN; and `accumulate` adds
+modulo 2^32. Products of INT8 by INT8 are integers that FP32 holds, so nothing is lost then. A
+MATMUL uses the last LOAD_STATIONARY before it in its stream. A load of M columns sets their rows
+from `lanes` on to zero; columns from M on keep their weights.
 
 Cores with an `fp8_rate` of 2 also have LOAD_STATIONARY_PAIR and MATMUL_PAIR, which take the place
 of LOAD_STATIONARY and MATMUL: row k of the array holds a pair of FP8 numbers, and the chain is
@@ -161,8 +165,9 @@ of the same strides whose bases differ by 4 modulo 8 never ask for the same bank
 
 Element (i0, i1, i2, i3) of lane l lies in DRAM at byte `dram_base + i0*dram_strides.0 +
 i1*dram_strides.1 + i2*dram_strides.2 + i3*dram_strides.3 + l*lane_stride` modulo 2^48. An element
-of one byte may lie anywhere; bit 0 of the address of a larger one is ignored. FP32 is moved bit for
-bit; narrow types are widened by a load and rounded to nearest even by a store. Elements that
+of one byte may lie anywhere; bit 0 of the address of a larger one is ignored. FP32 and INT32 are
+moved bit for bit; narrow types are widened by a load, INT8 with its sign, and rounded to nearest
+even by a store, which takes the low 8 bits for INT8. Elements that
 coincide are written in the order (i0, i1, i2, i3, l): the last one stays.
 
 ### Faults

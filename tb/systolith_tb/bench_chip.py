@@ -15,7 +15,7 @@ from systolith.kernel import KernelBuilder, View
 from systolith.program import Program
 from systolith.runtime.driver import Driver
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import FLOATS, NARROW_FLOATS, DType
+from systolith_hdl.formats import FLOATS, INTEGERS, NARROW_FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function, Rounding, WaitMode
 
 from .device import CocotbBackend, run_driver
@@ -30,8 +30,9 @@ def random_kernel(seed: int) -> Program:
     rng = random.Random(seed)
     nc = KernelBuilder(CONFIG, name=f"random{seed}")
     k, m, f = (rng.randint(1, 3 * N) for _ in range(3))
-    w = nc.dram.tensor("w", (k, m), rng.choice(FLOATS), kind="input")
-    x = nc.dram.tensor("x", (k, f), rng.choice(FLOATS), kind="input")
+    types = (*FLOATS, *INTEGERS)
+    w = nc.dram.tensor("w", (k, m), rng.choice(types), kind="input")
+    x = nc.dram.tensor("x", (k, f), rng.choice(types), kind="input")
 
     def rounded(view: View) -> tuple[View, Rounding]:
         """A destination of a random type, and how it is rounded."""
@@ -39,7 +40,7 @@ def random_kernel(seed: int) -> Program:
         stochastic = dtype is not DType.FP32 and rng.random() < 0.6
         return view.astype(dtype), Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
 
-    outputs = [nc.dram.tensor(f"y{i}", (m, f), rng.choice(FLOATS), kind="output") for i in range(3)]
+    outputs = [nc.dram.tensor(f"y{i}", (m, f), rng.choice(types), kind="output") for i in range(4)]
     tiles_k = [(i, min(N, k - i)) for i in range(0, k, N)]
     tiles_m = [(i, min(N, m - i)) for i in range(0, m, N)]
     loaded = []
@@ -58,12 +59,14 @@ def random_kernel(seed: int) -> Program:
         for index, (row, rows) in enumerate(loaded):
             stationary = row["w"].view((lanes,), offset=start, lanes=rows)
             moving = row["x"].view((f,), lanes=rows)
-            nc.tensor.load_stationary(stationary.astype(rng.choice(NARROW_FLOATS)))
-            nc.tensor.matmul(
-                acc.view((f,), lanes=lanes), moving.astype(rng.choice(NARROW_FLOATS)), index > 0
-            )
-        a, b, c = (nc.sbuf.tile(f) for _ in range(3))
-        results = [t.view((f,), lanes=lanes) for t in (a, b, c)]
+            operands = (*NARROW_FLOATS, DType.INT8, DType.INT8)
+            nc.tensor.load_stationary(stationary.astype(rng.choice(operands)))
+            dtype = rng.choice(operands)
+            integer = dtype is DType.INT8 and rng.random() < 0.7
+            sums = acc.view((f,), lanes=lanes).astype(DType.INT32 if integer else DType.FP32)
+            nc.tensor.matmul(sums, moving.astype(dtype), index > 0)
+        tiles = [nc.sbuf.tile(f) for _ in outputs]
+        results = [tile.view((f,), lanes=lanes) for tile in tiles]
         sums = acc.view((f,), lanes=lanes)
         dst, rounding = rounded(results[0])
         nc.scalar.activate(
@@ -75,6 +78,7 @@ def random_kernel(seed: int) -> Program:
             dst, sums, rng.choice(list(AluOp)), results[0], op0=rng.choice(list(AluOp)),
             imm0=rng.uniform(-2, 2), rounding=rounding,
         )  # fmt: skip
+        nc.vector.copy(results[3], sums)  # bit for bit, integers or not
         dst, rounding = rounded(results[2])
         nc.vector.memset(dst, rng.uniform(-1, 1), rounding=rounding)
         nc.vector.copy_predicated(dst, results[0], results[1], rounding=rounding)
@@ -90,7 +94,7 @@ def random_kernel(seed: int) -> Program:
             e = tensor.itemsize
             nc.dma.store(result, tensor, start * f * e, (e,), f * e)
         nc.psum.free(acc)
-        for tile in (a, b, c, total):
+        for tile in (*tiles, total):
             nc.sbuf.free(tile)
     return nc.finish()
 
@@ -143,7 +147,7 @@ async def random_kernels(dut: Any, *, pause: float, count: int) -> None:
                 compared += 1
         return compared
 
-    assert await run_driver(body) == 7 * count
+    assert await run_driver(body) == 8 * count
 
 
 @cocotb.test(timeout_time=50, timeout_unit="ms")

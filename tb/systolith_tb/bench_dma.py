@@ -19,7 +19,7 @@ from cocotb.triggers import ClockCycles, RisingEdge
 from cocotbext.axi import AxiBus, AxiSlave
 from systolith.golden.dma import dma_load, dma_store, first_bad_burst
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import FLOATS, FORMATS, DType
+from systolith_hdl.formats import FLOATS, FORMATS, INTEGERS, DType
 from systolith_hdl.isa import FaultCause, Opcode, decode, encode
 from systolith_hdl.ports import READ_LATENCY
 
@@ -282,6 +282,8 @@ def _pauses(probability: float) -> Any:
         yield random.random() < probability
 
 
+TYPES = (*FLOATS, *INTEGERS)
+
 MODES = (
     "merged",
     "columns",
@@ -300,7 +302,7 @@ def make(
 ) -> tuple[Opcode, dict[str, Any]]:
     """Draws an instruction of a mode whose elements lie in bytes low to high - 1."""
     while True:
-        size_of = random.choice(FLOATS)
+        size_of = random.choice(TYPES)
         size = FORMATS[size_of].bytes
         lanes = random.choice([N, N, random.randint(1, N)])
         if mode == "one_lane":

@@ -220,13 +220,32 @@ async def stochastic(dut, dtype: str) -> None:
 
 
 @cocotb.test(timeout_time=10, timeout_unit="ms")
+async def int8(dut) -> None:
+    """INT8 packs to the low bits of any word and widens with its sign, every number of it."""
+    rng = numpy_rng()
+    numbers = np.arange(256).astype(np.uint8)
+    # What is above the low bits does not matter, on either way.
+    above = rng.integers(0, 1 << 24, 256, dtype=np.uint32) << np.uint32(8)
+    await start(dut)
+    dut.dtype.value = DType.INT8.value
+    for chunk, noise in zip(numbers.reshape(-1, COPIES), above.reshape(-1, COPIES), strict=True):
+        await FallingEdge(dut.clk)
+        dut.words.value = pack(chunk | noise)
+        dut.narrow.value = pack((chunk | noise).astype(np.uint16))
+        await FallingEdge(dut.clk)
+        _check("packed", chunk, unpack(dut.bits, np.uint16, COPIES).astype(np.uint8), chunk)
+        wide = chunk.view(np.int8).astype(np.int32).view(np.uint32)
+        _check("widened", chunk, unpack(dut.widened, np.uint32, COPIES), wide)
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
 async def other_types_pass(dut) -> None:
     """A type that is no narrow float leaves words as they are, NaNs included."""
     rng = numpy_rng()
     words = np.concatenate([CORNERS, random_words(rng, 8 * COPIES)])
     words = np.pad(words, (0, -len(words) % COPIES)).reshape(-1, COPIES)
     await start(dut)
-    for kind in (DType.FP32, DType.INT32):
+    for kind in (DType.FP32, DType.INT32, DType.INT8):
         dut.dtype.value = kind.value
         dut.stochastic.value = kind is DType.INT32
         for chunk in words:

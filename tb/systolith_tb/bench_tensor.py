@@ -20,7 +20,17 @@ from systolith_hdl.tensor import TensorEngine, matmul_latency
 
 from systolith_tb.clocking import start
 from systolith_tb.configs import bench_config
-from systolith_tb.numerics import add, numpy_rng, pack, random_values, round_to, tile, unpack
+from systolith_tb.numerics import (
+    add,
+    numpy_rng,
+    operand,
+    pack,
+    random_values,
+    round_to,
+    tile,
+    to_int32,
+    unpack,
+)
 
 
 def sbuf_ports(config: CoreConfig) -> list[str]:
@@ -196,21 +206,22 @@ def instruction(
     dtype: DType = DType.BF16,
     second: tuple[int, tuple[int, ...]] = (0, (0, 0, 0, 0)),
     second_type: DType = DType.FP8_E4M3,
+    dst_dtype: DType = DType.FP32,
 ) -> int:
     """Encodes one tensor instruction; `dtype` is that of the operand it reads, `second` and
     `second_type` are of the other operand of a pair."""
 
-    def operand(base: int, strides: tuple[int, ...], space: Space, dtype: DType) -> dict:
+    def fields(base: int, strides: tuple[int, ...], space: Space, dtype: DType) -> dict:
         return {"base": base, "strides": list(strides), "space": space, "dtype": dtype}
 
     body: dict[str, object] = {
         "counts": list(counts),
-        "src0": operand(*src, Space.SBUF, dtype),
+        "src0": fields(*src, Space.SBUF, dtype),
     }
     if SPECS[opcode].pairs:
-        body["src1"] = operand(*second, Space.SBUF, second_type)
+        body["src1"] = fields(*second, Space.SBUF, second_type)
     if opcode not in LOADS:
-        body |= {"dst": operand(*dst, Space.PSUM, DType.FP32), "columns": columns}
+        body |= {"dst": fields(*dst, Space.PSUM, dst_dtype), "columns": columns}
     header = {"opcode": opcode, "lanes": lanes, "accumulate": int(accumulate)}
     return SPECS[opcode].layout.const({"header": header, "body": body}).as_value().value
 
@@ -258,6 +269,8 @@ async def run_random(
     lanes = config.lanes
     rng = numpy_rng()
     sbuf = random_values(rng, (lanes, config.sbuf_depth), special)
+    # Full range as INT8, too: the low bits of plain numbers would often be zero.
+    sbuf ^= rng.integers(0, 1 << 8, sbuf.shape, dtype=np.uint32)
     window = 64  # few addresses, so that matmuls meet in PSUM
     psum = random_values(rng, (lanes, window), special)
     await start(dut)
@@ -286,10 +299,11 @@ async def run_random(
 
     stationary, stationary_second = np.zeros((2, lanes, lanes), np.uint32)
     pairs = np.zeros(lanes, bool)  # columns of the stationary operand
-    loads = matmuls = macs = written_words = 0
+    loads = matmuls = macs = written_words = integers = 0
     for _ in range(int(os.environ.get("SYSTOLITH_INSTRUCTIONS", "300"))):
         pair = config.fp8_rate == 2 and bool(rng.random() < 0.6)
-        dtype, second_type = random.choice(NARROW_FLOATS), random.choice(FP8_TYPES)
+        dtype = random.choice((*NARROW_FLOATS, DType.INT8, DType.INT8))
+        second_type = random.choice(FP8_TYPES)
         if pair:
             dtype = random.choice(FP8_TYPES)
         if not loads or rng.random() < 0.4:
@@ -302,7 +316,7 @@ async def run_random(
             # Rows beyond K become zero; other columns keep the last load that had them.
             columns = len(source)
             stationary[:, :columns] = stationary_second[:, :columns] = 0
-            stationary[:rows, :columns] = round_to(sbuf[:rows, source], dtype)
+            stationary[:rows, :columns] = operand(sbuf[:rows, source], dtype)
             pairs[:columns] = pair
             if pair:
                 words = sbuf[:rows, addresses(counts, *second)]
@@ -332,7 +346,7 @@ async def run_random(
         columns = int(rng.integers(1, lanes + 1))
         accumulate = bool(rng.random() < 0.6)
         source = addresses(counts, src_base, src_strides)
-        moving = round_to(sbuf[:, source], dtype)
+        moving = operand(sbuf[:, source], dtype)
         sums = tile(stationary[:, :columns], moving, rows)
         if pair:
             words = round_to(sbuf[:, addresses(counts, *second)], second_type)
@@ -340,9 +354,14 @@ async def run_random(
                 stationary[:, :columns], moving, rows, (stationary_second[:, :columns], words)
             )
             sums = np.where(pairs[:columns, None], both, sums)
+        # Integers of any sums: mostly exact ones, fractions and large numbers among them.
+        integer = dtype is DType.INT8 and random.random() < 0.7
+        if integer:
+            sums = to_int32(sums)
         for f, address in enumerate(dst_base + offsets):
             old = psum[:columns, address]
-            psum[:columns, address] = add(old, sums[:, f]) if accumulate else sums[:, f]
+            total = old + sums[:, f] if integer else add(old, sums[:, f])
+            psum[:columns, address] = total if accumulate else sums[:, f]
         driver.queue.append(
             instruction(
                 Opcode.MATMUL_PAIR if pair else Opcode.MATMUL,
@@ -353,17 +372,19 @@ async def run_random(
                 columns=columns,
                 accumulate=accumulate,
                 dtype=dtype,
+                dst_dtype=DType.INT32 if integer else DType.FP32,
                 second=second,
                 second_type=second_type,
             )
         )
         matmuls += 1
+        integers += integer
         macs += rows * columns * len(source) * (1 + pair)
         written_words += columns * len(source)
     await driver.until(lambda: driver.matmuls_done == matmuls and driver.loads_done == loads)
     await driver.step()
     assert not int(dut.issue__busy.value)
-    assert not driver.queue and sum(driver.macs) == macs
+    assert not driver.queue and sum(driver.macs) == macs and 0 < integers < matmuls
     got = await driver.read_psum(0, window)
     wrong = np.argwhere(got != psum)
     assert not len(wrong), (
@@ -371,8 +392,8 @@ async def run_random(
         f"got {got[tuple(wrong[0])]:08x}, wanted {psum[tuple(wrong[0])]:08x}"
     )
     cocotb.log.info(
-        "%d loads, %d matmuls, %d sums; compared %d words in %d cycles",
-        *(loads, matmuls, written_words, got.size, driver.cycle),
+        "%d loads, %d matmuls (%d of integers), %d sums; compared %d words in %d cycles",
+        *(loads, matmuls, integers, written_words, got.size, driver.cycle),
     )
 
 

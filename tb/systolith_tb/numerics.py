@@ -45,6 +45,24 @@ def round_to(words: np.ndarray, dtype: DType) -> np.ndarray:
     return canonical(narrow.view(np.uint32))
 
 
+def operand(words: np.ndarray, dtype: DType) -> np.ndarray:
+    """FP32 words of what the tensor engine takes words of a type for."""
+    if dtype is DType.INT8:
+        return (words & 0xFF).astype(np.uint8).view(np.int8).astype(np.float32).view(np.uint32)
+    return round_to(words, dtype)
+
+
+def to_int32(words: np.ndarray) -> np.ndarray:
+    """INT32 words of FP32 words: toward zero, the nearest of what there is, 0 for NaN."""
+    values = double(words)
+    limit = 1 << 31
+    inside = np.abs(values) < limit
+    whole = np.where(inside, values, 0).astype(np.int64)
+    ends = np.where(values < 0, -limit, limit - 1)
+    integers = np.where(inside | np.isnan(values), whole, ends)
+    return (integers & 0xFFFFFFFF).astype(np.uint32)
+
+
 def double(words: np.ndarray) -> np.ndarray:
     """float64 of FP32 words."""
     return words.view(np.float32).astype(np.float64)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from amaranth.hdl import Shape
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
+from systolith_hdl.formats import DType
 from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
@@ -146,6 +147,10 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
     if opcode in LOADS:
         fields |= {"counts.0": 1, "counts.1": 1, "counts.2": 1}
         fields["counts.3"] = random.randint(1, config.lanes)
+    if opcode is Opcode.MATMUL and fields["dst.dtype"] is DType.INT32:
+        # As it must be; seldom not, which is an error.
+        if not mutate or random.random() < 0.8:
+            fields["src0.dtype"] = DType.INT8
     if mutate and random.random() < 0.4:
         names = [n for n in FIELDS[opcode] if n != "opcode"]
         names += 3 * [n for n in names if n.endswith("space")]  # so small that they are seldom hit

@@ -7,4 +7,4 @@ from systolith_tb.runner import run_bench
 
 def test_narrow() -> None:
     ran = run_bench(NarrowBench(), "narrow_bench", "systolith_tb.bench_narrow")
-    assert ran == 2 * len(NARROW_FLOATS) + 1
+    assert ran == 2 * len(NARROW_FLOATS) + 2

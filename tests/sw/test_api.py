@@ -52,7 +52,9 @@ def test_decorator(device):
 
 @pytest.mark.parametrize(
     "argument", [1.5, np.float32(1.5), np.float64(1.5), jnp.float32(1.5), ones(2, 3), jnp.ones(3),
-                 True, np.array([True, False]), ones(3).astype(ml_dtypes.bfloat16)],
+                 True, np.array([True, False]), ones(3).astype(ml_dtypes.bfloat16),
+                 np.array([[-1, 2**31 - 1]], np.int32), np.int32(-5),
+                 np.arange(-3, 3).astype(np.int8)],
 )  # fmt: skip
 def test_kinds_of_arguments(device, argument):
     got = systolith.jit(lambda x: x, device=device)(argument)
@@ -72,7 +74,7 @@ def test_python_floats_do_not_promote(device):
     "argument,words",
     [
         (np.ones(3), "float64"), (np.ones(3, np.int64), "int64"), (np.ones(3, complex), "complex"),
-        (np.ones(3, np.int32), "int32"), (np.ones(3, ml_dtypes.float8_e4m3), "float8_e4m3"),
+        (np.ones(3, np.uint8), "uint8"), (np.ones(3, ml_dtypes.float8_e4m3), "float8_e4m3"),
         (3, "int 3"),
         ("text", "str"), (jax.random.key(0), "key"),
     ],

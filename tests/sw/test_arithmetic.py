@@ -227,6 +227,54 @@ def test_fp32_passes() -> None:
         np.testing.assert_array_equal(function(source, DType.FP32), source)
 
 
+def test_integers_move_as_they_are() -> None:
+    source = words(CORNERS + [i % 2**32 for i in range(-300, 300)])
+    for function in (arithmetic.pack, arithmetic.unpack):
+        np.testing.assert_array_equal(function(source, DType.INT32), source)
+    bits = arithmetic.pack(source, DType.INT8)
+    np.testing.assert_array_equal(bits.view(np.int8), source.view(np.int32).astype(np.int8))
+    every = np.arange(-128, 128, dtype=np.int8)
+    wide = arithmetic.unpack(every.view(np.uint8), DType.INT8)
+    np.testing.assert_array_equal(wide.view(np.int32), every)
+    # As operands: only the low 8 bits count.
+    for above in (0, 0x12345600, 0xFFFFFF00):
+        word = every.view(np.uint8).astype(np.uint32) | np.uint32(above)
+        np.testing.assert_array_equal(
+            arithmetic.operand(word, DType.INT8).view(np.float32), every.astype(np.float32)
+        )
+
+
+@settings(max_examples=500)
+@given(st.one_of(WORDS, st.builds(lambda s, e, f: s << 31 | e << 23 | f, st.integers(0, 1),
+                                  st.integers(125, 160), st.integers(0, 2**23 - 1))))  # fmt: skip
+def test_integers_of_floats(word: int) -> None:
+    got = int(arithmetic.to_int32(words([word])).view(np.int32)[0])
+    if is_nan(word):
+        assert got == 0
+        return
+    value = float(words([word]).view(np.float32)[0])
+    if abs(value) < 2**31:
+        assert got == math.trunc(value)
+    else:
+        assert got == (2**31 - 1 if value > 0 else -(2**31))
+
+
+@settings(max_examples=60, deadline=None)
+@given(k=st.integers(1, 128), seed=st.integers(0, 2**32 - 1))
+def test_a_tile_of_int8_is_exact(k: int, seed: int) -> None:
+    """Up to 128 rows, the most an array has: as numpy's int32 product, the worst case too."""
+    rng = np.random.default_rng(seed)
+    w = rng.choice(np.array([-128, 127, 0, 1], np.int8), (k, 5))
+    x = rng.integers(-128, 128, (k, 7)).astype(np.int8)
+    w[:, 0], x[:, 0] = -128, -128
+    tile = arithmetic.matmul(
+        *(arithmetic.operand(v.view(np.uint8).astype(np.uint32), DType.INT8) for v in (w, x))
+    )
+    want = w.T.astype(np.int32) @ x.astype(np.int32)
+    np.testing.assert_array_equal(arithmetic.to_int32(tile).view(np.int32), want)
+    assert want[0, 0] == k << 14
+
+
 @settings(max_examples=300)
 @given(
     operation=st.sampled_from(sorted(REDUCTIONS, key=lambda op: op.value)),

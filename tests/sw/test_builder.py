@@ -11,7 +11,7 @@ from systolith.errors import KernelError
 from systolith.golden.checker import check
 from systolith.kernel import AluOp, DType, Function, KernelBuilder, Rounding, View
 from systolith_hdl.config import PRESETS, CoreConfig
-from systolith_hdl.isa import Opcode, decode, engine_kind
+from systolith_hdl.isa import Opcode, Rounding, decode, engine_kind
 from systolith_tb.configs import NANO_FP8
 
 
@@ -58,7 +58,7 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     "strides length": (lambda k: k.a.view((2, 2), (1,)), "differ in length"),
     "lanes": (lambda k: k.a.view(4, lanes=5), "lanes must be 1 to 4, not 5"),
     "no lanes": (lambda k: k.a.view(4, lanes=0), "lanes must be 1 to 4, not 0"),
-    "view type": (lambda k: k.a.view().astype(DType.INT8), "FP32, BF16, FP16, FP8_E4M3, FP8_E5M2"),
+    "view type": (lambda k: k.a.view().astype("int8"), "FP32, BF16, FP16, .* INT32, INT8"),
     "index": (lambda k: k.a.view((4, 8))[4], "index 4 is outside a dimension of 4"),
     "reshape": (lambda k: k.a.view((4, 4), (8, 1)).reshape(16), "cannot reshape"),
     "broadcast": (lambda k: k.a.view((4, 4)).broadcast_to(4, 5), "cannot broadcast"),
@@ -132,7 +132,36 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
             k.nc.tensor.load_stationary(k.a.view(4)),
             _mm(k, k.p.view().astype(DType.BF16), k.a.view()),
         ),
-        "dst must be FP32, not BF16",
+        "dst must be FP32 or INT32, not BF16",
+    ),
+    "float sums as integers": (
+        lambda k: (
+            k.nc.tensor.load_stationary(k.a.view(4).astype(DType.INT8)),
+            _mm(k, k.p.view().astype(DType.INT32), k.a.view()),
+        ),
+        "dst of INT32 needs a moving operand of INT8, not FP32",
+    ),
+    "wide integer operand": (
+        lambda k: k.nc.tensor.load_stationary(k.a.view(4).astype(DType.INT32)),
+        "stationary operand must be FP32 or .* or INT8, not INT32",
+    ),
+    "integer arithmetic": (
+        lambda k: _add(k, k.a.view(8).astype(DType.INT32), k.b.view(8), k.p.view(8)),
+        "dst must be FP32 .*, not INT32",
+    ),
+    "integers of a function": (
+        lambda k: k.nc.scalar.activate(
+            k.a.view(), k.b.view().astype(DType.INT32), Function.IDENTITY
+        ),
+        "src must be FP32 .*, not INT32",
+    ),
+    "integers rounded": (
+        lambda k: k.nc.vector.copy(k.a.view().astype(DType.BF16), k.b.view().astype(DType.INT32)),
+        "src0 must be FP32 .*, not INT32",
+    ),
+    "integer immediate": (
+        lambda k: k.nc.vector.memset(k.a.view().astype(DType.INT32), 1 << 32),
+        "does not fit 32 bits",
     ),
     "K": (
         lambda k: (
@@ -158,10 +187,6 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     # DMA
     "dma psum": (lambda k: k.nc.dma.load(k.p.view(), k.x), "local operand must lie in SBUF"),
-    "dma type": (
-        lambda k: k.nc.dma.load(k.a.view(), k.i),
-        "DMA moves tensors of FP32, BF16, FP16",
-    ),
     "dma past": (
         lambda k: k.nc.dma.load(k.a.view(), k.x, 4, lane_stride=128),
         "bytes 4 to 515 of the 512",
@@ -365,6 +390,31 @@ def test_pairs_refused() -> None:
     refused("moving one is not", (fp8(4), fp8(4)), (fp8(8),))
     refused("the stationary one is not", (fp8(4),), (fp8(8), no, fp8(8)))
     refused("the second of the moving operand has", (fp8(4), fp8(4)), (fp8(8), no, fp8(7)))
+
+
+def test_integers() -> None:
+    """INT8 operands, INT32 sums; what moves words writes FP32, which leaves them alone."""
+    kit = Kit()
+    sums = kit.p.view().astype(DType.INT32)
+    kit.nc.dma.load(kit.b.view(), kit.i, lane_stride=128)
+    kit.nc.tensor.load_stationary(kit.a.view(4).astype(DType.BF16))
+    kit.nc.tensor.matmul(sums, kit.b.view().astype(DType.INT8), accumulate=True)
+    kit.nc.vector.copy(kit.a.view().astype(DType.INT32), sums)
+    kit.nc.vector.memset(kit.b.view().astype(DType.INT8), -2)
+    kit.nc.vector.copy_predicated(sums, kit.a.view(), kit.b.view().astype(DType.INT32))
+    kit.nc.vector.tensor_scalar(sums, sums, AluOp.BIT_AND, 0xFF)
+    program = kit.nc.finish()
+    for engine in ("tensor", "vector", "dma0"):
+        stream = program.streams[engine]
+        for at in range(0, len(stream), 64):
+            assert check(stream[at : at + 64], engine_kind(engine), kit.nc.config) is None
+    decoded = [decode(program.streams["tensor"][at : at + 64])[1] for at in (0, 64)]
+    assert decoded[0]["src0.dtype"] == DType.BF16.value
+    assert decoded[1]["src0.dtype"] == DType.INT8.value
+    assert decoded[1]["dst.dtype"] == DType.INT32.value
+    vector = [decode(program.streams["vector"][at : at + 64]) for at in range(0, 256, 64)]
+    assert all(fields["dst.dtype"] == DType.FP32.value for _, fields in vector)
+    assert vector[1][1]["imm0"] == 0xFFFFFFFE
 
 
 def test_accumulating_into_a_column_repeatedly() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systolith.golden.checker import Fault, check
 from systolith_hdl.config import PRESETS
-from systolith_hdl.formats import FLOATS, FP8_TYPES, NARROW_FLOATS
+from systolith_hdl.formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
 from systolith_hdl.isa import (
     FIELDS,
     LOADS,
@@ -106,7 +106,7 @@ def test_causes() -> None:
     assert c(op.TENSOR_TENSOR, src1__dtype=1) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, src0__dtype=0) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, src0__dtype=15) is FaultCause.BAD_TYPE
-    assert c(op.DMA_LOAD, dram_dtype=5) is FaultCause.BAD_TYPE
+    assert c(op.DMA_LOAD, dram_dtype=7) is FaultCause.BAD_TYPE
     for dtype in FLOATS:
         assert c(op.MEMSET, dst__dtype=dtype.value) is None
         assert c(op.DMA_STORE, dram_dtype=dtype.value) is None
@@ -118,6 +118,22 @@ def test_causes() -> None:
             assert c(opcode, src0__dtype=dtype.value) is pair
             assert c(opcode, src1__dtype=dtype.value) is pair
     assert c(op.DMA_STORE, dram_dtype=9) is FaultCause.BAD_TYPE
+    for dtype in INTEGERS:
+        assert c(op.DMA_LOAD, dram_dtype=dtype.value) is None
+        assert c(op.DMA_STORE, dram_dtype=dtype.value) is None
+        assert c(op.DMA_STORE, local__dtype=dtype.value) is FaultCause.BAD_TYPE
+        assert c(op.TENSOR_SCALAR, dst__dtype=dtype.value) is FaultCause.BAD_TYPE
+        assert c(op.TENSOR_SCALAR, src0__dtype=dtype.value) is FaultCause.BAD_TYPE
+    assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT8.value) is None
+    assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT32.value) is FaultCause.BAD_TYPE
+    # Sums are FP32, those of INT8 may be INT32.
+    for moving in DType:
+        for sums in DType:
+            legal = moving in (*NARROW_FLOATS, DType.INT8) and (
+                sums is DType.FP32 or (sums is DType.INT32 and moving is DType.INT8)
+            )
+            found = c(op.MATMUL, src0__dtype=moving.value, dst__dtype=sums.value)
+            assert found is (None if legal else FaultCause.BAD_TYPE)
     assert c(op.MATMUL, dst__space=0) is FaultCause.BAD_SPACE
     assert c(op.LOAD_STATIONARY, src0__space=1) is FaultCause.BAD_SPACE
     assert c(op.MATMUL_PAIR, src1__space=1) is FaultCause.BAD_SPACE

@@ -24,7 +24,7 @@ from systolith.kernel import (
 )
 from systolith.program import Program
 from systolith_hdl.config import PRESETS, CoreConfig
-from systolith_hdl.formats import FLOATS, FORMATS, FP8_TYPES
+from systolith_hdl.formats import FLOATS, FORMATS, FP8_TYPES, INTEGERS
 from systolith_hdl.isa import LOADS, SPECS, Opcode, WaitMode, decode
 from systolith_tb.configs import NANO_FP8
 
@@ -36,7 +36,7 @@ STREAM_BASE = 1 << 14
 def random_program(rng: random.Random, calls: int, config: CoreConfig = NANO) -> Program:
     """A kernel of random instructions that collide often; each is labelled with its number."""
     nc = KernelBuilder(config, name="random")
-    tensors = [nc.dram.tensor(f"t{i}", (4, 16), rng.choice(FLOATS))
+    tensors = [nc.dram.tensor(f"t{i}", (4, 16), rng.choice((*FLOATS, *INTEGERS)))
                for i in range(3)]  # fmt: skip
     sbuf = [nc.sbuf.tile(12) for _ in range(4)]
     psum = [nc.psum.tile(12) for _ in range(2)]

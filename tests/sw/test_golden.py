@@ -12,8 +12,9 @@ from systolith.errors import BackendError
 from systolith.golden import Core, GoldenDevice, arithmetic
 from systolith.golden.activation import evaluate
 from systolith.golden.checker import check
-from systolith_hdl.formats import FLOATS, FORMATS, DType
+from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import (
+    DMA_TYPES,
     FIELDS,
     LOADS,
     REDUCE_ACCUMULATORS,
@@ -67,7 +68,7 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
                 fields[f"{name}.strides.{i}"] = rng.choice((0, 1, 1, 2, 5, -1, -3))
         if spec.kind is EngineKind.DMA:
             fields["dram_base"] = rng.randrange(DRAM_BYTES // 2)
-            fields["dram_dtype"] = rng.choice(FLOATS).value
+            fields["dram_dtype"] = rng.choice(sorted(t.value for t in DMA_TYPES))
             fields["lane_stride"] = rng.choice((0, 2, 4, 64, -64, rng.randint(-50, 50)))
             for i in range(4):
                 fields[f"dram_strides.{i}"] = rng.choice((0, 2, 4, 16, 20, rng.randint(-50, 50)))
@@ -94,6 +95,23 @@ def random_core(rng: random.Random) -> Core:
     words[:, :, pairs] = arithmetic.round_to(words[:, :, pairs], DType.FP8_E5M2)
     core.weights.assign(core.stationary)
     return core
+
+
+def operand(word: np.ndarray, dtype: DType) -> np.ndarray:
+    """A word as a number that the tensor engine multiplies, FP32."""
+    if dtype is DType.INT8:
+        low = int(word[0]) & 0xFF
+        return one(np.float32(low - 256 * (low > 127)).view(np.uint32))
+    return arithmetic.round_to(word, dtype)
+
+
+def integer(value: np.float32) -> int:
+    """Toward zero, within INT32."""
+    if np.isnan(value):
+        return 0
+    if np.isinf(value):
+        return (1 << 31) - 1 if value > 0 else -(1 << 31)
+    return max(-(1 << 31), min((1 << 31) - 1, int(value)))
 
 
 def one(value: object) -> np.ndarray:
@@ -136,9 +154,7 @@ class Naive:
                 self.pairs[: counts[3]] = len(names) == 2
                 for number, name in enumerate(names):
                     for lane, index in steps:
-                        value = arithmetic.round_to(
-                            word(name, lane, index), DType(f[f"{name}.dtype"])
-                        )
+                        value = operand(word(name, lane, index), DType(f[f"{name}.dtype"]))
                         self.stationary[number, lane, index[3]] = value[0]
             case Opcode.MATMUL | Opcode.MATMUL_PAIR:
                 names = ["src0", "src1"][: 1 + (opcode is Opcode.MATMUL_PAIR)]
@@ -147,8 +163,8 @@ class Naive:
                     x = []
                     for name in names:
                         column = moving[:lanes, at(name, index)]
-                        rounded = arithmetic.round_to(column, DType(f[f"{name}.dtype"]))
-                        x.append(rounded.view(np.float32).astype(np.float64))
+                        numbers = [operand(one(w), DType(f[f"{name}.dtype"])) for w in column]
+                        x.append(np.concatenate(numbers).view(np.float32).astype(np.float64))
                     for m in range(f["columns"]):
                         acc = np.float32(0)
                         with np.errstate(all="ignore"):
@@ -160,7 +176,10 @@ class Naive:
                                 else:
                                     acc = np.float32(np.float64(acc) + x[0][k] * w[0])
                         tile = arithmetic.canonical(np.array([acc], np.float32))
-                        if f["accumulate"]:
+                        if f["dst.dtype"] == DType.INT32.value:
+                            old = int(self.psum[m, at("dst", index)]) if f["accumulate"] else 0
+                            tile = one((old + integer(acc)) % (1 << 32))
+                        elif f["accumulate"]:
                             tile = arithmetic.add(one(self.psum[m, at("dst", index)]), tile)
                         self.psum[m, at("dst", index)] = tile[0]
             case Opcode.TENSOR_TENSOR:

@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 from systolith.golden.dma import DmaFault, dma_load, dma_store, first_bad_burst
-from systolith_hdl.formats import FLOATS, FORMATS, DType
-from systolith_hdl.isa import FaultCause
+from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.isa import DMA_TYPES, FaultCause
 
 DRAM = 4096
 DEPTH = 64
@@ -21,7 +21,7 @@ def _draw(rng: random.Random) -> dict[str, int]:
         "lanes": rng.randint(1, LANES),
         "lane_stride": rng.choice([0, 1, 2, 4, rng.randint(-40, 40)]),
         "dram_base": rng.randint(1000, 2000),
-        "dram_dtype": rng.choice(FLOATS).value,
+        "dram_dtype": rng.choice(sorted(t.value for t in DMA_TYPES)),
         "local.base": rng.randint(20, 30),
     }
     for d in range(4):
@@ -52,6 +52,8 @@ def _size(fields: dict[str, int]) -> int:
 def _packed(word: int, dtype: DType) -> int:
     """Bits of the nearest number; `test_arithmetic` holds what they must be."""
     form = FORMATS[dtype]
+    if dtype is DType.INT8:
+        return word % 256
     with np.errstate(all="ignore"):
         value = np.uint32(word).view(np.float32).astype(form.numpy)
     return form.nan if value != value else int(value.view(f"u{form.bytes}"))
@@ -61,6 +63,8 @@ def _widened(bits: int, dtype: DType) -> int:
     form = FORMATS[dtype]
     if dtype is DType.BF16:
         return bits << 16
+    if dtype is DType.INT8:
+        return bits if bits < 128 else bits + (1 << 32) - 256
     value = np.array(bits, f"u{form.bytes}").view(form.numpy).astype(np.float32)
     return 0x7FC00000 if value != value else int(value.view(np.uint32))
 
@@ -87,9 +91,9 @@ def test_moves_every_element_in_order(seed: int) -> None:
         dtype, word = DType(fields["dram_dtype"]), int(sbuf[lane, column])
         code = {1: "<B", 2: "<H", 4: "<I"}[_size(fields)]
         bits = struct.unpack_from(code, dram, address)[0]
-        fp32 = dtype is DType.FP32
-        loaded[lane, column] = bits if fp32 else _widened(bits, dtype)
-        struct.pack_into(code, stored, address, word if fp32 else _packed(word, dtype))
+        whole = dtype in (DType.FP32, DType.INT32)
+        loaded[lane, column] = bits if whole else _widened(bits, dtype)
+        struct.pack_into(code, stored, address, word if whole else _packed(word, dtype))
     target = sbuf.copy()
     dma_load(dram, target, fields)
     np.testing.assert_array_equal(target, loaded)

@@ -158,8 +158,13 @@ def random_kernel(seed: int) -> Program:
         w_tile, x_tile = (nc.sbuf.tile(c).view(lanes=rows) for c in (n, f))
         nc.dma.load(w_tile, w, start * n * 4, (4,), n * 4)
         nc.dma.load(x_tile, x, start * f * 4, (4,), f * 4)
-        nc.tensor.load_stationary(w_tile.astype(rng.choice(NARROW_FLOATS)))
-        nc.tensor.matmul(sums, x_tile.astype(rng.choice(NARROW_FLOATS)), accumulate=start > 0)
+        operands = (*NARROW_FLOATS, DType.INT8, DType.INT8)
+        nc.tensor.load_stationary(w_tile.astype(rng.choice(operands)))
+        dtype = rng.choice(operands)
+        integer = dtype is DType.INT8 and rng.random() < 0.5
+        nc.tensor.matmul(
+            sums.astype(DType.INT32) if integer else sums, x_tile.astype(dtype), start > 0
+        )
     tiles = [nc.sbuf.tile(f).view() for _ in outputs]
     nc.vector.tensor_scalar(tiles[0], sums, AluOp.MUL, rng.uniform(-2, 2))
     for index in range(1, len(tiles)):

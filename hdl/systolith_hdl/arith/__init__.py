@@ -1,7 +1,9 @@
-"""Floating-point cells: IEEE-754 binary32 with one rounding per operation, subnormals kept."""
+"""Arithmetic cells: IEEE-754 binary32 with one rounding per operation, subnormals kept, and what
+leads from it to narrow floats and integers and back."""
 
 from .dither import DITHER_LATENCY, Dither, engine_key
 from .fp32 import FP32_LATENCY, Fp32Add, Fp32Mul
+from .integer import Fp32ToInt32, WidenInt8
 from .narrow import PackNarrow, RoundNarrow, WidenNarrow
 from .rounding import leading_zeros, pack_fp32
 
@@ -11,8 +13,10 @@ __all__ = [
     "Dither",
     "Fp32Add",
     "Fp32Mul",
+    "Fp32ToInt32",
     "PackNarrow",
     "RoundNarrow",
+    "WidenInt8",
     "WidenNarrow",
     "engine_key",
     "leading_zeros",

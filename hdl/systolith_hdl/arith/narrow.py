@@ -1,6 +1,7 @@
-"""Between FP32 and the narrow floating-point types: rounding, packing, widening. Combinational.
+"""Between words and the narrow types: rounding, packing, widening. Combinational.
 
-One circuit serves all types of `formats.NARROW_FLOATS`; its constants come from `formats.FORMATS`.
+One circuit serves all types of `formats.NARROW_FLOATS`, and INT8 where it says so; its constants
+come from `formats.FORMATS`.
 """
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal
@@ -114,12 +115,13 @@ class RoundNarrow(wiring.Component):
 
 
 class PackNarrow(wiring.Component):
-    """Packs an FP32 word that `RoundNarrow` has rounded to a narrow float.
+    """Packs an FP32 word that `RoundNarrow` has rounded to a narrow float, or the low bits of an
+    integer as INT8.
 
     Members
     -------
-    word : In(32), a number of the type, or the canonical NaN
-    dtype : In(DType), a narrow float
+    word : In(32), a number of the type, or the canonical NaN; any integer
+    dtype : In(DType), a narrow float or INT8
     o : Out(16), of an 8-bit type the low half
     """
 
@@ -153,6 +155,8 @@ class PackNarrow(wiring.Component):
         with m.Switch(self.dtype):
             with m.Case(DType.BF16):
                 m.d.comb += self.o.eq(word[16:])
+            with m.Case(DType.INT8):
+                m.d.comb += self.o.eq(word[:8])
             for dtype in _SHORT:
                 form = FORMATS[dtype]
                 magnitude = Cat(fraction[10 - form.fraction :], exponent[: form.exponent])
@@ -165,13 +169,13 @@ class PackNarrow(wiring.Component):
 
 
 class WidenNarrow(wiring.Component):
-    """Widens a packed narrow float to FP32: exact. A NaN of FP16 or FP8 gives 0x7FC00000; one of
-    BF16 keeps its bits.
+    """Widens a packed narrow float to FP32, INT8 to 32 bits: exact. A NaN of FP16 or FP8 gives
+    0x7FC00000; one of BF16 keeps its bits.
 
     Members
     -------
     bits : In(16), of an 8-bit type the low half; what is above it does not matter
-    dtype : In(DType), a narrow float
+    dtype : In(DType), a narrow float or INT8
     o : Out(32)
     """
 
@@ -218,6 +222,8 @@ class WidenNarrow(wiring.Component):
         ]
         with m.If(self.dtype == DType.BF16):
             m.d.comb += self.o.eq(Cat(Const(0, 16), bits))
+        with m.Elif(self.dtype == DType.INT8):
+            m.d.comb += self.o.eq(bits[:8].as_signed())
         with m.Elif(nan):
             m.d.comb += self.o.eq(CANONICAL_NAN)
         with m.Else():

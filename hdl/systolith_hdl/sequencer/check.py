@@ -5,6 +5,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..config import CoreConfig
+from ..formats import DType
 from ..isa import (
     DMA_TYPES,
     FIELDS,
@@ -16,6 +17,7 @@ from ..isa import (
     EngineKind,
     FaultCause,
     Header,
+    Opcode,
     Operand,
     Space,
     TensorBody,
@@ -103,6 +105,10 @@ class Check(wiring.Component):
                         dma = data.View(DmaBody, word[_BODY:])
                         allowed = {t.value for t in DMA_TYPES}
                         bad_type.append(~_one_of(dma.dram_dtype.as_value(), allowed))
+                    if opcode is Opcode.MATMUL:
+                        # Only sums of integers are integers.
+                        dst, src0 = (operands[_OPERAND_SLOTS[name]] for name in ("dst", "src0"))
+                        bad_type.append((dst.dtype == DType.INT32) & (src0.dtype != DType.INT8))
                     bad_count = []
                     if spec.operands:
                         bad_count += [count == 0 for count in tensor.counts]

@@ -5,7 +5,7 @@ from amaranth.lib import data, fifo, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..access import AddressGenerator, Pattern, ReadStreamer, pattern
-from ..arith import RoundNarrow
+from ..arith import RoundNarrow, WidenInt8
 from ..config import CoreConfig
 from ..emit import Once
 from ..formats import DType
@@ -36,9 +36,9 @@ def _load_entry(config: CoreConfig) -> data.StructLayout:
 
 
 def _matmul_entry(config: CoreConfig) -> data.StructLayout:
-    """What is kept of a matmul until its columns are sent: fields of the instruction; whether a
-    load came before it and after the matmul before it (`swap`), and the number of loads finished
-    before a swap may be sent."""
+    """What is kept of a matmul until its columns are sent: fields of the instruction; whether its
+    sums become INT32 (`integer`); whether a load came before it and after the matmul before it
+    (`swap`), and the number of loads finished before a swap may be sent."""
     return data.StructLayout(
         {
             "dst": Pattern,
@@ -46,6 +46,7 @@ def _matmul_entry(config: CoreConfig) -> data.StructLayout:
             "dtype": DType,
             "columns": unsigned(8),
             "accumulate": unsigned(1),
+            "integer": unsigned(1),
             "swap": unsigned(1),
             "loads": _COUNT,
             **_pair_fields(config),
@@ -69,9 +70,10 @@ class TensorEngine(wiring.Component):
 
     Each class of instruction is in order; loads run in the background of matmuls. A MATMUL uses the
     last LOAD_STATIONARY before it, one without a load since the MATMUL before it reuses the weights
-    in place. Words are rounded to the operand's type, narrow floats of any two types, as they are
-    read. Lanes `columns` and above of the destination keep their values. LOAD_STATIONARY_PAIR and
-    MATMUL_PAIR are of the same two classes; they read two operands side by side.
+    in place. Words are taken as numbers of the operand's type, narrow floats or INT8, any two of
+    them, as they are read. Lanes `columns` and above of the destination keep their values.
+    LOAD_STATIONARY_PAIR and MATMUL_PAIR are of the same two classes; they read two operands side by
+    side.
 
     A load writes all N rows of the columns it has (rows from its `lanes` on with what SBUF holds
     there); columns it does not have keep the weights of the last load that had them.
@@ -162,6 +164,7 @@ class TensorEngine(wiring.Component):
             matmuls.w_data.dtype.eq(body.src0.dtype),
             matmuls.w_data.columns.eq(columns),
             matmuls.w_data.accumulate.eq(header.accumulate),
+            matmuls.w_data.integer.eq(body.dst.dtype == DType.INT32),
             matmuls.w_data.swap.eq(fresh),
             matmuls.w_data.loads.eq(loads_taken),
         ]
@@ -260,6 +263,7 @@ class TensorEngine(wiring.Component):
         m.d.comb += [
             tag.address.eq(address.payload.address),
             tag.accumulate.eq(current.accumulate),
+            tag.integer.eq(current.integer),
             tag.columns.eq(current.columns),
             tag.last.eq(address.payload.last),
             swap.eq(first_column & current.swap),
@@ -334,12 +338,13 @@ class TensorEngine(wiring.Component):
 
 
 def _rounded(m: Module, column: data.View, dtype: ValueLike, *, name: str) -> list[Value]:
-    """The words of a column, each rounded to a type, as operands of the array."""
+    """The words of a column, each as a number of a type, as operands of the array."""
     rounded = []
     for lane, word in enumerate(split_words(m, column, name=name)):
         m.submodules[f"round_{name}{lane}"] = cell = Once(RoundNarrow(), "round_narrow")
-        m.d.comb += [cell.word.eq(word), cell.dtype.eq(dtype)]
-        rounded.append(cell.o[-OPERAND_BITS:])
+        m.submodules[f"widen_{name}{lane}"] = integer = Once(WidenInt8(), "widen_int8")
+        m.d.comb += [cell.word.eq(word), cell.dtype.eq(dtype), integer.bits.eq(word[:8])]
+        rounded.append(Mux(dtype == DType.INT8, integer.o, cell.o)[-OPERAND_BITS:])
     return rounded
 
 

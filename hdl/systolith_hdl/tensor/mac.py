@@ -31,8 +31,8 @@ class Narrow(data.Struct):
     """A number as it travels in the array: value = significand / 2**10 * 2**exponent.
 
     Operands are recoded once, at the array's edge, so that no MAC has to look at subnormals. The
-    encoding holds every number of every operand type (BF16, FP16, FP8), so all PEs are one design
-    and any two types can be multiplied.
+    encoding holds every number of every operand type (BF16, FP16, FP8, INT8), so all PEs are one
+    design and any two types can be multiplied.
     """
 
     sign: unsigned(1)

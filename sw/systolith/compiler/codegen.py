@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 from systolith_hdl.config import CoreConfig
-from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.formats import FORMATS, INTEGERS, DType
 from systolith_hdl.isa import Function, Rounding, Space
 
 from ..errors import CompileError
 from ..kernel import DramTensor, KernelBuilder, Tile, View
 from ..program import Program
 from .fuse import affine
-from .ir import ARRAY_TYPES, Form, Graph, Op, Shape, Use, Value, operand_form
+from .ir import ALIASES, ARRAY_TYPES, Form, Graph, Op, Shape, Use, Value, operand_form
 from .layout import columns, contraction_steps
 
 _INFINITY = 1 << 60  #: position of a need that never comes
@@ -138,7 +138,7 @@ class Generator:
             self._homes[value] = _Home(value, dram=[copy])
         for number, (value, data) in enumerate(self._graph.constants.items()):
             tensor = self._nc.dram.tensor(
-                f"constant{number}", kind="constant", data=np.ascontiguousarray(data, np.float32)
+                f"constant{number}", kind="constant", data=np.ascontiguousarray(data)
             )
             self._homes[value] = _Home(value, dram=[_DramCopy(tensor, 0, (value.shape[1], 1))])
         self._output_tensors = [
@@ -466,22 +466,25 @@ class Generator:
         for start in range(0, old.columns, _MAX_COUNT):
             count = min(_MAX_COUNT, old.columns - start)
             lanes = self._lanes(home.value.shape, form)
-            dst = tile.view((count,), offset=start, lanes=lanes)
+            dst = tile.view((count,), offset=start, lanes=lanes).astype(home.value.dtype)
             self._move(dst, old.view((count,), offset=start, lanes=lanes))
         home.tiles[form] = tile
         self._pinned.discard(old)
         self._nc.psum.free(old)
 
     def _move(self, dst: View, src: View, rounding: Rounding = Rounding.NEAREST) -> None:
-        """Copies with the engine that has less to do."""
-        if self._choose(dst.size) == "scalar":
+        """Copies with the engine that has less to do; integers are nothing for the scalar one."""
+        if dst.dtype in INTEGERS:
+            self._nc.vector.copy(dst, src)
+            self._work["vector"] += dst.size + 8
+        elif self._choose(dst.size) == "scalar":
             self._nc.scalar.activate(dst, src, Function.IDENTITY, 1.0, -0.0, rounding=rounding)
         else:
             self._nc.vector.copy(dst, src, rounding=rounding)
 
     def _rounds(self, value: Value) -> Rounding:
         """How an instruction that writes `value` rounds."""
-        plain = value.dtype is DType.FP32 or value.nearest
+        plain = value.dtype in (DType.FP32, *INTEGERS) or value.nearest
         return Rounding.NEAREST if plain else self._rounding
 
     def _agree(self, op: Op) -> None:
@@ -491,7 +494,7 @@ class Generator:
         if (
             self._rounds(op.result) is Rounding.NEAREST
             or op.form is not Form.ALL
-            or op.kind in ("reshape", "slice")
+            or op.kind in ALIASES
             or Form.ALL not in home.needs
         ):
             return
@@ -555,7 +558,7 @@ class Generator:
     def _operation(self, op: Op) -> None:
         if op.kind == "dot":
             self._dot(op)
-        elif op.kind in ("reshape", "slice"):
+        elif op.kind in ALIASES:
             self._alias(op)
         elif op.kind == "reduce":
             self._reduce(op)
@@ -755,7 +758,7 @@ class Generator:
             self._work["vector"] += count * free
 
     def _alias(self, op: Op) -> None:
-        """reshape and slice: other strides over the same bytes in DRAM."""
+        """reshape, slice and cast: other strides or types over the same bytes in DRAM."""
         use = op.operands[0]
         home = self._home(use.value)
         result = self._home(op.result)
@@ -767,6 +770,14 @@ class Generator:
                 None,
             ) or self._to_dram(home, transposed=use.transposed)
             strides = (op.result.shape[1], 1)
+            result.dram.append(_DramCopy(copy.tensor, copy.offset, strides))
+            return
+        if op.kind == "cast":
+            # Loaded from a copy of its own type a number has the bits of all wider ones.
+            copies = [copy for copy in home.dram if copy.tensor.dtype is use.value.dtype]
+            copy = copies[0] if copies else self._to_dram(home)
+            row, col = copy.strides
+            strides = (col, row) if use.transposed else (row, col)
             result.dram.append(_DramCopy(copy.tensor, copy.offset, strides))
             return
         copy = home.dram[0] if home.dram else self._to_dram(home)
@@ -808,6 +819,7 @@ class Generator:
         )
         blocks = -(-across // lanes)
         home = self._home(op.result)
+        integer = op.result.dtype in INTEGERS
         assert op.form is not None
         steps = contraction_steps(op, self._config)
         # What the array holds: (of, block, tiles of K).
@@ -855,15 +867,16 @@ class Generator:
                     .astype(moving_type)
                     for k in tiles
                 )
+                sums = psum.view((size,), offset=offset + at - start, lanes=m)
                 self._nc.tensor.matmul(
-                    psum.view((size,), offset=offset + at - start, lanes=m),
+                    sums.astype(DType.INT32) if integer else sums,
                     columns,
                     accumulate=step > 0,
                     pair=second[0] if second else None,
                 )
 
         # PSUM holds what is not rounded.
-        stays = home.needs and op.result.dtype is DType.FP32
+        stays = home.needs and (integer or op.result.dtype is DType.FP32)
         if stays and blocks * free <= self._config.psum_depth // 2:
             psum = self._psum(blocks * free, op.result.name)
             products = [(block, step) for block in range(blocks) for step in range(len(steps))]
@@ -913,7 +926,7 @@ class Generator:
                     done = result.view((count,), offset=block * free + start + at, lanes=m)
                     done = done.astype(op.result.dtype)
                     sums = psum.view((count,), offset=at, lanes=m)
-                    if last and (len(sizes) - number) % 2:
+                    if last and ((len(sizes) - number) % 2 or integer):
                         self._nc.vector.copy(done, sums, rounding=self._rounds(op.result))
                     elif last:
                         self._nc.scalar.activate(

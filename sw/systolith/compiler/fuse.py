@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import INTEGERS, DType
 from systolith_hdl.isa import AluOp
 
 from .ir import Graph, Op, Use, Value
@@ -52,8 +52,11 @@ def _affine(op: Op) -> tuple[float, float] | None:
 def affine(op: Op) -> tuple[float, float, Use, Use | None] | None:
     """(scale, bias, a, b) if ``a * scale + bias`` or ``a * scale + b`` is what the operation does.
 
-    The scalar engine can then do it as well as the vector engine, with the same roundings.
+    The scalar engine can then do it as well as the vector engine, with the same roundings. It
+    cannot move integers, whose words are NaNs to it.
     """
+    if op.result.dtype in INTEGERS:
+        return None
     if op.kind == "ts":
         found = _affine(op)
         return None if found is None else (*found, op.operands[0], None)

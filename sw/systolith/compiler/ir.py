@@ -3,6 +3,8 @@
 Every value is ``[R, C]``; scalars are ``[1, 1]`` and vectors ``[1, C]``. There is no transpose
 and no broadcast operation: an operand is a `Use`, which says whether the value is read
 transposed, and elementwise operations broadcast dimensions of size 1. Booleans are 1.0 or 0.0.
+Integers are only moved and multiplied: a value of type INT8 is kept in words of which the low 8
+bits count.
 
 After the layout pass every operation also has a `Form`: the layout in which it walks its
 iteration space and leaves its result.
@@ -19,10 +21,14 @@ select     on_false, on_true           operands: mask, then those of on_false an
                                        are no number (None); ``on_true where mask else on_false``
 reduce     op0, imm0, op1, axis        op1-reduction of ``a op0 imm0`` along an axis, kept as 1
 dot        types, parts                ``a @ b``, each operand rounded to its type; operands: the
-                                       parts of a, then those of b. See `product_order`
+                                       parts of a, then those of b. See `product_order`. A sum of
+                                       INT8 products may be INT32, or wrapped to INT8
 reshape                                elements of ``a`` in row-major order in another shape
 slice      start, step                 ``a[start[0]::step[0], start[1]::step[1]]``, cut to the
                                        result's shape
+cast                                   elements of ``a`` in another type: between integers, modulo
+                                       their size; from INT8 to a float only until the passes
+                                       begin, see `trace.refuse_casts`
 fill       value                       every element is ``value``
 ========== =========================== =========================================================
 """
@@ -35,7 +41,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from systolith_hdl.formats import FLOATS, FORMATS, NARROW_FLOATS, DType
+from systolith_hdl.formats import FLOATS, FORMATS, INTEGERS, NARROW_FLOATS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function
 
 from ..errors import CompileError
@@ -44,7 +50,7 @@ Shape = tuple[int, int]
 
 #: Name of an array's type -> what the chip keeps it in; bools are 1.0 or 0.0.
 ARRAY_TYPES: dict[str, DType] = {
-    **{FORMATS[dtype].numpy.name: dtype for dtype in FLOATS},
+    **{FORMATS[dtype].numpy.name: dtype for dtype in (*FLOATS, *INTEGERS)},
     "bool": DType.FP32,
 }
 #: ``float32, bfloat16, ... or bool``, for messages
@@ -77,6 +83,10 @@ def product_order(parts: tuple[int, int], depth: int, lanes: int) -> list[tuple[
     return [(i, j, k) for i, j in pairs for k in range(-(-depth // lanes))]
 
 
+#: kinds that are other strides or types over the same bytes in DRAM: no engine, no form
+ALIASES = ("reshape", "slice", "cast")
+
+
 class Form(enum.Enum):
     """Where the elements of a value lie in SBUF or PSUM, with N partitions."""
 
@@ -100,7 +110,7 @@ class Value:
     ----------
     id : unique in its graph
     shape : rows, columns
-    dtype : FP32, or a narrow float for a value rounded to it
+    dtype : FP32, or a narrow float for a value rounded to it, or an integer
     name : for messages: the argument's path, or the primitive that made it
     nearest : a narrow float rounded to nearest, even where results are rounded stochastically
     """
@@ -253,11 +263,12 @@ def op_forms(op: Op) -> tuple[Form, ...]:
     if op.kind == "reduce":
         along = Form.ROWS if op.attrs["axis"] == 1 else Form.COLS
         return (lane_form(op.operands[0].shape, along),)
-    if op.kind in ("reshape", "slice"):
+    if op.kind in ALIASES:
         return ()
     if op.kind == "dot":
         # One row or column alone would lie in one partition: it is put across them.
-        return tuple(form for form in (Form.ROWS, Form.COLS) if lane_form(shape, form) is form)
+        forms = (Form.ROWS, Form.COLS)
+        return tuple(form for form in forms if lane_form(shape, form) is form) or forms[:1]
     return forms_of(shape)
 
 
@@ -265,7 +276,7 @@ def operand_form(op: Op, index: int) -> Form | None:
     """The form in which `op`, whose own form is set, reads the *value* of an operand; None if it
     reads it from DRAM."""
     use = op.operands[index]
-    if op.kind in ("reshape", "slice"):
+    if op.kind in ALIASES:
         return None
     if op.kind == "dot":
         left = index < op.attrs["parts"][0]
@@ -332,7 +343,32 @@ def _pair(value: Any) -> bool:
 
 
 def _operand_types(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(v in NARROW_FLOATS for v in value)
+    allowed = (*NARROW_FLOATS, DType.INT8)
+    return isinstance(value, tuple) and len(value) == 2 and all(v in allowed for v in value)
+
+
+def _integers_legal(op: Op) -> bool:
+    """Whether an operation does no more with integers than it can."""
+    given = [use.value.dtype for use in op.operands]
+    made = op.result.dtype
+    if op.kind == "dot":
+        types = [
+            t for t, n in zip(op.attrs["types"], op.attrs["parts"], strict=True) for _ in range(n)
+        ]
+        same = all((t is DType.INT8) == (g in INTEGERS) for t, g in zip(types, given, strict=True))
+        return same and (made not in INTEGERS or set(types) == {DType.INT8})
+    if op.kind == "cast":
+        return made in INTEGERS and given[0] in INTEGERS
+    if op.kind == "select":
+        given = given[1:]
+        moves = op.attrs["on_false"] is op.attrs["on_true"] is None
+    else:
+        moves = op.kind in ALIASES or (
+            op.kind == "ts" and op.attrs["op0"] is op.attrs["op1"] is AluOp.BYPASS
+        )
+    if not {made, *given} & {*INTEGERS}:
+        return True
+    return moves and set(given) == {made}
 
 
 def _parts(value: Any) -> bool:
@@ -375,6 +411,7 @@ RULES: dict[str, Rule] = {
     ),
     "reshape": Rule((1,), {}, _shape_reshape),
     "slice": Rule((1,), {"start": _pair, "step": _pair}, _shape_slice),
+    "cast": Rule((1,), {}, _shape_elementwise),
     "fill": Rule((0,), {"value": _number}, lambda op: op.result.shape),
 }
 
@@ -403,7 +440,7 @@ def verify_ir(graph: Graph, after: str) -> None:
         require(value not in defined, op, f"{value} is defined twice")
         require(value.id not in ids, op, f"two values have the number {value.id}")
         require(min(value.shape) >= 1, op, f"{value} is empty")
-        require(value.dtype in FLOATS, op, f"{value} has a type SBUF lacks")
+        require(value.dtype in (*FLOATS, *INTEGERS), op, f"{value} has a type SBUF lacks")
         defined.add(value)
         ids.add(value.id)
 
@@ -412,6 +449,8 @@ def verify_ir(graph: Graph, after: str) -> None:
     for value, elements in graph.constants.items():
         define(value, None)
         require(elements.shape == value.shape, None, f"constant {value} has shape {elements.shape}")
+        kept = array_type(elements.dtype)
+        require(kept is value.dtype, None, f"constant {value} has type {elements.dtype}")
     for op in graph.ops:
         rule = RULES.get(op.kind)
         require(rule is not None, op, "unknown kind")
@@ -425,6 +464,8 @@ def verify_ir(graph: Graph, after: str) -> None:
         if op.kind == "select":
             numbers = sum(op.attrs[key] is not None for key in ("on_false", "on_true"))
             require(len(op.operands) + numbers == 3, op, "wrong number of operands")
+        if after != "trace":
+            require(_integers_legal(op), op, "no operation on integers")
         try:
             shape = rule.shape(op)
         except ValueError:

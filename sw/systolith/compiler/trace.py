@@ -18,11 +18,11 @@ import jax
 import jax.extend.core
 import jax.extend.source_info_util
 import numpy as np
-from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.formats import FORMATS, INTEGERS, DType
 from systolith_hdl.isa import AluOp, Function
 
 from ..errors import CompileError, UnsupportedError
-from .ir import ARRAY_TYPE_NAMES, Graph, Op, Shape, Use, Value, array_type, broadcast
+from .ir import ARRAY_TYPE_NAMES, ARRAY_TYPES, Graph, Op, Shape, Use, Value, array_type, broadcast
 
 #: A traced tensor: the IR's value where the chip computes it, an array where it is known now.
 #: The value's shape broadcasts to `canonical` of the JAX shape.
@@ -50,6 +50,15 @@ MIRRORED = {
 
 #: K over which a product of float32 operands is summed in PSUM; the vector engine adds up the rest
 SPLIT_DEPTH = 128
+
+#: what integers may go through
+INTEGER_PRIMITIVES = frozenset(
+    {
+        "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dot_general", "expand_dims",
+        "optimization_barrier", "pvary", "reshape", "select_n", "slice", "split", "squeeze",
+        "stop_gradient", "transpose",
+    }
+)  # fmt: skip
 
 #: added as a bias it leaves every number as it is, -0.0 too
 NO_BIAS = -0.0
@@ -137,7 +146,9 @@ class Tracer:
         self._source: str | None = None
         self._label = ""
         self._known_ops: dict[tuple, Use] = {}
-        self._constants: dict[tuple[Shape, bytes], Use] = {}
+        self._constants: dict[tuple[Shape, DType, bytes], Use] = {}
+        #: value that is exactly an INT8 value in a wider type -> that
+        self._widened: dict[Value, Use] = {}
         self._next = 0
 
     # --- values --------------------------------------------------------------------------
@@ -187,10 +198,13 @@ class Tracer:
         number = uniform(ref)
         if number is not None:
             return self.emit("fill", [], (1, 1), value=number)
-        array = np.asarray(ref).astype(np.float32).reshape(canonical(np.shape(ref)))
-        key = (canonical(array.shape), array.tobytes())
+        return self._constant(np.asarray(ref).astype(np.float32), DType.FP32)
+
+    def _constant(self, elements: np.ndarray, dtype: DType) -> Use:
+        array = elements.reshape(canonical(elements.shape))
+        key = (canonical(array.shape), dtype, array.tobytes())
         if key not in self._constants:
-            value = self.value(canonical(array.shape), DType.FP32, "constant")
+            value = self.value(canonical(array.shape), dtype, "constant")
             self.graph.constants[value] = array
             self._constants[key] = Use(value)
         return self._constants[key]
@@ -198,13 +212,37 @@ class Tracer:
     def full(self, ref: Ref, shape: Shape) -> Use:
         """The ref with all its elements."""
         if isinstance(ref, np.ndarray):
+            kept = array_type(ref.dtype)
+            if kept in INTEGERS:
+                return self._constant(ref, kept)
             number = uniform(ref)
             if number is not None:
                 return self.emit("fill", [], shape, value=number)
         use = self.use(ref)
         if use.shape == shape:
             return use
+        if use.value.dtype in INTEGERS:
+            return self._moved(use, shape, use.value.dtype)
         return self._ts(AluOp.BYPASS, use, 0.0, shape)
+
+    def _moved(self, use: Use, shape: Shape, dtype: DType, *, nearest: bool = False) -> Use:
+        """A copy of another shape or type."""
+        attrs = {"op0": AluOp.BYPASS, "imm0": 0.0, "op1": AluOp.BYPASS, "imm1": 0.0}
+        return self.emit("ts", [use], shape, dtype, nearest=nearest, **attrs)
+
+    def cast(self, use: Use, dtype: DType) -> Use:
+        """Integers in another type. Floats made of INT8 must be operands of matrix products, which
+        take the integers themselves (see `int8_behind`)."""
+        result = self.emit("cast", [Use(use.value)], use.value.shape, dtype).value
+        # All numbers of INT8 are those of a float with its sign and 7 more bits.
+        if use.value.dtype is DType.INT8 and (dtype in INTEGERS or FORMATS[dtype].fraction >= 7):
+            self._widened[result] = Use(use.value)
+        return Use(result, use.transposed)
+
+    def int8_behind(self, use: Use) -> Use:
+        """The INT8 value that `use` is in a wider type; `use` itself if there is none."""
+        found = self._widened.get(use.value)
+        return Use(found.value, use.transposed) if found else use
 
     # --- operations ----------------------------------------------------------------------
 
@@ -255,17 +293,18 @@ class Tracer:
     def scalar(self, number: float) -> np.ndarray:
         return np.asarray(number, np.float32)
 
-    def select(self, mask: Ref, on_false: Ref, on_true: Ref) -> Use:
+    def select(self, mask: Ref, on_false: Ref, on_true: Ref, dtype: DType = DType.FP32) -> Use:
         """``on_true where mask else on_false``."""
         operands = [self.use(mask)]
         attrs: dict[str, Any] = {"on_false": None, "on_true": None}
         for key, ref in (("on_false", on_false), ("on_true", on_true)):
-            number = None if isinstance(ref, Use) else uniform(ref)
+            number = None if isinstance(ref, Use) or dtype in INTEGERS else uniform(ref)
             attrs[key] = number
             if number is None:
-                operands.append(self.use(ref))
+                known = isinstance(ref, np.ndarray) and dtype in INTEGERS
+                operands.append(self.full(ref, canonical(ref.shape)) if known else self.use(ref))
         shape = broadcast(*(use.shape for use in operands))
-        return self.emit("select", operands, shape, **attrs)
+        return self.emit("select", operands, shape, dtype, **attrs)
 
     def split(self, use: Use) -> tuple[Use, ...]:
         """The BF16 numbers that an FP32 operand of a matrix product is the sum of.
@@ -377,6 +416,14 @@ class Tracer:
                     f"{np.dtype(aval.dtype).name} is not a type the chip computes with "
                     f"({ARRAY_TYPE_NAMES})"
                 )
+        if name not in INTEGER_PRIMITIVES:
+            given = [v.aval for v, ref in zip(eqn.invars, operands, strict=True)
+                     if isinstance(ref, Use)]  # fmt: skip
+            if any(array_type(aval.dtype) in INTEGERS for aval in (*given, *outs)):
+                raise refuse(
+                    f"integers are only moved and, as int8, multiplied as matrices, so the "
+                    f"primitive {name!r} is not supported for them"
+                )
         first = len(self.graph.ops)
         try:
             results = handler(self, eqn, *operands)
@@ -392,7 +439,7 @@ class Tracer:
     def _rounded(self, ref: Ref, aval: Any, fresh: dict[Value, Op]) -> Ref:
         """Rounds the result of an equation to its type if that is a narrow one."""
         dtype = array_type(aval.dtype)
-        if not isinstance(ref, Use) or dtype is None or dtype is DType.FP32:
+        if not isinstance(ref, Use) or dtype in (None, DType.FP32, *INTEGERS):
             return ref
         if _includes(dtype, ref.value.dtype):
             return ref
@@ -409,17 +456,7 @@ class Tracer:
 
     def rounded(self, use: Use, dtype: DType, *, nearest: bool = False) -> Use:
         """`use` rounded to a narrow float."""
-        return self.emit(
-            "ts",
-            [use],
-            use.shape,
-            dtype,
-            nearest=nearest,
-            op0=AluOp.BYPASS,
-            imm0=0.0,
-            op1=AluOp.BYPASS,
-            imm1=0.0,
-        )
+        return self._moved(use, use.shape, dtype, nearest=nearest)
 
 
 def _includes(dtype: DType, other: DType) -> bool:
@@ -621,12 +658,18 @@ def _select_n(t: Tracer, eqn: Any, mask: Ref, *cases: Ref) -> Ref:
         number = uniform(mask)
         if number is not None:
             return cases[int(number)]
-    return t.select(mask, *cases)
+    kept = array_type(eqn.outvars[0].aval.dtype)
+    return t.select(mask, *cases, kept if kept in INTEGERS else DType.FP32)
 
 
 @_lowers("convert_element_type")
 def _convert_element_type(t: Tracer, eqn: Any, a: Ref) -> Ref:
     new, old = (np.dtype(v.aval.dtype).name for v in (eqn.outvars[0], eqn.invars[0]))
+    kept, given = ARRAY_TYPES[new], ARRAY_TYPES.get(old)
+    if kept is not given and {kept, given} & {*INTEGERS}:
+        if given not in INTEGERS or new == "bool" or (kept not in INTEGERS and old != "int8"):
+            raise _Refuse("the chip does not convert between integers and other types")
+        return t.cast(t.use(a), kept)
     if new == "bool" and old != "bool":
         return t.binary(AluOp.NE, a, t.scalar(0.0))
     return a
@@ -746,6 +789,33 @@ for _name, _op in {
     _register_reduction(_name, _op)
 
 
+def _small(ref: Ref, integers: bool) -> Ref:
+    """A known int32 operand of a product: as int8 if its numbers are, for a result of integers; as
+    float32 for another."""
+    if isinstance(ref, Use) or ref.dtype != np.int32:
+        return ref
+    if not integers:
+        return ref.astype(np.float32)
+    small = ref.astype(np.int8)
+    return small if (small == ref).all() else ref
+
+
+def _as_matrices(t: Tracer, left: Use, right: Use, eqn: Any) -> tuple[Use, Use, Shape, Shape]:
+    """Operands of a product that sums over all dimensions, or over none, as [M, K] and [K, F]."""
+    a_shape, b_shape = (v.aval.shape for v in eqn.invars)
+    (a_axes, b_axes), _ = eqn.params["dimension_numbers"]
+    if a_axes:
+        if dict(zip(a_axes, b_axes, strict=True))[0] != 0:
+            right = right.t
+        size = math.prod(a_shape)
+        left = t.emit("reshape", [left], (1, size), left.value.dtype)
+        right = t.emit("reshape", [right], (1, size), right.value.dtype).t
+        return left, right, (1, size), (size, 1)
+    if max(len(a_shape), len(b_shape)) > 1:
+        raise _Refuse("products of int8 without an axis to sum over are for vectors")
+    return left.t, right, left.t.shape, right.shape
+
+
 def _along_k(t: Tracer, use: Use, axis: int, start: int, length: int) -> Use:
     """Part of an operand of a product: `length` of its elements along `axis`."""
     plain = Use(use.value)
@@ -756,9 +826,9 @@ def _along_k(t: Tracer, use: Use, axis: int, start: int, length: int) -> Use:
     return part.t if use.transposed else part
 
 
-def _product(t: Tracer, left: Use, right: Use, types: Sequence[DType]) -> Use:
+def _product(t: Tracer, left: Use, right: Use, types: Sequence[DType], made: DType) -> Use:
     """``left @ right``, [M, K] @ [K, F], with the operands rounded to `types`; one of FP32 is not
-    rounded but multiplied in parts."""
+    rounded but multiplied in parts. `made` is FP32 or, of operands of INT8, an integer type."""
     (m, k), (_, f) = left.shape, right.shape
     # A value of a narrow type, whatever the array's, is an operand as it is.
     types = [
@@ -780,6 +850,7 @@ def _product(t: Tracer, left: Use, right: Use, types: Sequence[DType]) -> Use:
             "dot",
             [*parts[0], *parts[1]],
             (m, f),
+            made,
             types=tuple(DType.BF16 if dtype is DType.FP32 else dtype for dtype in types),
             parts=(len(parts[0]), len(parts[1])),
         )
@@ -800,10 +871,26 @@ def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
     exact = any(p not in (None, jax.lax.Precision.DEFAULT) for p in precisions)
     matmul = DType.FP32 if exact else t.matmul
     a_shape, b_shape = (v.aval.shape for v in eqn.invars)
-    left, right = t.full(a, canonical(a_shape)), t.full(b, canonical(b_shape))
+    result_type = array_type(eqn.outvars[0].aval.dtype)
+    integers = result_type in INTEGERS
+    left, right = (
+        t.int8_behind(t.full(_small(ref, integers), canonical(shape)))
+        for ref, shape in ((a, a_shape), (b, b_shape))
+    )
     # Narrow arrays are multiplied as they are.
-    kept = [array_type(v.aval.dtype) for v in eqn.invars]
-    types = [matmul if dtype in (None, DType.FP32) else dtype for dtype in kept]
+    kept = [
+        DType.INT8 if use.value.dtype is DType.INT8 else array_type(v.aval.dtype)
+        for use, v in zip((left, right), eqn.invars, strict=True)
+    ]
+    if any(use.value.dtype is DType.INT32 for use in (left, right)):
+        raise _Refuse(
+            "the operands of a product of integers must be int8, or int8 made wider; for int32 "
+            "results of int8 operands use preferred_element_type=jnp.int32"
+        )
+    types = [matmul if dtype in (None, DType.FP32, DType.INT32) else dtype for dtype in kept]
+    if DType.INT8 in types and (len(a_axes) == 2 or not a_axes):
+        left, right, a_shape, b_shape = _as_matrices(t, left, right, eqn)
+        a_axes, b_axes = (1,), (0,)
     if len(a_axes) == 2:
         # Everything is summed: elementwise, in FP32.
         same = dict(zip(a_axes, b_axes, strict=True))[0] == 0
@@ -818,12 +905,26 @@ def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
     if len(b_shape) == 1 or tuple(b_axes) == (1,):
         right = right.t
     (m, _), (_, f) = left.shape, right.shape
-    if (m, f) == (1, 1):
+    if (m, f) == (1, 1) and DType.INT8 not in types:
         product = t.mul(left, right.t)
         return t.reduce(AluOp.ADD, product, 1)
-    result = _product(t, left, right, types)
+    made = result_type if result_type in INTEGERS else DType.FP32
+    result = _product(t, left, right, types, made)
     # A matrix times a vector is a vector: [M, 1] is its column.
     return result.t if len(a_shape) == 2 and len(b_shape) == 1 else result
+
+
+def refuse_casts(graph: Graph) -> None:
+    """Raises UnsupportedError if floats are made of integers other than for matrix products."""
+    for op in graph.ops:
+        if op.kind == "cast" and op.result.dtype not in INTEGERS:
+            given, made = (
+                FORMATS[value.dtype].numpy.name for value in (op.operands[0].value, op.result)
+            )
+            raise UnsupportedError(
+                f"{given} arrays become floats only as operands of matrix products, in types that "
+                f"hold every {given}: {op.label} {given} -> {made}{_source_line(op.source)}"
+            )
 
 
 def trace(closed: Any, names: Sequence[str], matmul: DType = DType.BF16) -> Graph:

@@ -1,8 +1,9 @@
 """FP32 arithmetic as the core does it, on numpy arrays of 32-bit words.
 
-Every function takes and returns ``uint32`` arrays that hold the bits of FP32 values. Rounding
-is to nearest even, subnormals are kept, overflow gives infinity, and whatever is NaN comes out as
-`CANONICAL_NAN`. Only BYPASS and the bitwise operations pass words on as they are.
+Every function takes and returns ``uint32`` arrays that hold the bits of FP32 values, or of 32-bit
+two's complement integers where it says so. Rounding is to nearest even, subnormals are kept,
+overflow gives infinity, and whatever is NaN comes out as `CANONICAL_NAN`. Only BYPASS and the
+bitwise operations pass words on as they are.
 """
 
 from __future__ import annotations
@@ -90,12 +91,31 @@ def _round_stochastic(words: Words, dtype: DType, random: Words) -> Words:
     return np.where(is_nan(words), _NAN, canonical(signed))
 
 
+def operand(words: Words, dtype: DType) -> Words:
+    """What the tensor engine makes of words of a type, as FP32: floats rounded to it; of INT8 the
+    low 8 bits as a number."""
+    if dtype is DType.INT8:
+        return words.astype(np.int8).astype(np.float32).view(np.uint32)
+    return round_to(words, dtype)
+
+
+@_quiet
+def to_int32(words: Words) -> Words:
+    """Integers of FP32 numbers, rounded toward zero; the nearest end of the range for what is
+    outside of it, 0 for NaN."""
+    values = np.trunc(floats(words).astype(np.float64))
+    inside = np.clip(np.where(np.isnan(values), 0.0, values), -(2.0**31), 2.0**31 - 1)
+    return inside.astype(np.int32).view(np.uint32)
+
+
 @_quiet
 def pack(words: Words, dtype: DType) -> np.ndarray:
     """Rounds FP32 to a narrow float; returns its bits, every NaN the canonical one of the type.
-    FP32 itself returns the words as they are."""
-    if dtype is DType.FP32:
+    FP32 and INT32 return the words as they are, INT8 their low 8 bits."""
+    if dtype in (DType.FP32, DType.INT32):
         return words
+    if dtype is DType.INT8:
+        return words.astype(np.uint8)
     form = FORMATS[dtype]
     values = floats(words).astype(form.numpy)
     bits = values.view(f"u{form.bytes}")
@@ -104,10 +124,12 @@ def pack(words: Words, dtype: DType) -> np.ndarray:
 
 @_quiet
 def unpack(bits: np.ndarray, dtype: DType) -> Words:
-    """FP32 words of packed floats: exact. A NaN of FP16 or FP8 becomes the canonical one, FP32 and
-    BF16 keep their bits."""
-    if dtype is DType.FP32:
+    """Words of packed elements: exact. A NaN of FP16 or FP8 becomes the canonical one, FP32 and
+    BF16 keep their bits. Integers stay integers."""
+    if dtype in (DType.FP32, DType.INT32):
         return bits
+    if dtype is DType.INT8:
+        return bits.view(np.int8).astype(np.int32).view(np.uint32)
     if dtype is DType.BF16:
         return bits.astype(np.uint32) << np.uint32(16)
     return canonical(bits.view(FORMATS[dtype].numpy).astype(np.float32))
@@ -246,7 +268,7 @@ def matmul(stationary: Words, moving: Words) -> Words:
 
     Parameters
     ----------
-    stationary : [K, M] FP32 words that hold values of narrow floats
+    stationary : [K, M] FP32 words that hold values of narrow floats or INT8
     moving : [K, F], likewise
     """
     w, x = floats(stationary), floats(moving)

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from systolith_hdl.config import CoreConfig
+from systolith_hdl.formats import DType
 from systolith_hdl.isa import (
     DMA_TYPES,
     LOADS,
@@ -86,7 +87,8 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
        ``fp8_rate`` is 1
     2. RESERVED_BITS: a bit that no field of the opcode's format holds is set
     3. ILLEGAL_OPERATION: op0, op1 or a wait mode has a code the opcode does not accept
-    4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all
+    4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or a
+       MATMUL's dst is INT32 and its src0 is not INT8
     5. BAD_SPACE: the same for the operand's memory
     6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or of a load of the
        stationary operand counts 0 to 2 are not 1 or count 3 is more than N
@@ -118,6 +120,12 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     for name, (_, dtypes) in operands.items():
         if fields[f"{name}.dtype"] not in dtypes:
             return Fault(FaultCause.BAD_TYPE)
+    if (
+        opcode is Opcode.MATMUL
+        and fields["dst.dtype"] == DType.INT32.value
+        and fields["src0.dtype"] != DType.INT8.value
+    ):
+        return Fault(FaultCause.BAD_TYPE)
     if "dram_dtype" in fields and fields["dram_dtype"] not in _DMA_TYPE_CODES:
         return Fault(FaultCause.BAD_TYPE)
 

@@ -397,7 +397,7 @@ class Core:
 
         def read() -> list[Words]:
             return [
-                arithmetic.round_to(source.read(), dtype).reshape(rows, -1)
+                arithmetic.operand(source.read(), dtype).reshape(rows, -1)
                 for source, dtype in sources
             ]
 
@@ -418,6 +418,8 @@ class Core:
         dst = self._pattern(opcode, "dst", fields, lanes=columns)
         shape = (columns, *operand_counts(opcode, "dst", fields))
         accumulate = bool(fields["accumulate"])
+        integer = DType(fields["dst.dtype"]) is DType.INT32
+        add: Callable[[Words, Words], Words] = np.add if integer else arithmetic.add
 
         def run() -> None:
             moving = read()
@@ -434,14 +436,16 @@ class Core:
                 tile = arithmetic.matmul(first, moving[0])
                 both = first[:, pairs], second[:, pairs]
                 tile[pairs] = arithmetic.matmul_pairs(both, (moving[0], moving[1]))
+            if integer:
+                tile = arithmetic.to_int32(tile)
             if not accumulate:
                 dst.write(tile.reshape(shape))
             elif dst.repeated is None:
-                dst.write(arithmetic.add(dst.read(), tile.reshape(shape)))
+                dst.write(add(dst.read(), tile.reshape(shape)))
             else:
                 for step, address in enumerate(dst.repeated):
                     word = self.psum[:columns, address]
-                    self.psum[:columns, address] = arithmetic.add(word, tile[:, step])
+                    self.psum[:columns, address] = add(word, tile[:, step])
 
         return run
 

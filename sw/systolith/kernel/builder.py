@@ -10,9 +10,16 @@ from typing import Any
 
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
-from systolith_hdl.formats import FLOATS, FORMATS, FP8_TYPES, NARROW_FLOATS, DType, dtype_of
+from systolith_hdl.formats import (
+    FLOATS,
+    FORMATS,
+    FP8_TYPES,
+    INTEGERS,
+    NARROW_FLOATS,
+    DType,
+    dtype_of,
+)
 from systolith_hdl.isa import (
-    DMA_TYPES,
     MAX_WAITS,
     REDUCTIONS,
     AluOp,
@@ -48,6 +55,8 @@ MAX_SEMAPHORE = (1 << 16) - 1
 _MAX_RUNS = 128  #: intervals kept of one DRAM access
 
 _BITWISE = frozenset({AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR})
+#: operations on words, whatever they hold
+_WORDS = frozenset({AluOp.BYPASS, *_BITWISE})
 
 
 def _rounding(rounding: Rounding | str, dtype: DType, what: str) -> dict[str, int]:
@@ -308,9 +317,9 @@ class _Elementwise(_Engine):
             refuse(f"{what} must be one of {names}, not {operation.name}")
         return operation.value
 
-    def _immediate(self, what: str, value: Any, operation: AluOp | None = None) -> int:
-        """The word of an immediate: for bitwise operations an int is the word itself."""
-        if operation in _BITWISE and isinstance(value, int | np.integer):
+    def _immediate(self, what: str, value: Any, word: bool = False) -> int:
+        """The word of an immediate: that of a float, or, with `word`, an int itself."""
+        if word and isinstance(value, int | np.integer):
             if not -(1 << 31) <= value < 1 << 32:
                 refuse(f"{what} = {value} does not fit 32 bits")
             return int(value) & 0xFFFFFFFF
@@ -344,16 +353,20 @@ class _Elementwise(_Engine):
         fields: dict[str, Any],
         rounding: Rounding | str,
         shape: tuple[int, ...] | None = None,
+        words: bool = False,
     ) -> None:
         """Checks operands and appends the instruction.
 
         `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
-        space, that of `dst` unless given.
+        space, that of `dst` unless given. With `words` the instruction does no arithmetic, so it
+        moves integers, too.
         """
-        self._operand("dst", dst, self._BOTH, FLOATS)
+        types = (*FLOATS, *INTEGERS) if words else FLOATS
+        self._operand("dst", dst, self._BOTH, types)
+        rounds = dst.dtype not in (DType.FP32, *INTEGERS)
         for what, view in sources.values():
             # A view that rounds as a destination holds FP32 words all the same.
-            self._operand(what, view, self._BOTH, FLOATS)
+            self._operand(what, view, self._BOTH, FLOATS if rounds else types)
             if view.lanes != dst.lanes:
                 refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
         self._distinct(dst)
@@ -362,7 +375,7 @@ class _Elementwise(_Engine):
             "lanes": dst.lanes,
             **_rounding(rounding, dst.dtype, "dst"),
             **self._counts(shape),
-            **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), dst.dtype),
+            **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), _word_type(dst)),
         }
         for name, (what, view) in sources.items():
             strides = self._pad(what, view, shape)
@@ -403,9 +416,10 @@ class _Vector(_Elementwise):
             {
                 "op0": self._operation("op0", op0, AluOp),
                 "op1": self._operation("op1", op1, AluOp),
-                "imm0": self._immediate("imm0", imm0, op0),
+                "imm0": self._immediate("imm0", imm0, op0 in _BITWISE),
             },
             rounding,
+            words={op0, op1} <= _WORDS,
         )
 
     def tensor_scalar(
@@ -426,14 +440,15 @@ class _Vector(_Elementwise):
             {
                 "op0": self._operation("op0", op0, AluOp),
                 "op1": self._operation("op1", op1, AluOp),
-                "imm0": self._immediate("imm0", imm0, op0),
-                "imm1": self._immediate("imm1", imm1, op1),
+                "imm0": self._immediate("imm0", imm0, op0 in _BITWISE),
+                "imm1": self._immediate("imm1", imm1, op1 in _BITWISE),
             },
             rounding,
+            words={op0, op1} <= _WORDS,
         )
 
     def copy(self, dst: View, src: View, rounding: Rounding | str = Rounding.NEAREST) -> None:
-        """dst = src, rounded to the type of dst; bits untouched if that is FP32."""
+        """dst = src, rounded to the type of dst; bits untouched if that is FP32 or an integer."""
         self.tensor_scalar(dst, src, AluOp.BYPASS, rounding=rounding)
 
     def reduce(
@@ -452,7 +467,7 @@ class _Vector(_Elementwise):
         fields = {
             "op0": self._operation("op0", op0, AluOp),
             "op1": self._operation("op1", op1, AluOp, REDUCTIONS),
-            "imm0": self._immediate("imm0", imm0, op0),
+            "imm0": self._immediate("imm0", imm0, op0 in _BITWISE),
         }
         self._operand("src0", src0, self._BOTH, FLOATS)
         if not src0.shape or dst.shape != (*src0.shape[:-1], 1):
@@ -465,15 +480,17 @@ class _Vector(_Elementwise):
     def memset(
         self, dst: View, value: float | int, rounding: Rounding | str = Rounding.NEAREST
     ) -> None:
-        """dst = value."""
-        self._emit(Opcode.MEMSET, dst, {}, {"imm0": self._immediate("value", value)}, rounding)
+        """dst = value, an int if dst is of an integer type."""
+        integer = isinstance(dst, View) and dst.dtype in INTEGERS
+        fields = {"imm0": self._immediate("value", value, integer)}
+        self._emit(Opcode.MEMSET, dst, {}, fields, rounding, words=integer)
 
     def copy_predicated(
         self, dst: View, mask: View, src: View, rounding: Rounding | str = Rounding.NEAREST
     ) -> None:
         """dst = src where mask is not zero (NaN is not zero); elsewhere dst keeps its value."""
         sources = {"src0": ("mask", mask), "src1": ("src", src)}
-        self._emit(Opcode.COPY_PREDICATED, dst, sources, {}, rounding)
+        self._emit(Opcode.COPY_PREDICATED, dst, sources, {}, rounding, words=True)
 
 
 class _Scalar(_Elementwise):
@@ -505,8 +522,17 @@ class _Scalar(_Elementwise):
             self._emit(Opcode.ACTIVATE, dst, {"src0": ("src", src)}, fields, rounding)
 
 
+#: types of views that are operands of the tensor engine
+_OPERANDS = (*FLOATS, DType.INT8)
+
+
+def _word_type(view: View) -> DType:
+    """Type of a destination of the vector and scalar engines: integers are words like others."""
+    return DType.FP32 if view.dtype in INTEGERS else view.dtype
+
+
 def _matmul_type(view: View) -> DType:
-    """Type that the tensor engine rounds a view's words to."""
+    """Type that the tensor engine takes a view's words as."""
     return DType.BF16 if view.dtype is DType.FP32 else view.dtype
 
 
@@ -533,12 +559,13 @@ class _Tensor(_Engine):
     def load_stationary(self, view: View, pair: View | None = None) -> None:
         """stationary[k, m] = lane k of column m of `view`, rounded to the view's type.
 
-        A view of type FP32 is rounded to BF16. `view.lanes` is K; the view has M columns in all, at
-        most as many as the core has lanes, at one constant stride. With `pair`, a view of the same
-        sizes, each row holds pairs of numbers, the second from there; both must have an FP8 type.
-        Bases that differ by 4 modulo 8 keep the two from meeting in a bank of SBUF.
+        A view of type FP32 is rounded to BF16, of one of INT8 the low 8 bits count. `view.lanes`
+        is K; the view has M columns in all, at most as many as the core has lanes, at one constant
+        stride. With `pair`, a view of the same sizes, each row holds pairs of numbers, the second
+        from there; both must have an FP8 type. Bases that differ by 4 modulo 8 keep the two from
+        meeting in a bank of SBUF.
         """
-        self._operand("the stationary operand", view, (Space.SBUF,), FLOATS)
+        self._operand("the stationary operand", view, (Space.SBUF,), _OPERANDS)
         if pair is not None:
             self._pair("the stationary operand", view, pair)
         if view.size > self._builder.config.lanes:
@@ -582,15 +609,18 @@ class _Tensor(_Engine):
         """dst[m, f] (+)= sum over k of stationary[k, m] * moving[k, f].
 
         `moving` is rounded to its view's type, FP32 to BF16; that of the stationary operand may
-        be another.
+        be another. If dst has the type INT32, `moving` must be INT8, and the sums are integers,
+        added modulo 2**32.
         `moving.lanes` must be the K and `dst.lanes` the M of the stationary operand; both views
         have the same shape, F columns in all. With `accumulate` the sum is added to dst; a column
         that dst names more than once is added to each time. With `pair`, a view of the shape of
         `moving`, and a stationary operand of pairs, what is added for each k is the sum of two
         products, of first times first and second times second numbers; see `load_stationary`.
         """
-        self._operand("dst", dst, (Space.PSUM,), (DType.FP32,))
-        self._operand("the moving operand", moving, (Space.SBUF,), FLOATS)
+        self._operand("dst", dst, (Space.PSUM,), (DType.FP32, DType.INT32))
+        self._operand("the moving operand", moving, (Space.SBUF,), _OPERANDS)
+        if dst.dtype is DType.INT32 and moving.dtype is not DType.INT8:
+            refuse(f"a dst of INT32 needs a moving operand of INT8, not {moving.dtype.name}")
         if self._stationary is None:
             refuse("matmul before any load_stationary")
         rows, columns, pairs = self._stationary
@@ -623,7 +653,7 @@ class _Tensor(_Engine):
                 "columns": columns,
                 "accumulate": int(bool(accumulate)),
                 **self._counts(dst.shape),
-                **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), DType.FP32),
+                **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), dst.dtype),
                 **self._encode_sources("moving", sources, dst.shape),
             },
             [
@@ -661,7 +691,7 @@ class _Dma(_Engine):
         lane_stride: int = 0,
         queue: int | None = None,
     ) -> None:
-        """view <- dram, converted to FP32 words.
+        """view <- dram, converted to FP32 words, integers to 32 bits.
 
         Parameters
         ----------
@@ -684,8 +714,8 @@ class _Dma(_Engine):
         queue: int | None = None,
         rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
-        """dram <- view, rounded to the type of the tensor; parameters as for `load`, and how to
-        round."""
+        """dram <- view, rounded to the type of the tensor, or the low bits of integers; parameters
+        as for `load`, and how to round."""
         self._transfer(
             Opcode.DMA_STORE,
             view,
@@ -709,12 +739,9 @@ class _Dma(_Engine):
         rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         store = opcode is Opcode.DMA_STORE
-        self._operand("the local operand", view, (Space.SBUF,), FLOATS)
+        self._operand("the local operand", view, (Space.SBUF,), FORMATS)
         if not isinstance(dram, DramTensor):
             refuse(f"dram must be a DRAM tensor, not {type(dram).__name__}")
-        if dram.dtype not in DMA_TYPES:
-            allowed = ", ".join(dtype.name for dtype in FLOATS)
-            refuse(f"DMA moves tensors of {allowed}: {dram}")
         if store and dram.kind == "constant":
             refuse(f"{dram} is a constant and cannot be stored to")
         tensors = self._builder.dram.tensors

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 from systolith_hdl.config import CoreConfig
-from systolith_hdl.formats import FLOATS, FORMATS, DType
+from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import Space
 
 from .source import refuse
@@ -110,7 +110,8 @@ class View:
     strides : words
     lanes : partitions 0 to lanes-1 take part
     dtype : as a destination: what is written is rounded to it; as an operand of the tensor engine:
-        what is read is. Words hold FP32 in any case.
+        what is read is. Words hold FP32 in any case, or 32-bit integers, of which an INT8 operand
+        is the low 8 bits.
     """
 
     tile: Tile
@@ -165,9 +166,9 @@ class View:
         return found
 
     def astype(self, dtype: DType) -> View:
-        """Returns the same words as an operand of type `dtype`, a float."""
-        if dtype not in FLOATS:
-            allowed = ", ".join(known.name for known in FLOATS)
+        """Returns the same words as an operand of type `dtype`."""
+        if dtype not in FORMATS:
+            allowed = ", ".join(known.name for known in FORMATS)
             refuse(f"operands in SBUF and PSUM are {allowed}, not {dtype!r}")
         return dataclasses.replace(self, dtype=dtype)
 
