@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from systolith.errors import KernelError
 from systolith.golden.checker import check
-from systolith.kernel import AluOp, DType, Function, KernelBuilder, Rounding, View
+from systolith.kernel import AluOp, DType, Function, KernelBuilder, View
 from systolith_hdl.config import PRESETS, CoreConfig
 from systolith_hdl.isa import Opcode, Rounding, decode, engine_kind
 from systolith_tb.configs import NANO_FP8
