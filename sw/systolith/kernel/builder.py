@@ -712,10 +712,10 @@ class _Dma(_Engine):
         dram_strides: Sequence[int] | None = None,
         lane_stride: int = 0,
         queue: int | None = None,
-        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
-        """dram <- view, rounded to the type of the tensor, or the low bits of integers; parameters
-        as for `load`, and how to round."""
+        """dram <- view, rounded to nearest in the type of the tensor, or the low bits of integers;
+        parameters as for `load`. To round stochastically, let the vector or scalar engine write
+        the view in that type first: a store keeps what the type holds."""
         self._transfer(
             Opcode.DMA_STORE,
             view,
@@ -724,7 +724,6 @@ class _Dma(_Engine):
             dram_strides,
             lane_stride,
             queue,
-            rounding,
         )
 
     def _transfer(
@@ -736,7 +735,6 @@ class _Dma(_Engine):
         strides: Sequence[int] | None,
         lane_stride: int,
         queue: int | None,
-        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         store = opcode is Opcode.DMA_STORE
         self._operand("the local operand", view, (Space.SBUF,), FORMATS)
@@ -783,7 +781,6 @@ class _Dma(_Engine):
             opcode,
             {
                 "lanes": view.lanes,
-                **_rounding(rounding, dram.dtype, f"tensor {dram.name!r}"),
                 **self._counts(view.shape),
                 **self._encode_operand(
                     "local", view, self._pad("view", view, view.shape), DType.FP32
