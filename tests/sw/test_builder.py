@@ -207,12 +207,6 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: k.nc.vector.memset(k.a.view(), 1, rounding="up"),
         "a Rounding or one of nearest, stochastic, not 'up'",
     ),
-    "rounding dram": (
-        lambda k: k.nc.dma.store(
-            k.a.view(), k.nc.dram.tensor("y", (4, 32), DType.FP32), rounding="stochastic"
-        ),
-        "tensor 'y' is FP32",
-    ),
     "dma tensor": (lambda k: k.nc.dma.load(k.a.view(), "x"), "must be a DRAM tensor, not str"),
     "dma foreign": (
         lambda k: k.nc.dma.load(k.a.view(), Kit().x),
