@@ -122,7 +122,7 @@ def rows(
             assert counters.macs == m * k * n
             for program in (load, multiply, store):
                 program.unload()
-            ideal = m * k * n / core.peak_macs_per_cycle
+            ideal = m * k * n / core.lanes**2
             found.append(
                 {
                     "shape": [m, k, n],
