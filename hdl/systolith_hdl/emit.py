@@ -9,6 +9,7 @@ short. The wrapper has the component's own signature, so a parent cannot tell th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from amaranth.back import rtlil, verilog
 from amaranth.hdl import ClockSignal, Const, Instance, Module, ResetSignal, Value, ValueCastable
@@ -87,6 +88,64 @@ class Once(wiring.Component):
                 wires[f"i_{clock}"] = signal
         m.submodules.cell = Instance(self._name, **wires)
         return m
+
+
+#: Module name of `side_by_side`: name of the component, number of lanes.
+LANES_NAME = re.compile(r"(\w+)_x(\d+)")
+
+
+class _Lanes(wiring.Component):
+    """See `side_by_side`."""
+
+    def __init__(
+        self, component: wiring.Component, name: str, count: int, shared: frozenset[str]
+    ) -> None:
+        self._component = component
+        self._name = name
+        self._count = count
+        self._shared = shared
+        members = component.signature.members
+        unknown = sorted(shared - set(members))
+        if unknown:
+            raise ValueError(f"{name} has no {', '.join(unknown)}; its members: {list(members)}")
+        component._MustUse__used = True  # only the first of a name is elaborated, on purpose
+        super().__init__(
+            {
+                member: port if member in shared else port.array(count)
+                for member, port in members.items()
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        for lane in range(self._count):
+            m.submodules[f"lane{lane}"] = cell = Once(self._component, self._name)
+            for member, port in self.signature.members.items():
+                outside, inside = getattr(self, member), getattr(cell, member)
+                if member not in self._shared:
+                    outside = outside[lane]
+                to, value = (inside, outside) if port.flow is In else (outside, inside)
+                m.d.comb += Value.cast(to).eq(Value.cast(value))
+        return m
+
+
+def side_by_side(
+    component: wiring.Component, name: str, count: int, *, shared: Iterable[str] = ()
+) -> Once:
+    """`count` copies of a component side by side, emitted once, in a module ``{name}_x{count}``.
+
+    The simulator works such a module out in one loop (`systolith.runtime.lanes`), so everything
+    that the chip has once per lane belongs in one.
+
+    Parameters
+    ----------
+    component : not yet elaborated; its members are ports of one signal each
+    name : its module name
+    count : number of copies
+    shared : inputs that all copies have in common; of every other member `m` the result has a
+        list, ``m[0]`` to ``m[count - 1]``
+    """
+    return Once(_Lanes(component, name, count, frozenset(shared)), f"{name}_x{count}")
 
 
 def to_verilog(component: wiring.Component, name: str) -> str:

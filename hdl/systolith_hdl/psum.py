@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from .arith import FP32_LATENCY, Fp32Add, Fp32ToInt32
 from .banked import BankedMemory
 from .config import CoreConfig
-from .emit import Once
+from .emit import Once, side_by_side
 from .ports import READ_LATENCY, ReadPort, WritePort, column_shape, split_words
 
 #: Cycles from a column arriving at PSUM to its write. A column accumulating onto the same address
@@ -171,20 +171,17 @@ class Psum(wiring.Component):
         old = split_words(m, memory.read[0].response.payload, name="old")
         new = split_words(m, column.data, name="new")
         write = memory.write[0].request
-        sums = []
-        for number in range(config.lanes):
-            m.submodules[f"lane{number}"] = lane = Once(Lane(), "psum_lane")
-            m.d.comb += [
-                lane.word.eq(new[number]),
-                lane.integer.eq(column.tag.integer),
-                lane.accumulate.eq(tags[READ_LATENCY - 1].accumulate),
-                lane.old.eq(old[number]),
-            ]
-            sums.append(lane.o)
+        m.submodules.lanes = cells = side_by_side(
+            Lane(), "psum_lane", config.lanes, shared=("integer", "accumulate")
+        )
         m.d.comb += [
+            cells.integer.eq(column.tag.integer),
+            cells.accumulate.eq(tags[READ_LATENCY - 1].accumulate),
+            *(cells.word[number].eq(new[number]) for number in range(config.lanes)),
+            *(cells.old[number].eq(old[number]) for number in range(config.lanes)),
             write.valid.eq(valid),
             write.payload.address.eq(tag.address),
-            write.payload.data.as_value().eq(Cat(sums)),
+            write.payload.data.as_value().eq(Cat(cells.o)),
             write.payload.mask.eq(Cat(number < tag.columns for number in range(config.lanes))),
             column.done.eq(valid & tag.last),
         ]

@@ -1,6 +1,5 @@
 """The bench of the whole chip."""
 
-from systolith.runtime.rtl import kept_modules
 from systolith_hdl.config import get_config
 from systolith_hdl.core import Chip
 from systolith_tb.runner import run_bench
@@ -8,5 +7,5 @@ from systolith_tb.runner import run_bench
 
 def test_chip() -> None:
     config = get_config("nano")
-    ran = run_bench(Chip(config), "chip", "systolith_tb.bench_chip", keep=kept_modules(config))
+    ran = run_bench(Chip(config), "chip", "systolith_tb.bench_chip")
     assert ran == 4

@@ -10,6 +10,8 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from ..emit import side_by_side
+
 #: Rounds of Speck64 that all lanes share, and of Speck32 that each lane has.
 COLUMN_ROUNDS = 5
 LANE_ROUNDS = 4
@@ -37,6 +39,39 @@ def _round(x: Value, y: Value, key: Value | int, *, right: int, left: int) -> tu
     bits = len(x)
     mixed = (x.rotate_right(right) + y)[:bits] ^ key
     return mixed, y.rotate_left(left) ^ mixed
+
+
+class DitherLane(wiring.Component):
+    """The rounds that each lane has of its own.
+
+    Members
+    -------
+    move : In(1), low freezes the lane
+    x : In(32), of the shared rounds
+    key : In(32), see `lane_key`
+    shared : In(16) x LANE_ROUNDS, keys of the rounds, each in the cycle of its round
+    word : Out(32), LANE_ROUNDS moves after `x`
+    """
+
+    move: In(1)
+    x: In(32)
+    key: In(32)
+    shared: In(data.ArrayLayout(16, LANE_ROUNDS))
+    word: Out(32)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        block = self.x ^ self.key
+        a, b = block[16:], block[:16]
+        for number in range(LANE_ROUNDS):
+            a_next = Signal(16, name=f"a{number}", reset_less=True)
+            b_next = Signal(16, name=f"b{number}", reset_less=True)
+            new_a, new_b = _round(a, b, self.shared[number], right=7, left=2)
+            with m.If(self.move):
+                m.d.sync += [a_next.eq(new_a), b_next.eq(new_b)]
+            a, b = a_next, b_next
+        m.d.comb += self.word.eq(Cat(b, a))
+        return m
 
 
 class Dither(wiring.Component):
@@ -108,22 +143,21 @@ class Dither(wiring.Component):
                 m.d.sync += [x_next.eq(new_x), y_next.eq(new_y)]
             x, y = x_next, y_next
 
-        shared = y
-        blocks = [(x ^ lane_key(lane)) for lane in range(self._lanes)]
-        halves: list[tuple[Value, Value]] = [(block[16:], block[:16]) for block in blocks]
+        m.submodules.lanes = lanes = side_by_side(
+            DitherLane(), "dither_lane", self._lanes, shared=("move", "x", "shared")
+        )
+        m.d.comb += [
+            lanes.move.eq(move),
+            lanes.x.eq(x),
+            *(lanes.key[lane].eq(lane_key(lane)) for lane in range(self._lanes)),
+            self.words.as_value().eq(Cat(lanes.word)),
+        ]
+        shared: Value = y
         for number in range(LANE_ROUNDS):
-            round_key = shared[16:] if number % 2 == 0 else shared[:16]
             moved = Signal(32, name=f"shared{number}", reset_less=True)
-            after: list[tuple[Value, Value]] = []
-            for lane, (a, b) in enumerate(halves):
-                a_next = Signal(16, name=f"a{number}_{lane}", reset_less=True)
-                b_next = Signal(16, name=f"b{number}_{lane}", reset_less=True)
-                new_a, new_b = _round(a, b, round_key, right=7, left=2)
-                with m.If(move):
-                    m.d.sync += [a_next.eq(new_a), b_next.eq(new_b)]
-                after.append((a_next, b_next))
             with m.If(move):
                 m.d.sync += moved.eq(shared)
-            halves, shared = after, moved
-        m.d.comb += self.words.as_value().eq(Cat(Cat(b, a) for a, b in halves))
+            half = shared[16:] if number % 2 == 0 else shared[:16]
+            m.d.comb += lanes.shared[number].eq(half)
+            shared = moved
         return m

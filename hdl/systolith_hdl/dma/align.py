@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arith import PackNarrow, RoundNarrow, WidenNarrow
 from ..config import CoreConfig
-from ..emit import Once
+from ..emit import side_by_side
 from ..formats import DType
 from .corner_turn import rotate_down, rotate_up
 from .tiles import tile_layout
@@ -162,16 +162,18 @@ class ReadAligner(wiring.Component):
                 out.commit.eq(row_end & last_row),
                 out.info.eq(tile),
             ]
+        m.submodules.widen = widen = side_by_side(
+            WidenNarrow(), "widen_narrow", lanes, shared=("dtype",)
+        )
+        m.d.comb += widen.dtype.eq(out.info.settings.dtype)
         for element in range(lanes):
-            m.submodules[f"widen{element}"] = widen = Once(WidenNarrow(), "widen_narrow")
-            m.d.comb += widen.dtype.eq(out.info.settings.dtype)
             for log_size in range(3):
                 in_step, place = divmod(element, width >> log_size)
                 raw = register.word_select(place, 8 << log_size)
                 with m.If(out.info.settings.log_size == log_size):
                     m.d.comb += [
-                        widen.bits.eq(raw),
-                        out.words[element].eq(raw if log_size == 2 else widen.o),
+                        widen.bits[element].eq(raw),
+                        out.words[element].eq(raw if log_size == 2 else widen.o[element]),
                         out.mask[element].eq(
                             (register_step == in_step) & (element < register_length)
                         ),
@@ -259,23 +261,24 @@ class WriteAligner(wiring.Component):
             end.eq(start + giving),
         ]
 
-        narrow = []
+        m.submodules.rounding = rounding = side_by_side(
+            RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
+        )
+        m.submodules.pack = pack = side_by_side(
+            PackNarrow(), "pack_narrow", lanes, shared=("dtype",)
+        )
+        m.d.comb += [rounding.dtype.eq(row.dtype), pack.dtype.eq(row.dtype)]
         for element in range(lanes):
-            m.submodules[f"round{element}"] = rounding = Once(RoundNarrow(), "round_narrow")
-            m.submodules[f"pack{element}"] = pack = Once(PackNarrow(), "pack_narrow")
             m.d.comb += [
-                rounding.word.eq(row.words[element]),
-                rounding.dtype.eq(row.dtype),
-                pack.word.eq(rounding.o),
-                pack.dtype.eq(row.dtype),
+                rounding.word[element].eq(row.words[element]),
+                pack.word[element].eq(rounding.o[element]),
             ]
-            narrow.append(pack.o)
         packed = Signal(32 * lanes)
         with m.Switch(row.log_size):
             with m.Case(0):
-                m.d.comb += packed.eq(Cat(element[:8] for element in narrow))
+                m.d.comb += packed.eq(Cat(element[:8] for element in pack.o))
             with m.Case(1):
-                m.d.comb += packed.eq(Cat(narrow))
+                m.d.comb += packed.eq(Cat(pack.o))
             with m.Case(2):
                 m.d.comb += packed.eq(row.words.as_value())
         chunk = packed.word_select(step, 8 * width)

@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In
 from ..access import elementwise_ports, pattern, place_streamers
 from ..arith import DITHER_LATENCY, Dither, engine_key
 from ..config import CoreConfig
-from ..emit import Once
+from ..emit import Once, side_by_side
 from ..formats import DType
 from ..isa import SPECS, Opcode, Rounding
 from ..ports import IssuePort, split_words
@@ -118,7 +118,8 @@ class ScalarEngine(wiring.Component):
         enable, enter = Signal(), Signal()
         valid = Signal(LANE_LATENCY)
         m.d.comb += [
-            enable.eq(~valid[-1] | dst.columns.ready),
+            # An idle engine stands still: nothing is in its pipelines.
+            enable.eq(active & (~valid[-1] | dst.columns.ready)),
             enter.eq(enable & src0.columns.valid & (src1.columns.valid | ~two_sources)),
             src0.columns.ready.eq(enter),
             src1.columns.ready.eq(enter & two_sources),
@@ -128,17 +129,22 @@ class ScalarEngine(wiring.Component):
         with m.If(enable):
             m.d.sync += valid.eq(Cat(enter, valid))
         random = split_words(m, dither.words, name="random")
+        m.submodules.lanes = cells = side_by_side(
+            ScalarLane(), "scalar_lane", lanes,
+            shared=("en", "control", "dtype", "stochastic", "scale"),
+        )  # fmt: skip
+        m.d.comb += [
+            cells.en.eq(enable),
+            cells.control.eq(control),
+            cells.dtype.eq(dtype),
+            cells.stochastic.eq(stochastic),
+            cells.scale.eq(scale),
+        ]
         for lane in range(lanes):
-            m.submodules[f"lane{lane}"] = cell = Once(ScalarLane(), "scalar_lane")
             m.d.comb += [
-                cell.en.eq(enable),
-                cell.control.eq(control),
-                cell.dtype.eq(dtype),
-                cell.stochastic.eq(stochastic),
-                cell.random.eq(random[lane]),
-                cell.x.eq(src0.columns.payload.data[lane]),
-                cell.scale.eq(scale),
-                cell.bias.eq(Mux(two_sources, src1.columns.payload.data[lane], bias)),
-                dst.columns.payload.data[lane].eq(cell.o),
+                cells.random[lane].eq(random[lane]),
+                cells.x[lane].eq(src0.columns.payload.data[lane]),
+                cells.bias[lane].eq(Mux(two_sources, src1.columns.payload.data[lane], bias)),
+                dst.columns.payload.data[lane].eq(cells.o[lane]),
             ]
         return m

@@ -23,7 +23,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..config import CoreConfig
-from ..emit import Once
+from ..emit import Once, side_by_side
 from ..ports import column_shape, split_words
 from .delay import Delay
 from .mac import ADD_LATENCY, MUL_LATENCY, OPERAND_BITS, Mac, Narrow, recode
@@ -161,18 +161,18 @@ class Row(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         moving, weight = self.moving, self.weight
-        acc_out = []
         name = f"processing_element{_variant(self._config)}"
+        m.submodules.pes = pes = side_by_side(
+            ProcessingElement(self._config), name, self._config.lanes
+        )
         for lane, acc_in in enumerate(split_words(m, self.acc_in, name="acc_in")):
-            m.submodules[f"pe{lane}"] = pe = Once(ProcessingElement(self._config), name)
             m.d.comb += [
-                pe.moving_in.eq(moving),
-                pe.weight_in.eq(weight),
-                pe.acc_in.eq(acc_in),
+                pes.moving_in[lane].eq(moving),
+                pes.weight_in[lane].eq(weight),
+                pes.acc_in[lane].eq(acc_in),
             ]
-            moving, weight = pe.moving_out, pe.weight_out
-            acc_out.append(pe.acc_out)
-        m.d.comb += self.acc_out.as_value().eq(Cat(acc_out))
+            moving, weight = pes.moving_out[lane], pes.weight_out[lane]
+        m.d.comb += self.acc_out.as_value().eq(Cat(pes.acc_out))
         return m
 
 

@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from ..access import AddressGenerator, Pattern, ReadStreamer, pattern
 from ..arith import RoundNarrow, WidenInt8
 from ..config import CoreConfig
-from ..emit import Once
+from ..emit import side_by_side
 from ..formats import DType
 from ..isa import LOADS, PAIRS, SPECS, Opcode, is_opcode
 from ..ports import READ_LATENCY, IssuePort, ReadPort, split_words
@@ -339,13 +339,18 @@ class TensorEngine(wiring.Component):
 
 def _rounded(m: Module, column: data.View, dtype: ValueLike, *, name: str) -> list[Value]:
     """The words of a column, each as a number of a type, as operands of the array."""
-    rounded = []
-    for lane, word in enumerate(split_words(m, column, name=name)):
-        m.submodules[f"round_{name}{lane}"] = cell = Once(RoundNarrow(), "round_narrow")
-        m.submodules[f"widen_{name}{lane}"] = integer = Once(WidenInt8(), "widen_int8")
-        m.d.comb += [cell.word.eq(word), cell.dtype.eq(dtype), integer.bits.eq(word[:8])]
-        rounded.append(Mux(dtype == DType.INT8, integer.o, cell.o)[-OPERAND_BITS:])
-    return rounded
+    words = split_words(m, column, name=name)
+    m.submodules[f"round_{name}"] = floats = side_by_side(
+        RoundNarrow(), "round_narrow", len(words), shared=("dtype", "stochastic")
+    )
+    m.submodules[f"widen_{name}"] = integers = side_by_side(WidenInt8(), "widen_int8", len(words))
+    m.d.comb += floats.dtype.eq(dtype)
+    for lane, word in enumerate(words):
+        m.d.comb += [floats.word[lane].eq(word), integers.bits[lane].eq(word[:8])]
+    return [
+        Mux(dtype == DType.INT8, integer, number)[-OPERAND_BITS:]
+        for integer, number in zip(integers.o, floats.o, strict=True)
+    ]
 
 
 class _Queue(wiring.Component):

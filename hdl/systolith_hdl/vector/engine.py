@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In
 from ..access import AddressGenerator, Pattern, elementwise_ports, pattern, place_streamers
 from ..arith import DITHER_LATENCY, Dither, RoundNarrow, engine_key
 from ..config import CoreConfig
-from ..emit import Once
+from ..emit import Once, side_by_side
 from ..formats import DType
 from ..isa import INSTRUCTION_BITS, REDUCE_ACCUMULATORS, SPECS, AluOp, Opcode, Rounding
 from ..ports import IssuePort, split_words
@@ -135,7 +135,8 @@ class VectorEngine(wiring.Component):
 
         # -- Lanes.
         enable = Signal()
-        m.d.comb += enable.eq(~out_valid | written)
+        # An idle engine stands still: nothing is in its pipelines.
+        m.d.comb += enable.eq(active & (~out_valid | written))
         offered = Mux(
             is_memset,
             steps.address.valid,
@@ -209,29 +210,36 @@ class VectorEngine(wiring.Component):
         imm1 = Mux(is_tensor_tensor, 0, scalar.body.imm1)
         column = dst.columns.payload
         random = split_words(m, dither.words, name="random")
+        m.submodules.lanes = cells = side_by_side(
+            VectorLane(), "vector_lane", lanes,
+            shared=("en", "op0", "op1", "imm0", "second", "index", "clear"),
+        )  # fmt: skip
+        m.submodules.rounding = rounding = side_by_side(
+            RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
+        )
+        m.d.comb += [
+            cells.en.eq(enable),
+            cells.op0.eq(op0),
+            cells.op1.eq(op1),
+            cells.imm0.eq(scalar.body.imm0),
+            cells.second.eq(second),
+            cells.index.eq(index),
+            cells.clear.eq(clear),
+            rounding.dtype.eq(running.body.dst.dtype),
+            rounding.stochastic.eq(stochastic),
+        ]
         for lane in range(lanes):
-            m.submodules[f"lane{lane}"] = cell = Once(VectorLane(), "vector_lane")
-            m.submodules[f"round{lane}"] = rounding = Once(RoundNarrow(), "round_narrow")
             source0, source1 = src0.columns.payload.data[lane], src1.columns.payload.data[lane]
             memset = Mux(is_memset, scalar.body.imm0, source0)
             m.d.comb += [
-                cell.en.eq(enable),
-                cell.op0.eq(op0),
-                cell.op1.eq(op1),
-                cell.imm0.eq(scalar.body.imm0),
                 # COPY_PREDICATED: the data pass through the ALUs, the mask comes along as b.
-                cell.a.eq(Mux(is_predicated, source1, memset)),
-                cell.b.eq(Mux(is_predicated, source0, Mux(is_tensor_tensor, source1, imm1))),
-                cell.second.eq(second),
-                cell.index.eq(index),
-                cell.clear.eq(clear),
-                rounding.word.eq(cell.o),
-                rounding.dtype.eq(running.body.dst.dtype),
-                rounding.stochastic.eq(stochastic),
-                rounding.random.eq(random[lane]),
-                column.data[lane].eq(rounding.o),
+                cells.a[lane].eq(Mux(is_predicated, source1, memset)),
+                cells.b[lane].eq(Mux(is_predicated, source0, Mux(is_tensor_tensor, source1, imm1))),
+                rounding.word[lane].eq(cells.o[lane]),
+                rounding.random[lane].eq(random[lane]),
+                column.data[lane].eq(rounding.o[lane]),
             ]
-        nonzero = Cat(getattr(m.submodules, f"lane{lane}").nonzero for lane in range(lanes))
+        nonzero = Cat(cells.nonzero)
         everywhere = (~is_predicated).replicate(lanes)
         m.d.comb += [
             column.mask.eq(lane_mask(running.header.lanes, lanes) & (nonzero | everywhere)),

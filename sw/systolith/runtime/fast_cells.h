@@ -1,7 +1,7 @@
-// The arithmetic of the floating-point cells of the `rtl-fast` device, called from fast_cells.sv.
+// The arithmetic of the floating-point cells of the `rtl-fast` device, called from fast_cells.v.
 //
-// Included in front of every file that Verilator writes: the function it puts around each import
-// then holds the arithmetic itself, not another call.
+// Included in front of every file that Verilator writes, so that the arithmetic stands in the loops
+// over the lanes itself. Without branches, so that vector instructions can be made of it.
 
 #ifndef SYSTOLITH_FAST_CELLS_H
 #define SYSTOLITH_FAST_CELLS_H
@@ -36,8 +36,6 @@ inline uint32_t fp32_bits(float value) {
 
 }  // namespace systolith
 
-extern "C" {
-
 inline unsigned int fast_add(unsigned int a, unsigned int b) {
     using namespace systolith;
     return fp32_bits(bits_as<float>(a) + bits_as<float>(b));
@@ -48,25 +46,24 @@ inline unsigned int fast_mul(unsigned int a, unsigned int b) {
     return fp32_bits(bits_as<float>(a) * bits_as<float>(b));
 }
 
-// Exact product of two numbers in the encoding `Narrow` of tensor/mac.py: sign in bit 0, exponent
-// in bits 1 to 9, significand in bits 10 to 20, infinity in bit 21, NaN in bit 22.
+// Exact product, as a double, of two numbers in the encoding `Narrow` of tensor/mac.py: sign in bit
+// 0, exponent in bits 1 to 9, significand in bits 10 to 20, infinity in bit 21, NaN in bit 22.
 //
 // The significands' product has 22 bits and exponents reach from -266 to 254: all of it fits in a
 // double.
-inline double fast_product(unsigned int a, unsigned int w) {
+inline uint64_t fast_product(unsigned int a, unsigned int w) {
     using namespace systolith;
-    uint64_t sign = static_cast<uint64_t>((a ^ w) & 1) << 63;
-    if (__builtin_expect((a | w) >> 21, 0)) {
-        bool zero = !((a >> 20) & (w >> 20) & 1);
-        bool nan = (a | w) >> 22 || zero;
-        return nan ? std::numeric_limits<double>::quiet_NaN()
-                   : bits_as<double>(sign | uint64_t{0x7FF} << 52);
-    }
     int32_t significand = ((a >> 10) & 0x7FF) * ((w >> 10) & 0x7FF);
     int32_t exponent = (static_cast<int32_t>(a << 22) >> 23) + (static_cast<int32_t>(w << 22) >> 23);
     // Two significands of 2**10 for 1.0.
     uint64_t scale = static_cast<uint64_t>(exponent - 20 + 1023) << 52;
-    return static_cast<double>(significand) * bits_as<double>(sign | scale);
+    uint64_t sign = static_cast<uint64_t>((a ^ w) & 1) << 63;
+    double finite = static_cast<double>(significand) * bits_as<double>(sign | scale);
+    unsigned int infinite = (a | w) >> 21 & 1;
+    unsigned int zero = ((a & w) >> 20 & 1) ^ 1;
+    unsigned int nan = (a | w) >> 22 & 1;
+    uint64_t special = sign | uint64_t{0x7FF} << 52 | static_cast<uint64_t>(nan | zero) << 51;
+    return nan | infinite ? special : bits_as<uint64_t>(finite);
 }
 
 // One half of a pair, in the encoding `Fp8` of tensor/mac_fp8x2.py, as `Narrow`: sign in bit 0,
@@ -80,21 +77,22 @@ inline unsigned int fast_widen(unsigned int half) {
 // to 22, in which bits 6 to 16 are free if it is FP8 and hold, with bit 23, the second of a pair;
 // bit 24 says that it is one. Pairs give the sum of two products, rounded to FP32: both are exact
 // in FP32, so an FP32 addition rounds once.
-inline double fast_product_fp8x2(unsigned int a, unsigned int w) {
+inline uint64_t fast_product_fp8x2(unsigned int a, unsigned int w) {
+    using namespace systolith;
     unsigned int first[2], second[2];
     const unsigned int factors[2] = {a, w};
     for (int i = 0; i < 2; ++i) {
         unsigned int bits = factors[i];
-        first[i] = bits & 0x7FFFFF;
-        second[i] = 0;
-        if (bits >> 24) {
-            first[i] = fast_widen((bits & 0x3F) | (bits >> 17 & 0x3F) << 6);
-            second[i] = fast_widen((bits >> 6 & 0x7FF) | (bits >> 23 & 1) << 11);
-        }
+        unsigned int low = fast_widen((bits & 0x3F) | (bits >> 17 & 0x3F) << 6);
+        unsigned int high = fast_widen((bits >> 6 & 0x7FF) | (bits >> 23 & 1) << 11);
+        first[i] = bits >> 24 ? low : bits & 0x7FFFFF;
+        second[i] = bits >> 24 ? high : 0;
     }
-    double product = fast_product(first[0], first[1]);
-    if (!((a & w) >> 24)) return product;
-    return static_cast<float>(product) + static_cast<float>(fast_product(second[0], second[1]));
+    uint64_t one = fast_product(first[0], first[1]);
+    uint64_t other = fast_product(second[0], second[1]);
+    float both =
+        static_cast<float>(bits_as<double>(one)) + static_cast<float>(bits_as<double>(other));
+    return (a & w) >> 24 ? bits_as<uint64_t>(static_cast<double>(both)) : one;
 }
 
 // acc + addend, rounded once to FP32 although it is rounded to a double on the way. The addend is a
@@ -107,11 +105,10 @@ inline double fast_product_fp8x2(unsigned int a, unsigned int w) {
 //   subnormal, since acc has none, so with its 22 bits it is an FP32 number, or above their range.
 // The sum is then closer to the larger one than to any tie between FP32 numbers (or, above their
 // range, to the tie with infinity), and rounding to a double first does not take it across one.
-inline unsigned int fast_accumulate(unsigned int acc, double addend) {
+inline unsigned int fast_accumulate(unsigned int acc, uint64_t addend) {
     using namespace systolith;
-    return fp32_bits(static_cast<float>(static_cast<double>(bits_as<float>(acc)) + addend));
+    double sum = static_cast<double>(bits_as<float>(acc)) + bits_as<double>(addend);
+    return fp32_bits(static_cast<float>(sum));
 }
-
-}  // extern "C"
 
 #endif

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import inspect
+import functools
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -16,7 +17,6 @@ import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.core import Chip
 from systolith_hdl.emit import to_verilog
-from systolith_hdl.tensor.array import row_name
 from systolith_hdl.toolchain import (
     ToolError,
     cache_dir,
@@ -27,25 +27,36 @@ from systolith_hdl.toolchain import (
 )
 
 from ..errors import BackendError, DeviceError, DeviceTimeout
-from .verilog import FAST_CELLS, FAST_CELLS_HEADER, with_fast_cells, with_held_inputs
+from .lanes import with_loops
+from .verilog import (
+    FAST_CELLS,
+    FAST_CELLS_HEADER,
+    with_calls,
+    with_fast_cells,
+    with_held_inputs,
+)
 
 _HARNESS = Path(__file__).with_name("rtl.cpp")
+#: What stands between the chip's Verilog and that of the simulator.
+_TRANSLATORS = [Path(__file__).with_name(name) for name in ("lanes.py", "verilog.py")]
 _LIBRARY = "libsimulator.so"
 _TOP = "simulated_chip"
 
 
-def kept_modules(config: CoreConfig) -> tuple[str, ...]:
-    """Units that Verilator keeps as functions instead of copying them into every place of use:
-    builds stay short and the code stays in the processor's caches."""
-    return (row_name(config), "vector_lane", "scalar_lane")
-
-
-def _keep_file(config: CoreConfig) -> str:
-    lines = (f'no_inline -module "{module}"' for module in kept_modules(config))
-    return "\n".join(["`verilator_config", *lines, ""])
-
+#: This machine's vector instructions for the loops over lanes. The other two keep every bit as it
+#: is: no fused multiply-add where there are two roundings, and nobody looks at exception flags.
+_CXX_FLAGS = (
+    "-march=native -ffp-contract=off -fno-trapping-math -ftree-vectorize -fvect-cost-model=dynamic"
+)
 
 Progress = Callable[[str], None]
+
+
+@functools.cache
+def _processor() -> str:
+    """What the compiler makes of -march=native: a library is for one kind of processor."""
+    command = [cxx(), *_CXX_FLAGS.split(), "-dM", "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _verilator_args(top: str, cflags: str) -> list[str]:
@@ -71,7 +82,7 @@ def _verilator_args(top: str, cflags: str) -> list[str]:
         "-Wno-fatal",
         "-Wno-lint",
         "-CFLAGS",
-        f"-fPIC {cflags}",
+        f"-fPIC {_CXX_FLAGS} {cflags}",
         "-MAKEFLAGS",
         "OPT_FAST=-O2 OPT_SLOW=-O0 OPT_GLOBAL=-O2",
         "-LDFLAGS",
@@ -89,7 +100,6 @@ def verilate(
     *,
     sources: str,
     cflags: str = "",
-    keep: str = "",
     fast: bool = False,
     progress: Progress = lambda message: None,
 ) -> Path:
@@ -103,7 +113,6 @@ def verilate(
     harness : C++ file
     sources : hash of everything the Verilog follows from
     cflags : for the harness
-    keep : Verilator control file
     fast : the floating-point cells are replaced by C++
 
     Returns the library's path. Raises ToolError naming a missing tool, or the log of a failed
@@ -112,12 +121,19 @@ def verilate(
     binary, environment, flags = verilator_env()
     arguments = _verilator_args(top, cflags) + flags
     cells = FAST_CELLS.read_text() if fast else ""
-    header = FAST_CELLS_HEADER.read_text() if fast else ""
+    header = FAST_CELLS_HEADER.read_text()
     if fast:
         # Seen by every file that Verilator writes, from the folder below.
         arguments += ["--compiler-include", f"../{FAST_CELLS_HEADER.name}"]
     key = content_hash(
-        sources, keep, harness.read_text(), cells, header, repr(arguments), binary, cxx()
+        sources,
+        *(path.read_text() for path in (harness, *_TRANSLATORS)),
+        cells,
+        header,
+        repr(arguments),
+        binary,
+        cxx(),
+        _processor(),
     )
     folder = cache_dir() / f"{name}-{key}"
     library = folder / _LIBRARY
@@ -133,14 +149,16 @@ def verilate(
         verilog = emit()
         if fast:
             verilog = with_fast_cells(verilog, cells)
-            (folder / FAST_CELLS_HEADER.name).write_text(header)
+        verilog, loops = with_loops(verilog)
+        verilog = with_calls(verilog)
+        (folder / FAST_CELLS_HEADER.name).write_text(header)
+        (folder / "loops.cpp").write_text(loops)
         (folder / "design.v").write_text(verilog)
-        (folder / "keep.vlt").write_text(keep)
         log = folder / "build.log"
         progress(f"building the simulator of {name}")
         unfinished = folder / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        command = [binary, *arguments, "--Mdir", unfinished.name, "keep.vlt", "design.v"]
+        command = [binary, *arguments, "--Mdir", unfinished.name, "design.v", "loops.cpp"]
         with open(log, "w") as out:
             done = subprocess.run(
                 [*command, str(harness)],
@@ -173,9 +191,8 @@ def build(
         _TOP,
         lambda: with_held_inputs(to_verilog(Chip(config), "chip"), "chip", _TOP),
         _HARNESS,
-        sources=content_hash(sources_hash(), inspect.getsource(with_held_inputs), repr(config)),
+        sources=content_hash(sources_hash(), repr(config)),
         cflags=f"-DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
-        keep=_keep_file(config),
         fast=fast,
         progress=progress,
     )

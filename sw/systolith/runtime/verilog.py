@@ -10,12 +10,16 @@ from systolith_hdl.arith import FP32_LATENCY
 from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY, PAIR_MUL_LATENCY
 from systolith_hdl.toolchain import ToolError
 
-#: SystemVerilog cells with their arithmetic in C++, and that C++.
-FAST_CELLS = Path(__file__).with_name("fast_cells.sv")
+from .lanes import cpp_call
+
+#: Cells with their arithmetic in C++, and that C++.
+FAST_CELLS = Path(__file__).with_name("fast_cells.v")
 FAST_CELLS_HEADER = Path(__file__).with_name("fast_cells.h")
 _MODULES = ("fp32_add", "fp32_mul", "mac_narrow", "mac_fp8x2")
 
-_PORT = re.compile(r"^\s*(input|output)(?: reg| wire)?\s*(\[\d+:0\])?\s*(\w+)\b", re.MULTILINE)
+_PORT = re.compile(
+    r"(?:^|[(,])\s*(input|output)(?: reg| wire)?\s*(\[\d+:0\])?\s*(\w+)\b", re.MULTILINE
+)
 
 
 def _module(text: str, name: str) -> str:
@@ -40,14 +44,26 @@ def with_fast_cells(text: str, cells: str) -> str:
     if (FP32_LATENCY, MUL_LATENCY, PAIR_MUL_LATENCY, ADD_LATENCY) != (3, 1, 3, 3):
         raise ToolError(f"{FAST_CELLS.name} is written for other latencies than the gates have")
     used = [cell for cell in _MODULES if re.search(rf"^module {cell}\s*\(", text, re.MULTILINE)]
-    head = cells[: cells.index("\nmodule ")]
-    replaced = [head, "\n"]
+    replaced = []
     for cell in used:
         if ports(text, cell) != ports(cells, cell):
             raise ToolError(f"{FAST_CELLS.name}: the ports of {cell} are not those of the gates")
         text = text.replace(_module(text, cell), "")
         replaced.append(_module(cells, cell))
+    for function in re.findall(r"^module (fast_\w+)\(", cells, re.MULTILINE):
+        replaced.append(_module(cells, function))
     return "\n".join([*replaced, text])
+
+
+def with_calls(text: str) -> str:
+    """Returns the Verilog `text` with a body for each module that stands for a C++ function."""
+    for function in re.findall(r"^module (fast_\w+)\s*\(", text, re.MULTILINE):
+        module = _module(text, function)
+        pins = ports(text, function)
+        call = cpp_call(function, {pin: pin for pin, (way, _) in pins.items() if way == "input"})
+        body = f"  assign o = {call};\nendmodule\n"
+        text = text.replace(module, module.replace("endmodule\n", body))
+    return text
 
 
 def with_held_inputs(text: str, name: str, top: str) -> str:

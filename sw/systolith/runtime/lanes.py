@@ -1,0 +1,691 @@
+"""Lanes in one loop: what lets the simulator keep pace with N lanes.
+
+Verilator writes out every instance of a component, so N lanes are N copies of the same code, far
+more than a processor's caches hold, and no vector instructions. Here each module that
+`systolith_hdl.emit.side_by_side` made, N copies of a component, becomes a module of the same ports
+that calls C++ through DPI: a loop over the lanes, of which the compiler makes vector instructions.
+
+The loop's body is the component itself. Yosys flattens it to cells of one operation each, whose
+meaning Yosys documents; each becomes one C++ expression, in the order in which they depend on each
+other. Registers live in C++, an array each. Nothing of the design is abstracted: the bits are those
+of the Verilog that the lanes replace, cycle by cycle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from systolith_hdl.emit import LANES_NAME
+from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, use_yosys
+
+_MODULE = re.compile(r"^module (\S+?) ?\(.*?^endmodule\n", re.MULTILINE | re.DOTALL)
+_INSTANCE = re.compile(r"^ +(\\\S+|\w+) +(?:\\\S+ |\w+) ?\(", re.MULTILINE)
+_PORT = re.compile(r"^  (input|output) (?:\[(\d+):0\] )?(\\\S+|\w+) ?;", re.MULTILINE)
+#: Modules that stand for C++ functions of fast_cells.h.
+_CALL = re.compile(r"^module (fast_\w+)", re.MULTILINE)
+
+_FLATTEN = """\
+hierarchy -check -top {name}
+proc
+flatten
+opt_clean
+opt_expr -mux_undef -undriven
+opt_merge
+wreduce
+memory_collect
+opt_expr
+opt_clean -purge
+write_json {name}.json
+"""
+
+_CPP_HEAD = """\
+#include <cstdint>
+#include <cstring>
+#include "fast_cells.h"
+
+namespace {
+inline uint32_t pick(uint32_t select, uint32_t one, uint32_t zero) {
+    return zero ^ ((0u - select) & (one ^ zero));
+}
+inline uint64_t pick(uint32_t select, uint64_t one, uint64_t zero) {
+    return zero ^ ((0ull - select) & (one ^ zero));
+}
+}  // namespace
+"""
+
+Bit = int | str  # as in Yosys' JSON: the number of a net's bit, or "0", "1", "x", "z"
+
+
+def _modules(text: str) -> dict[str, str]:
+    """The modules of a Verilog text, by name."""
+    return {found[1].lstrip("\\"): found[0] for found in _MODULE.finditer(text)}
+
+
+def _parts(modules: dict[str, str], name: str) -> str:
+    """The text of a module and of all that it places, each once."""
+    found = [name]
+    for current in found:
+        for match in _INSTANCE.finditer(modules[current]):
+            child = match[1].lstrip("\\")
+            if child in modules and child not in found:
+                found.append(child)
+    return "".join(modules[part] for part in sorted(found))
+
+
+def _flatten(sources: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Flat netlists of components, each from the text of the modules it is made of; cached."""
+    paths = {
+        name: cache_dir() / f"lane-{content_hash(_FLATTEN, name, text)}.json"
+        for name, text in sources.items()
+    }
+    missing = [name for name in sources if not paths[name].exists()]
+    if missing:
+        use_yosys()
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            script = []
+            for name in missing:
+                (folder / f"{name}.v").write_text(sources[name])
+                script += ["design -reset", f"read_verilog {name}.v"]
+                script += [f"blackbox {function}" for function in _CALL.findall(sources[name])]
+                script.append(_FLATTEN.format(name=name))
+            (folder / "flatten.ys").write_text("\n".join(script))
+            done = subprocess.run(
+                [os.environ.get("YOSYS", "yosys"), "-q", "flatten.ys"],
+                cwd=folder, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                raise ToolError(f"Yosys failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            for name in missing:
+                unfinished = paths[name].with_suffix(f".{os.getpid()}.tmp")
+                unfinished.write_text((folder / f"{name}.json").read_text())
+                unfinished.replace(paths[name])
+    return {name: json.loads(path.read_text())["modules"][name] for name, path in paths.items()}
+
+
+def _mask(width: int) -> str:
+    return f"{(1 << width) - 1:#x}{'ull' if width > 32 else 'u'}"
+
+
+def _type(width: int) -> str:
+    return "uint32_t" if width <= 32 else "uint64_t"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Port:
+    """A port of a component, as one argument of C++ or, if wider than 64 bits, several."""
+
+    name: str
+    is_input: bool
+    bits: list[Bit]
+
+    @property
+    def pieces(self) -> list[tuple[str, list[Bit]]]:
+        stem = re.sub(r"\W", "_", self.name)
+        chunks = [self.bits[first : first + 64] for first in range(0, len(self.bits), 64)]
+        return [(f"{stem}_p{number}", chunk) for number, chunk in enumerate(chunks)]
+
+
+class Component:
+    """A flat netlist as C++ expressions.
+
+    Parameters
+    ----------
+    name : for messages
+    netlist : module of Yosys' JSON
+    """
+
+    def __init__(self, name: str, netlist: dict[str, Any]) -> None:
+        self._name = name
+        self.ports = [
+            _Port(port, description["direction"] == "input", description["bits"])
+            for port, description in netlist["ports"].items()
+            if port != "clk"
+        ]
+        #: bit -> (variable, place in it)
+        self._place: dict[Bit, tuple[str, int]] = {}
+        #: variable -> cell whose output it is
+        self._cells: dict[str, dict[str, Any]] = {}
+        #: variable of a register -> its cell
+        self.registers: dict[str, dict[str, Any]] = {}
+        self.tables: list[str] = []
+        self._initial: dict[Bit, str] = {}
+        for net in netlist["netnames"].values():
+            init = net["attributes"].get("init")
+            if init is not None:
+                for bit, value in zip(net["bits"], reversed(init), strict=False):
+                    self._initial[bit] = value
+        for port in self.ports:
+            if port.is_input:
+                for variable, bits in port.pieces:
+                    self._define(variable, bits)
+        for number, (label, cell) in enumerate(netlist["cells"].items()):
+            kind, pins = cell["type"], cell["connections"]
+            cell["parameters"] = {
+                key: value if key in ("INIT", "MEMID") else int(value.replace("x", "0"), 2)
+                for key, value in cell.get("parameters", {}).items()
+                if not isinstance(value, str) or set(value) <= {"0", "1", "x"}
+            }
+            if kind == "$dff":
+                if cell["parameters"]["CLK_POLARITY"] != 1:
+                    raise ToolError(f"{name}: register {label} has another clock")
+                self.registers[f"r{number}"] = cell
+                self._define(f"r{number}", pins["Q"])
+            elif kind == "$mem_v2":
+                self._memory(number, label, cell)
+            else:
+                output = "Y" if "Y" in pins else "o"
+                if output not in pins or len(pins[output]) > 64:
+                    raise ToolError(f"{name}: no loop can hold cell {label} of type {kind}")
+                self._cells[f"v{number}"] = cell
+                self._define(f"v{number}", pins[output])
+
+    def _define(self, variable: str, bits: list[Bit]) -> None:
+        for place, bit in enumerate(bits):
+            self._place[bit] = (variable, place)
+
+    def _memory(self, number: int, label: str, cell: dict[str, Any]) -> None:
+        """A table that is never written, read at once."""
+        parameters, pins = cell["parameters"], cell["connections"]
+        width, size, reads = (parameters[key] for key in ("WIDTH", "SIZE", "RD_PORTS"))
+        if parameters["WR_PORTS"] or parameters["RD_CLK_ENABLE"] or width > 64:
+            raise ToolError(f"{self._name}: no loop can hold memory {label}")
+        contents = cell["parameters"]["INIT"]
+        words = [contents[len(contents) - width * (i + 1) :][:width] for i in range(size)]
+        values = ", ".join(f"{int(word.replace('x', '0'), 2):#x}" for word in words)
+        self.tables.append(f"const {_type(width)} t{number}[{size}] = {{{values}}};")
+        address = len(pins["RD_ADDR"]) // reads
+        for port in range(reads):
+            variable = f"v{number}_{port}"
+            self._cells[variable] = {
+                "type": "table",
+                "table": f"t{number}",
+                "size": size,
+                "connections": {
+                    "A": pins["RD_ADDR"][port * address :][:address],
+                    "Y": pins["RD_DATA"][port * width :][:width],
+                },
+            }
+            self._define(variable, self._cells[variable]["connections"]["Y"])
+
+    def initial(self, register: str) -> int:
+        """Value of a register after power-up."""
+        bits = self.registers[register]["connections"]["Q"]
+        digits = [self._initial.get(bit, "0").replace("x", "0") for bit in reversed(bits)]
+        return int("".join(digits), 2)
+
+    # -- Words.
+
+    def word(self, bits: list[Bit], width: int | None = None) -> str:
+        """C++ expression of a vector of bits, zero-extended to `width`."""
+        kind = _type(width or len(bits))
+        terms, constant, place = [], 0, 0
+        while place < len(bits):
+            bit = bits[place]
+            if isinstance(bit, str):
+                constant |= (bit == "1") << place
+                place += 1
+                continue
+            variable, first = self._place[bit]
+            count = 1
+            if bits[place : place + 2].count(bit) == 2:  # a sign, repeated
+                while place + count < len(bits) and bits[place + count] == bit:
+                    count += 1
+                term = f"({kind}(0) - {kind}({variable} >> {first} & 1))"
+                if place + count < len(bits) or len(bits) not in (32, 64):
+                    term = f"({term} & {_mask(count)})"
+            else:
+                while place + count < len(bits) and self._place.get(bits[place + count]) == (
+                    variable, first + count,
+                ):  # fmt: skip
+                    count += 1
+                term = f"{variable} >> {first}" if first else variable
+                if first + count < self._width(variable):
+                    term = f"({term} & {_mask(count)})"
+                term = f"{kind}({term})"
+            terms.append(f"({term} << {place})" if place else term)
+            place += count
+        if constant or not terms:
+            terms.append(f"{kind}({constant:#x}ull)")
+        return terms[0] if len(terms) == 1 else f"({' | '.join(terms)})"
+
+    def _width(self, variable: str) -> int:
+        if variable in self._cells:
+            pins = self._cells[variable]["connections"]
+            return len(pins["Y"] if "Y" in pins else pins["o"])
+        if variable in self.registers:
+            return len(self.registers[variable]["connections"]["Q"])
+        return next(
+            len(bits) for port in self.ports for piece, bits in port.pieces if piece == variable
+        )
+
+    def _extended(self, bits: list[Bit], width: int, is_signed: bool) -> str:
+        """A vector extended or cut to `width` bits."""
+        if len(bits) > width:
+            return self.word(bits[:width])
+        text = self.word(bits, width)
+        if not is_signed or len(bits) == width:
+            return text
+        size = 32 if width <= 32 else 64
+        places = size - len(bits)
+        text = f"{_type(width)}(int{size}_t({text} << {places}) >> {places})"
+        return text if width == size else f"({text} & {_mask(width)})"
+
+    def expression(self, variable: str) -> str:
+        """C++ expression of a cell's output; every value is kept within its width."""
+        cell = self._cells[variable]
+        kind, pins = cell["type"], cell["connections"]
+        if kind == "table":
+            address = self.word(pins["A"])
+            if 1 << len(pins["A"]) > cell["size"]:
+                address = f"({address} < {cell['size']} ? {address} : 0)"
+            return f"{cell['table']}[{address}]"
+        if kind.startswith("fast_"):
+            arguments = ", ".join(self.word(bits) for pin, bits in pins.items() if pin != "o")
+            return f"{kind}({arguments})"
+        parameters = cell["parameters"]
+        width = len(pins["Y"])
+        a = pins["A"]
+        b = pins.get("B", [])
+        a_signed = bool(parameters.get("A_SIGNED"))
+        both = a_signed and bool(parameters.get("B_SIGNED"))
+
+        def cut(text: str) -> str:
+            return text if width in (32, 64) else f"({text}) & {_mask(width)}"
+
+        if kind in ("$add", "$sub", "$mul", "$and", "$or", "$xor", "$xnor"):
+            sign = {"$add": "+", "$sub": "-", "$mul": "*", "$and": "&", "$or": "|"}.get(kind, "^")
+            text = f"{self._extended(a, width, both)} {sign} {self._extended(b, width, both)}"
+            if kind == "$xnor":
+                text = f"~({text})"
+            return text if kind in ("$and", "$or", "$xor") else cut(text)
+        if kind == "$not":
+            return f"{self._extended(a, width, a_signed)} ^ {_mask(width)}"
+        if kind in ("$neg", "$pos"):
+            sign = "-" if kind == "$neg" else ""
+            return cut(f"{sign}{self._extended(a, width, a_signed)}")
+        if kind in ("$lt", "$le", "$gt", "$ge", "$eq", "$ne", "$eqx", "$nex"):
+            sign = {"$lt": "<", "$le": "<=", "$gt": ">", "$ge": ">=", "$eq": "==", "$ne": "!="}[
+                kind.removesuffix("x")
+            ]
+            size = 32 if max(len(a), len(b)) <= 32 else 64
+            left, right = (self._extended(bits, size, both) for bits in (a, b))
+            if both:
+                left, right = f"int{size}_t({left})", f"int{size}_t({right})"
+            return f"uint32_t({left} {sign} {right})"
+        if kind in ("$reduce_or", "$reduce_bool", "$logic_not", "$reduce_and"):
+            sign = "==" if kind in ("$logic_not", "$reduce_and") else "!="
+            whole = _mask(len(a)) if kind == "$reduce_and" else "0"
+            return f"uint32_t({self.word(a)} {sign} {whole})"
+        if kind in ("$reduce_xor", "$reduce_xnor"):
+            text = f"uint32_t(__builtin_parityll({self.word(a)}))"
+            return text if kind == "$reduce_xor" else f"{text} ^ 1u"
+        if kind in ("$logic_and", "$logic_or"):
+            sign = "&" if kind == "$logic_and" else "|"
+            return f"uint32_t({self.word(a)} != 0) {sign} uint32_t({self.word(b)} != 0)"
+        if kind in ("$mux", "$pmux"):
+            # Masks: of C++'s own choice the compiler often makes branches, which no vector has.
+            text = self.word(a, width)
+            for place, select in enumerate(pins["S"]):
+                choice = self.word(b[place * width : (place + 1) * width], width)
+                text = f"pick({self.word([select])}, {choice}, {text})"
+            return text
+        if kind in ("$shl", "$sshl", "$shr", "$sshr", "$shift", "$shiftx"):
+            if parameters.get("B_SIGNED"):
+                raise ToolError(f"{self._name}: no loop can hold a {kind} by a signed number")
+            return self._shift(kind, a, b, width, a_signed)
+        raise ToolError(f"{self._name}: no loop can hold a cell of type {kind}")
+
+    def _shift(self, kind: str, a: list[Bit], b: list[Bit], width: int, a_signed: bool) -> str:
+        left = kind in ("$shl", "$sshl")
+        inner = width if left else max(len(a), width)
+        size = 32 if inner <= 32 else 64
+        value = self._extended(a, inner, a_signed)
+        amount = self.word(b, size)
+        arithmetic = kind == "$sshr" and a_signed
+        if arithmetic:
+            value = f"int{size}_t({self._extended(a, size, True)})"
+        text = f"{value} {'<<' if left else '>>'} {amount}"
+        if (1 << len(b)) > size:  # farther than C++ can shift
+            text = f"{value} {'<<' if left else '>>'} ({amount} & {size - 1})"
+            beyond = f"{value} >> {size - 1}" if arithmetic else f"{_type(inner)}(0)"
+            near = f"uint32_t({amount} < {size})"
+            text = f"pick({near}, {_type(inner)}({text}), {_type(inner)}({beyond}))"
+        return f"{_type(width)}({text}) & {_mask(width)}"
+
+    # -- Order.
+
+    def _reads(self, cell: dict[str, Any]) -> Iterable[str]:
+        for pin, bits in cell["connections"].items():
+            if pin not in ("Y", "o", "Q", "CLK"):
+                for bit in bits:
+                    if not isinstance(bit, str):
+                        yield self._place[bit][0]
+
+    def cone(self, bits: Iterable[Bit]) -> tuple[list[str], set[str]]:
+        """Cells that a set of bits depends on, in order, and all variables they need."""
+        order: list[str] = []
+        seen: set[str] = set()
+        open_: set[str] = set()
+        roots = [self._place[bit][0] for bit in bits if not isinstance(bit, str)]
+        stack = [(root, False) for root in roots]
+        while stack:
+            variable, left = stack.pop()
+            if left:
+                open_.discard(variable)
+                order.append(variable)
+                continue
+            if variable in open_:
+                raise ToolError(f"{self._name}: {variable} waits for itself")
+            if variable in seen:
+                continue
+            seen.add(variable)
+            if variable in self._cells:
+                open_.add(variable)
+                stack.append((variable, True))
+                for read in dict.fromkeys(self._reads(self._cells[variable])):
+                    if read not in seen:
+                        stack.append((read, False))
+        return order, seen
+
+    def reads_table(self, bits: list[Bit]) -> bool:
+        """Whether a set of bits depends on a table in the same cycle."""
+        return any(self._cells[v]["type"] == "table" for v in self.cone(bits)[0])
+
+    # -- Registers that stand still.
+
+    def _zero(self, bit: Bit, shared: set[Bit]) -> frozenset[Bit] | None:
+        """Bits of shared inputs that, all 0, make `bit` 0."""
+        if isinstance(bit, str):
+            return frozenset() if bit == "0" else None
+        if bit in shared:
+            return frozenset({bit})
+        cell = self._cells.get(self._place[bit][0])
+        if cell is None or cell["type"] not in ("$and", "$or", "$logic_and", "$logic_or"):
+            return None
+        sides = [cell["connections"][pin] for pin in ("A", "B")]
+        if any(len(side) != 1 for side in sides):
+            return None
+        zeros = [self._zero(side[0], shared) for side in sides]
+        if cell["type"] in ("$and", "$logic_and"):
+            return zeros[0] if zeros[0] is not None else zeros[1]
+        if zeros[0] is None or zeros[1] is None:
+            return None
+        return zeros[0] | zeros[1]
+
+    def _holds(self, bits: list[Bit], held: list[Bit], shared: set[Bit]) -> frozenset[Bit] | None:
+        """Bits of shared inputs that, all 0, make `bits` equal to `held`."""
+        if bits == held:
+            return frozenset()
+        places = [self._place[bit] if not isinstance(bit, str) else None for bit in bits]
+        if places[0] is None:
+            return None
+        variable, first = places[0]
+        if places != [(variable, first + i) for i in range(len(bits))]:
+            return None
+        cell = self._cells.get(variable)
+        if cell is None or cell["type"] not in ("$mux", "$pmux"):
+            return None
+        pins = cell["connections"]
+        found = self._holds(pins["A"][first : first + len(bits)], held, shared)
+        for select in pins["S"]:
+            zero = self._zero(select, shared)
+            if found is None or zero is None:
+                return None
+            found |= zero
+        return found
+
+    def gates(self, shared: set[Bit]) -> frozenset[Bit] | None:
+        """Bits of shared inputs that, all 0, keep every register as it is; None if there are none."""
+        found: frozenset[Bit] = frozenset()
+        for cell in self.registers.values():
+            pins = cell["connections"]
+            held = self._holds(pins["D"], pins["Q"], shared)
+            if held is None:
+                return None
+            found |= held
+        return found or None
+
+
+def _dpi_type(bits: list[Bit]) -> str:
+    return "int unsigned" if len(bits) <= 32 else "longint unsigned"
+
+
+def _slice(port: _Port, number: int, bits: list[Bit]) -> str:
+    """The bits of a port that its piece `number` has."""
+    return f"[{64 * number + len(bits) - 1}:{64 * number}]" if len(port.bits) > 1 else ""
+
+
+def _local(name: str) -> str:
+    """A name as Verilog has it in text: an escaped one ends with a space."""
+    return f"{name} " if name.startswith("\\") else name
+
+
+@dataclasses.dataclass
+class _Side:
+    """A module of `count` copies of a component: its C++ and its Verilog."""
+
+    name: str
+    count: int
+    component: Component
+    outer: str  # the Verilog it replaces
+
+    def __post_init__(self) -> None:
+        ports = {name.lstrip("\\") for _, _, name in _PORT.findall(self.outer)}
+        component = self.component
+        self._shared = {p.name for p in component.ports if p.name in ports}
+        self._outputs = [p for p in component.ports if not p.is_input]
+        data = [b for cell in component.registers.values() for b in cell["connections"]["D"]]
+        #: Variables that the outputs, and those that the next values of the registers depend on.
+        #: Arguments that a function does not need would seem to Verilator a loop.
+        self._read_by = {
+            "out": component.cone(b for p in self._outputs for b in p.bits)[1],
+            "step": component.cone(data)[1],
+        }
+
+    def _parameters(self, function: str) -> list[tuple[_Port, str, list[Bit]]]:
+        """Arguments of `step` or `out`: port, name, bits."""
+        return [
+            (port, piece, bits)
+            for port in self.component.ports
+            for piece, bits in port.pieces
+            if (piece in self._read_by[function] if port.is_input else function == "out")
+        ]
+
+    def _body(self, function: str, roots: list[Bit], stores: list[str]) -> list[str]:
+        """A loop over the lanes that works out `roots`."""
+        component = self.component
+        order, seen = component.cone(roots)
+        lines = ["#pragma GCC ivdep", f"    for (int i = 0; i < {self.count}; ++i) {{"]
+        for port, piece, bits in self._parameters(function):
+            if piece in seen and port.name not in self._shared:
+                lines.append(f"        const {_type(len(bits))} {piece} = {piece}_[i];")
+        for register, cell in component.registers.items():
+            if register in seen:
+                kind = _type(len(cell["connections"]["Q"]))
+                lines.append(f"        const {kind} {register} = s->{register}[i];")
+        for variable in order:
+            kind = _type(component._width(variable))
+            lines.append(f"        const {kind} {variable} = {component.expression(variable)};")
+        return [*lines, *(f"        {store}" for store in stores), "    }"]
+
+    def _step(self) -> list[str]:
+        """Loops that move all registers on. Reading a table makes no vector instruction, so what
+        comes from one has a loop of its own, first and into `next`."""
+        component = self.component
+        looked_up = [
+            register
+            for register, cell in component.registers.items()
+            if component.reads_table(cell["connections"]["D"])
+        ]
+        lines = []
+        for chosen, target in (
+            (looked_up, "next_{}[i]"),
+            ([r for r in component.registers if r not in looked_up], "s->{}[i]"),
+        ):
+            data = {r: component.registers[r]["connections"]["D"] for r in chosen}
+            if chosen is looked_up:
+                lines += [f"    {_type(len(d))} next_{r}[{self.count}];" for r, d in data.items()]
+            stores = [f"{target.format(r)} = {component.word(d)};" for r, d in data.items()]
+            if stores:
+                lines += self._body("step", [bit for d in data.values() for bit in d], stores)
+        for register in looked_up:
+            lines.append(f"    std::memcpy(s->{register}, next_{register}, sizeof(s->{register}));")
+        return lines
+
+    def _signature(self, function: str) -> str:
+        state = ["void* handle", "int"] if self.component.registers else []
+        pieces = []
+        for port, piece, bits in self._parameters(function):
+            kind = "unsigned int" if len(bits) <= 32 else "unsigned long long"
+            if port.name in self._shared:
+                pieces.append(f"{kind} {piece}")
+            elif port.is_input:
+                pieces.append(f"const {kind}* __restrict {piece}_")
+            else:
+                pieces.append(f"{kind}* __restrict {piece}_")
+        return ", ".join([*state, *pieces])
+
+    def cpp(self) -> str:
+        component = self.component
+        lines = [f"namespace {self.name} {{", *component.tables]
+        state = []
+        if component.registers:
+            lines.append("struct alignas(64) State {")
+            for register, cell in component.registers.items():
+                kind = _type(len(cell["connections"]["Q"]))
+                lines.append(f"    {kind} {register}[{self.count}];")
+            lines.append("};")
+            state = ["    State* __restrict s = static_cast<State*>(handle);"]
+        lines.append("}")
+        if component.registers:
+            lines += [
+                f'extern "C" void* {self.name}_new() {{',
+                f"    auto* s = new {self.name}::State;",
+                f"    for (int i = 0; i < {self.count}; ++i) {{",
+                *(f"        s->{r}[i] = {component.initial(r)}u;" if component.initial(r) < 1 << 32
+                  else f"        s->{r}[i] = {component.initial(r)}ull;"
+                  for r in component.registers),
+                "    }",
+                "    return s;",
+                "}",
+                f'extern "C" void {self.name}_delete(void* handle) {{',
+                f"    delete static_cast<{self.name}::State*>(handle);",
+                "}",
+                f'extern "C" int {self.name}_step({self._signature("step")}) {{',
+                f"    using namespace {self.name};",
+                *state,
+            ]  # fmt: skip
+            shared: set[Bit] = {
+                bit
+                for port in component.ports
+                if port.name in self._shared
+                for bit in port.bits
+                if not isinstance(bit, str)
+            }
+            gates = component.gates(shared)
+            if gates:
+                moving = " | ".join(component.word([bit]) for bit in sorted(gates, key=str))
+                lines.append(f"    if (!({moving})) return 0;")
+            lines += [*self._step(), "    return 1;", "}"]
+        lines += [
+            f'extern "C" void {self.name}_out({self._signature("out")}) {{',
+            f"    using namespace {self.name};",
+            *state,
+        ]
+
+        ports = [(piece, bits) for port in self._outputs for piece, bits in port.pieces]
+        results = [f"{piece}_[i] = {component.word(bits)};" for piece, bits in ports]
+        lines += [*self._body("out", [b for _, bits in ports for b in bits], results), "}", ""]
+        return "\n".join(lines)
+
+    def verilog(self) -> str:
+        component = self.component
+        ports = _PORT.findall(self.outer)
+        heading = ",\n".join(
+            f"  {'input wire' if way == 'input' else 'output logic'} [{high or 0}:0] "
+            + _local(name)
+            for way, high, name in ports
+        )
+        lines = [f"module {self.name}(", heading, ");"]
+        escaped = {name.lstrip("\\"): name for _, _, name in ports}
+        for port in component.ports:
+            for first, (piece, bits) in enumerate(port.pieces):
+                if port.name in self._shared:
+                    continue
+                part = _slice(port, first, bits)
+                lines.append(f"  {_dpi_type(bits)} {piece} [0:{self.count - 1}];")
+                for lane in range(self.count):
+                    inside, outside = f"{piece}[{lane}]", f"{port.name}__{lane}{part}"
+                    if port.is_input:
+                        lines.append(f"  assign {inside} = {outside};")
+                    else:
+                        lines.append(f"  assign {outside} = {inside}[{len(bits) - 1}:0];")
+
+        def function(name: str, result: str) -> str:
+            """Declares `step` or `out`; returns the call."""
+            declared, passed = [], []
+            if component.registers:
+                declared, passed = ["input chandle handle", "input int tick"], ["handle", "tick"]
+            for port, piece, bits in self._parameters(name):
+                way = "input" if port.is_input else "output"
+                shared = port.name in self._shared
+                size = "" if shared else f" [0:{self.count - 1}]"
+                declared.append(f"{way} {_dpi_type(bits)} {piece}{size}")
+                if shared:
+                    number = int(piece.rsplit("_p", 1)[1])
+                    passed.append(f"{_local(escaped[port.name])}{_slice(port, number, bits)}")
+                else:
+                    passed.append(piece)
+            lines.append(
+                f'  import "DPI-C" function {result} {self.name}_{name}({", ".join(declared)});'
+            )
+            return f"{self.name}_{name}({', '.join(passed)})"
+
+        if component.registers:
+            step = function("step", "int")
+            lines += [
+                f'  import "DPI-C" function chandle {self.name}_new();',
+                f'  import "DPI-C" function void {self.name}_delete(input chandle handle);',
+                "  chandle handle;",
+                "  int tick = 0;",
+                f"  initial handle = {self.name}_new();",
+                f"  final {self.name}_delete(handle);",
+                # Tells Verilator that the outputs are to be worked out anew.
+                f"  always @(posedge clk) tick <= tick + {step};",
+            ]
+        lines += [f"  always_comb {function('out', 'void')};", "endmodule", ""]
+        return "\n".join(lines)
+
+
+def with_loops(text: str) -> tuple[str, str]:
+    """Returns the Verilog `text` with every module of lanes made a loop, and the loops in C++."""
+    modules = _modules(text)
+    sides = {
+        name: (found[1], int(found[2]))
+        for name in modules
+        if (found := LANES_NAME.fullmatch(name)) and found[1] in modules
+    }
+    netlists = _flatten({base: _parts(modules, base) for base, _ in sides.values()})
+    components = {base: Component(base, netlist) for base, netlist in netlists.items()}
+    cpp = [_CPP_HEAD]
+    for name, (base, count) in sides.items():
+        side = _Side(name, count, components[base], modules[name])
+        text = text.replace(modules[name], side.verilog())
+        cpp.append(side.cpp())
+    return text, "\n".join(cpp)
+
+
+def cpp_call(function: str, pins: dict[str, str]) -> str:
+    """Verilator's expression for a C++ function of fast_cells.h outside a loop."""
+    width = 64 if "product" in function else 32
+    arguments = ', ", ", '.join(pins.values())
+    return f'$c{width}("{function}(", {arguments}, ")")'
