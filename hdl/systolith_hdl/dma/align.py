@@ -8,7 +8,7 @@ from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith import PackNarrow, RoundNarrow, WidenNarrow
+from ..arith import PackNarrow, WidenNarrow
 from ..config import CoreConfig
 from ..emit import Once
 from ..formats import DType
@@ -184,8 +184,8 @@ class WriteAligner(wiring.Component):
 
     Members
     -------
-    row : In(stream of {words, length, run_end, dtype, log_size}); the first `length` words, rounded
-        to the type, are written right after the row before unless that had `run_end`
+    row : In(stream of {words, length, run_end, dtype, log_size}); the first `length` words, which
+        are numbers of the type, are written right after the row before unless that had `run_end`
     run : In(stream of `run_position`), one for each run
     beats : Out(stream of {data, strb, last}); `last` at the end of every block and run
 
@@ -261,14 +261,8 @@ class WriteAligner(wiring.Component):
 
         narrow = []
         for element in range(lanes):
-            m.submodules[f"round{element}"] = rounding = Once(RoundNarrow(), "round_narrow")
             m.submodules[f"pack{element}"] = pack = Once(PackNarrow(), "pack_narrow")
-            m.d.comb += [
-                rounding.word.eq(row.words[element]),
-                rounding.dtype.eq(row.dtype),
-                pack.word.eq(rounding.o),
-                pack.dtype.eq(row.dtype),
-            ]
+            m.d.comb += [pack.word.eq(row.words[element]), pack.dtype.eq(row.dtype)]
             narrow.append(pack.o)
         packed = Signal(32 * lanes)
         with m.Switch(row.log_size):
