@@ -79,7 +79,8 @@ class DmaQueue(wiring.Component):
 
     Throughput without stalls, in cycles (W = bytes of a beat): a run takes as many as it touches
     beats, ``ceil((address % W + bytes) / W)``, but not fewer than the steps of W bytes its rows
-    have (``ceil(row bytes / W)`` each, a row being N elements or, not turned, one column). The
+    have (``ceil(row bytes / W)`` each, a row being N elements or, not turned, one column). Where a
+    turned load's row goes on in the next tile within a beat, that beat is read once. The
     SBUF side takes one cycle per column at the same time. Aligned and with N lanes, merged,
     columns and turned thus all move one beat per cycle, but for elements of one byte: N of them,
     that is mostly half a beat. Single moves one element per cycle.
@@ -212,6 +213,7 @@ class DmaQueue(wiring.Component):
         place = Signal(Pattern)
         walk = Signal.like(nest.start.payload)
         dense_elements = Signal(24)  # of a run when not turned
+        continues = Signal()  # a load whose rows go on from tile to tile
         counter = Signal(32)
         taking = Signal()
         launch = Signal()
@@ -225,6 +227,7 @@ class DmaQueue(wiring.Component):
                 held.eq(1),
                 held_store.eq(is_store),
                 base.eq(body.dram_base),
+                continues.eq(turn & blocked & ~is_store),
                 counter.eq(self.issue.counter),
                 place.eq(pattern(body.local, body.counts)),
                 job.full_columns.eq(Mux(blocked, lanes, 1)),
@@ -315,11 +318,23 @@ class DmaQueue(wiring.Component):
         m.submodules.places = places = fifo.SyncFIFO(width=position.size, depth=self._outstanding)
         running = Signal.like(job)
         dense_running = Signal.like(dense_elements)
+        goes_on = Signal()
         with m.If(launch):
-            m.d.sync += [running.eq(job), dense_running.eq(dense_elements)]
+            m.d.sync += [
+                running.eq(job),
+                dense_running.eq(dense_elements),
+                goes_on.eq(continues),
+            ]
         elements = Signal(24)
         run = splitter.run.payload
         point = nest.point.payload
+        # The run of a lane in a turned tile goes on in the next tile. If that begins within a beat,
+        # a load does not read the beat again, unless nothing else is to be read.
+        address = Signal(ADDRESS_BITS)
+        length = Signal(RUN_BYTES_BITS)
+        later = Signal()  # not the first tile of a pass along the innermost dimension
+        offset = address[:log_beat]
+        begins = Signal(position)
         m.d.comb += [
             elements.eq(
                 Mux(
@@ -328,19 +343,33 @@ class DmaQueue(wiring.Component):
                     dense_running,
                 )
             ),
-            run.address.eq(
+            address.eq(
                 Cat(
                     point.address[0] & (running.settings.log_size == 0),
                     point.address[1:],
                 )
             ),
-            run.bytes.eq(elements << running.settings.log_size),
+            length.eq(elements << running.settings.log_size),
+            begins.offset.eq(offset),
+            begins.beat.eq(address[log_beat:]),
+            begins.continued.eq(later & (offset != 0) & (offset + length > config.axi_bytes)),
+            run.address.eq(address),
+            run.bytes.eq(length),
             run.last.eq(point.ends.all()),
             splitter.run.valid.eq(nest.point.valid & places.w_rdy),
             nest.point.ready.eq(splitter.run.ready & places.w_rdy),
             places.w_en.eq(nest.point.valid & splitter.run.ready),
-            places.w_data.eq(run.address[: log_beat + 4]),
+            places.w_data.eq(begins),
         ]
+        with m.If(begins.continued):
+            m.d.comb += [
+                run.address.eq(Cat(Const(0, log_beat), address[log_beat:] + 1)),
+                run.bytes.eq(length - (config.axi_bytes - offset)),
+            ]
+        with m.If(launch):
+            m.d.sync += later.eq(0)
+        with m.Elif(nest.point.valid & nest.point.ready & point.ends[4]):
+            m.d.sync += later.eq(~point.ends[3] & goes_on)
         assert RUN_BYTES_BITS >= 24 + 2
         m.d.comb += [
             read_aligner.run.payload.eq(places.r_data),

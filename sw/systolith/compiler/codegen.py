@@ -233,7 +233,7 @@ class Generator:
     def _factor_pieces(
         self, first: int, tiles: int, free: int, joined: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """As `_pieces`, for an operand of a matrix product, `joined` tiles at a time: the first ones
+        """As `_pieces`, for an operand of a matrix product, `joined` tiles at a time: the first
         come in small pieces, as the product can begin with them."""
         lanes = self._config.lanes
         if first == 0 and free <= _MAX_STRIDE:
