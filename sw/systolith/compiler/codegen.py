@@ -245,7 +245,7 @@ class Generator:
                 start += length
                 size = min(start, max(_PIECE_COLUMNS, lanes))
             first, tiles = count, tiles - count
-        most = min(_LOAD_PIECES, max(1, tiles // joined))
+        most = min(_LOAD_PIECES, max(1, -(-tiles // joined)))
         yield from self._pieces(first, tiles, free, most, _LOAD_COLUMNS)
 
     # --- memory --------------------------------------------------------------------------
