@@ -360,7 +360,7 @@ def test_product_larger_than_psum(device, rng):
 def test_tiles_side_by_side_in_dram_are_loaded_together(device, rng, tiles):
     """Rows of the left operand lie along K, as the partitions do: two tiles of K make one run."""
     lanes = device.config.lanes
-    a, b = floats(rng, 3 * lanes, tiles * lanes), floats(rng, tiles * lanes, lanes)
+    a, b = floats(rng, 8 * lanes, tiles * lanes), floats(rng, tiles * lanes, lanes)
     fn = systolith.jit(lambda a, b: a @ b, device=device)
     np.testing.assert_allclose(np.asarray(fn(a, b)), bf16(a) @ bf16(b), rtol=1e-5, atol=1e-5)
     joined = []
