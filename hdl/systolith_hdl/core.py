@@ -79,7 +79,9 @@ class Core(wiring.Component):
         m.submodules.scalar = scalar = ScalarEngine(config, number=scalar_number)
         queues = []
         for index in range(config.dma_queues):
-            m.submodules[f"dma{index}"] = queue = DmaQueue(config)
+            m.submodules[f"dma{index}"] = queue = DmaQueue(
+                config, number=config.engines.index(f"dma{index}")
+            )
             queues.append(queue)
         m.submodules.semaphores = semaphores = SemaphoreFile(config, requesters=3 * count)
         sbuf_reads = [

@@ -166,9 +166,8 @@ of the same strides whose bases differ by 4 modulo 8 never ask for the same bank
 Element (i0, i1, i2, i3) of lane l lies in DRAM at byte `dram_base + i0*dram_strides.0 +
 i1*dram_strides.1 + i2*dram_strides.2 + i3*dram_strides.3 + l*lane_stride` modulo 2^48. An element
 of one byte may lie anywhere; bit 0 of the address of a larger one is ignored. FP32 and INT32 are
-moved bit for bit; narrow types are widened by a load, INT8 with its sign, and rounded to nearest
-even by a store (whatever its `rounding` says: this version of the DMA queues does not round
-stochastically), which takes the low 8 bits for INT8. Elements that
+moved bit for bit; narrow types are widened by a load, INT8 with its sign, and rounded by a
+store, as its `rounding` says, which takes the low 8 bits for INT8. Elements that
 coincide are written in the order (i0, i1, i2, i3, l): the last one stays.
 
 ### Faults

@@ -1,11 +1,12 @@
-"""Bench of the random words of stochastic rounding, against golden."""
+"""Benches of the random words of stochastic rounding, against golden: `every_cycle` and
+`now_and_then` of `Dither`, `stream_*` of `DitherStream`."""
 
 import random
 from typing import Any
 
 import cocotb
 import numpy as np
-from cocotb.triggers import FallingEdge
+from cocotb.triggers import FallingEdge, ReadOnly
 from systolith.golden import dither
 from systolith_hdl.arith import DITHER_LATENCY, engine_key
 
@@ -72,3 +73,53 @@ async def every_cycle(dut: Any) -> None:
 @cocotb.test(timeout_time=10, timeout_unit="ms")
 async def now_and_then(dut: Any) -> None:
     await sequences(dut, take=0.4, count=150)
+
+
+async def stream(dut: Any, *, offer: float, take: float) -> None:
+    """Elements of instruction after instruction, offered and taken with these probabilities."""
+    await start(dut)
+    seed, engine = random.getrandbits(32), random.randrange(8)
+    dut.seed.value, dut.key.value = seed, engine_key(engine)
+    elements: list[tuple[int, int]] = []
+    wanted = []
+    for _ in range(60):
+        counter, length = random_counter(), random.choice((1, 2, random.randint(1, 40)))
+        elements += [(counter, element) for element in range(length)]
+        words = dither.random_words(seed, counter, engine, elements=length, lanes=LANES)
+        wanted += list(words.T)
+    sent = taken = cycles = 0
+    dut.element__valid.value = dut.words__ready.value = 0
+    offered = False
+    while taken < len(wanted):
+        offered = sent < len(elements) and (offered or random.random() < offer)
+        dut.element__valid.value = offered
+        if offered:
+            counter, element = elements[sent]
+            dut.element__payload.value = counter | element << 32
+        ready = random.random() < take
+        dut.words__ready.value = ready
+        await ReadOnly()
+        if dut.words__valid.value:
+            got = unpack(dut.words__payload, np.uint32, LANES)
+            assert (got == wanted[taken]).all(), f"column {taken}: {got}, {wanted[taken]}"
+            taken += ready
+        if offered and dut.element__ready.value:
+            sent += 1
+            offered = False
+        await FallingEdge(dut.clk)
+        cycles += 1
+    assert sent == len(elements)
+    dut.element__valid.value = 0
+    if offer == take == 1.0:
+        assert cycles == len(elements) + DITHER_LATENCY
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
+async def stream_at_full_rate(dut: Any) -> None:
+    await stream(dut, offer=1.0, take=1.0)
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
+async def stream_with_stalls(dut: Any) -> None:
+    for probability in (0.3, 0.8):
+        await stream(dut, offer=0.5, take=probability)

@@ -17,17 +17,22 @@ import numpy as np
 from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, RisingEdge
 from cocotbext.axi import AxiBus, AxiSlave
+from systolith.golden import dither
 from systolith.golden.dma import dma_load, dma_store, first_bad_burst
 from systolith_hdl.config import get_config
+from systolith_hdl.dma.queue import DRAW_DELAY
 from systolith_hdl.formats import FLOATS, FORMATS, INTEGERS, DType
-from systolith_hdl.isa import FaultCause, Opcode, decode, encode
+from systolith_hdl.isa import FaultCause, Opcode, Rounding, decode, encode
 from systolith_hdl.ports import READ_LATENCY
+
+from .stimulus import random_counter
 
 CONFIG = get_config(os.environ.get("SYSTOLITH_BENCH_CONFIG", "nano"))
 N = CONFIG.lanes
 BEAT = CONFIG.axi_bytes
 DEPTH = CONFIG.sbuf_depth
 QUEUES = 2
+FIRST_ENGINE = 3  #: number of the first queue's engine
 REGION = 6 * 4096  #: bytes of DRAM that each queue has to itself
 FETCHED = QUEUES * REGION  #: a page that only the fetcher reads
 DRAM_BYTES = FETCHED + 4096
@@ -172,6 +177,8 @@ class Queue:
         self.words = random_words(rng, (N, DEPTH))
         self.stall = 0.0
         self.done = 0
+        self.seed = random.getrandbits(32)
+        self.pin("issue__seed").value = self.seed
         for name in ("issue__instruction__valid", "stop", "read__response__valid"):
             self.pin(name).value = 0
         for name in ("read__request__ready", "write__request__ready"):
@@ -219,8 +226,9 @@ class Queue:
             read_ready.value = int(may_read)
             write_ready.value = int(may_write)
 
-    async def offer(self, raw: bytes) -> None:
-        """Has one instruction taken."""
+    async def offer(self, raw: bytes, counter: int = 0) -> None:
+        """Has one instruction taken, the one after `counter` others."""
+        self.pin("issue__counter").value = counter
         self.pin("issue__instruction__payload").value = int.from_bytes(raw, "little")
         self.pin("issue__instruction__valid").value = 1
         while True:
@@ -229,10 +237,20 @@ class Queue:
                 break
         self.pin("issue__instruction__valid").value = 0
 
-    async def execute(self, raw: bytes) -> int:
+    def random(self, fields: dict[str, int], counter: int) -> np.ndarray | None:
+        """The words by which a store rounds, if it does so stochastically."""
+        if not fields.get("rounding"):
+            return None
+        elements = int(np.prod([fields[f"counts.{d}"] for d in range(4)]))
+        engine = FIRST_ENGINE + self.number
+        return dither.random_words(
+            self.seed, counter, engine, elements=elements, lanes=fields["lanes"]
+        )
+
+    async def execute(self, raw: bytes, counter: int = 0) -> int:
         """Executes one instruction; returns cycles from the one after acceptance to `done`."""
         before = self.done
-        await self.offer(raw)
+        await self.offer(raw, counter)
         cycles = 0
         while self.done == before:
             await RisingEdge(self.dut.clk)
@@ -374,7 +392,10 @@ def make(
                 f"local.strides.{d}": local[d],
                 f"dram_strides.{d}": strides[d],
             }
-        return opcode or random.choice([Opcode.DMA_LOAD, Opcode.DMA_STORE]), fields
+        opcode = opcode or random.choice([Opcode.DMA_LOAD, Opcode.DMA_STORE])
+        if opcode is Opcode.DMA_STORE:
+            fields["rounding"] = random.choice(list(Rounding))
+        return opcode, fields
 
 
 async def check(queue: Queue, dram: Dram, opcode: Opcode, fields: dict[str, Any]) -> int:
@@ -382,8 +403,12 @@ async def check(queue: Queue, dram: Dram, opcode: Opcode, fields: dict[str, Any]
     raw = encode(opcode, fields)
     low, high = queue.number * REGION, (queue.number + 1) * REGION
     memory, words = dram.bytes.copy(), queue.words.copy()
-    (dma_load if opcode is Opcode.DMA_LOAD else dma_store)(memory, words, decode(raw)[1])
-    cycles = await queue.execute(raw)
+    counter = random_counter()
+    if opcode is Opcode.DMA_LOAD:
+        dma_load(memory, words, decode(raw)[1])
+    else:
+        dma_store(memory, words, decode(raw)[1], queue.random(decode(raw)[1], counter))
+    cycles = await queue.execute(raw, counter)
     bad = np.argwhere(queue.words != words)
     assert not len(bad), f"{opcode.name} {fields}: SBUF differs at (lane, address) {bad[:4]}"
     changed = np.flatnonzero(dram.bytes[low:high] != memory[low:high]) + low
@@ -477,8 +502,10 @@ def _fields(mode: str, dtype: DType, columns: int, base: int) -> dict[str, Any]:
     }
 
 
-def run_beats(mode: str, dtype: DType, columns: int, base: int) -> int:
-    """Beats that the runs of `_fields` touch: the cycles its data takes at least."""
+def run_beats(mode: str, dtype: DType, columns: int, base: int, *, store: bool) -> int:
+    """Beats that the runs of `_fields` touch: the cycles its data takes at least. A load does not
+    read that again in which the row of a turned tile ended, unless there is nothing else to read.
+    """
     size = FORMATS[dtype].bytes
     fields = _fields(mode, dtype, columns, base)
     step, lane = fields["dram_strides.3"], fields["lane_stride"]
@@ -494,14 +521,18 @@ def run_beats(mode: str, dtype: DType, columns: int, base: int) -> int:
         ]
     else:
         runs = [(base + c * step + row * lane, size) for c in range(columns) for row in range(N)]
-    return sum((a + n - 1) // BEAT - a // BEAT + 1 for a, n in runs)
+    beats = sum((a + n - 1) // BEAT - a // BEAT + 1 for a, n in runs)
+    if mode == "turned" and not store:
+        beats -= sum(a % BEAT != 0 and a % BEAT + n > BEAT for a, n in runs[N:])
+    return beats
 
 
 @cocotb.test(timeout_time=1_000, timeout_unit="us")
 @cocotb.parametrize(latency=[10, 100])
-async def throughput(dut: Any, latency: int) -> None:
+@cocotb.parametrize(rounding=list(Rounding))
+async def throughput(dut: Any, latency: int, rounding: Rounding) -> None:
     """One beat per cycle (elements of one byte: one row), in every mode and at any alignment,
-    through the memory's latency."""
+    through the memory's latency, however stores round."""
     dram, queues, _ = await start(dut, slave=False)
     model = PipelinedDram(dut, dram.bytes, latency=latency)
     queue = queues[0]
@@ -514,7 +545,10 @@ async def throughput(dut: Any, latency: int) -> None:
                     columns = 32 * N if mode != "single" else 8 * N
                     columns = min(columns, 20_000 // (12 * N))
                     fields = _fields(mode, dtype, columns, base)
-                    beats = run_beats(mode, dtype, columns, base)
+                    store = opcode is Opcode.DMA_STORE
+                    beats = run_beats(mode, dtype, columns, base, store=store)
+                    if store:
+                        fields["rounding"] = rounding
                     model.beats = 0
                     model.bursts.clear()
                     cycles = await check(queue, dram, opcode, fields)
@@ -529,11 +563,50 @@ async def throughput(dut: Any, latency: int) -> None:
                         f"{cycles} cycles, {beats} beats, {bursts} bursts, limit {limit:.0f}"
                     )
                     fill = 2 * N  # a tile is filled before it is drained
-                    assert cycles <= limit * 1.03 + latency + OVERHEAD + fill
+                    draw = DRAW_DELAY if rounding is Rounding.STOCHASTIC else 0
+                    assert cycles <= limit * 1.03 + latency + OVERHEAD + fill + draw
                     if mode == "merged" and base == 0:
                         assert model.bursts[16] == beats // 16
                     checked += 1
     assert checked == 48
+
+
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
+@cocotb.parametrize(rounding=list(Rounding))
+async def stores_follow_stores(dut: Any, rounding: Rounding) -> None:
+    """Stores of different sizes, one right after the other: a beat per cycle all the while, each
+    with random words of its own."""
+    dram, queues, _ = await start(dut, slave=False)
+    PipelinedDram(dut, dram.bytes, latency=20)
+    queue = queues[0]
+    memory = dram.bytes.copy()
+    beats = at = 0
+    raws = []
+    for counter in range(40):
+        columns = random.choice([N, 2 * N, random.randint(1, 3 * N)])
+        fields = _fields("merged", DType.BF16, columns, at)
+        fields |= {"rounding": rounding, "local.base": random.randrange(DEPTH - columns)}
+        raws.append(encode(Opcode.DMA_STORE, fields))
+        decoded = decode(raws[-1])[1]
+        dma_store(memory, queue.words, decoded, queue.random(decoded, counter))
+        at += columns * N * 2
+        beats += columns * N * 2 // BEAT
+    cycles = 0
+
+    async def count() -> None:
+        nonlocal cycles
+        while queue.done < len(raws):
+            await RisingEdge(dut.clk)
+            cycles += 1
+
+    counting = cocotb.start_soon(count())
+    for counter, raw in enumerate(raws):
+        await queue.offer(raw, counter)
+    await counting
+    assert (dram.bytes == memory).all()
+    draw = DRAW_DELAY if rounding is Rounding.STOCHASTIC else 0
+    dut._log.info(f"{rounding.name}: {cycles} cycles, {beats} beats")
+    assert cycles <= beats + 20 + OVERHEAD + draw
 
 
 @cocotb.test(timeout_time=1_000, timeout_unit="us")

@@ -203,6 +203,10 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: k.nc.vector.memset(k.a.view(), 1, rounding="stochastic"),
         "dst is FP32, which is not rounded",
     ),
+    "store rounding fp32": (
+        lambda k: k.nc.dma.store(k.a.view(), k.x, lane_stride=128, rounding="stochastic"),
+        r"'x' .* is FP32, which is not rounded; stochastic rounding needs a narrow type",
+    ),
     "rounding name": (
         lambda k: k.nc.vector.memset(k.a.view(), 1, rounding="up"),
         "a Rounding or one of nearest, stochastic, not 'up'",
@@ -431,6 +435,8 @@ def test_rounding() -> None:
     kit.nc.scalar.activate(narrow, kit.b.view(), Function.EXP, rounding="nearest")
     kit.nc.scalar.activate(narrow, kit.b.view(), Function.EXP, rounding=how)
     kit.nc.scalar.activate(narrow, kit.b.view(), Function.EXP, 1.0, kit.b.view(), rounding=how)
+    kit.nc.dma.store(kit.a.view(), kit.h, lane_stride=64)
+    kit.nc.dma.store(kit.a.view(), kit.h, lane_stride=64, rounding="stochastic")
     program = kit.nc.finish()
     found = {
         engine: [
@@ -440,6 +446,7 @@ def test_rounding() -> None:
     }
     assert found["vector"] == [0, 1, 1, 1, 1, 1]
     assert found["scalar"] == [0, 1, 1]
+    assert found["dma1"] == [0, 1]
 
 
 def test_dma_queues() -> None:

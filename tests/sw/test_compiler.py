@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import systolith
 from systolith import nn
+from systolith_hdl.isa import Opcode, decode
 
 
 @pytest.fixture(scope="module", params=["nano", "small"])
@@ -353,6 +354,24 @@ def test_product_larger_than_psum(device, rng):
     leaves, compiled = run(device, lambda a, b: (a @ b) * 2.0, a, b)
     np.testing.assert_allclose(leaves[0][0], 2 * (bf16(a) @ bf16(b)), rtol=1e-5, atol=1e-5)
     assert compiled.stats()["macs"] == rows * 3 * device.config.psum_depth
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5])
+def test_tiles_side_by_side_in_dram_are_loaded_together(device, rng, tiles):
+    """Rows of the left operand lie along K, as the partitions do: two tiles of K make one run."""
+    lanes = device.config.lanes
+    a, b = floats(rng, 8 * lanes, tiles * lanes), floats(rng, tiles * lanes, lanes)
+    fn = systolith.jit(lambda a, b: a @ b, device=device)
+    np.testing.assert_allclose(np.asarray(fn(a, b)), bf16(a) @ bf16(b), rtol=1e-5, atol=1e-5)
+    joined = []
+    for engine, stream in fn.program.streams.items():
+        for at in range(0, len(stream) if engine.startswith("dma") else 0, 64):
+            opcode, fields = decode(stream[at : at + 64])
+            if opcode is Opcode.DMA_LOAD and fields["lane_stride"] == a.itemsize:
+                joined.append((fields["dram_base"] % (tiles * lanes * 4), fields["counts.3"]))
+    assert joined
+    columns = {at // (lanes * 4) % tiles: count for at, count in joined}
+    assert columns == {tile: min(2, tiles - tile) for tile in range(0, tiles, 2)}
 
 
 def test_many_products_wait_in_psum(device, rng):

@@ -6,8 +6,9 @@ import struct
 
 import numpy as np
 import pytest
+from systolith.golden.arithmetic import round_to
 from systolith.golden.dma import DmaFault, dma_load, dma_store, first_bad_burst
-from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.formats import FORMATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import DMA_TYPES, FaultCause
 
 DRAM = 4096
@@ -100,6 +101,26 @@ def test_moves_every_element_in_order(seed: int) -> None:
     target = dram.copy()
     dma_store(target, sbuf, fields)
     np.testing.assert_array_equal(target, stored)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_rounds_every_element_by_its_random_word(seed: int) -> None:
+    rng = random.Random(seed)
+    fields = _draw(rng)
+    dtype = rng.choice(NARROW_FLOATS)
+    fields["dram_dtype"] = dtype.value
+    dram, sbuf = _memories(rng)
+    elements = _elements(fields)
+    shape = fields["lanes"], len(elements) // fields["lanes"]
+    words = np.random.default_rng(seed).integers(0, 1 << 32, shape, dtype=np.uint32)
+    stored = dram.copy()
+    for number, (lane, column, address) in enumerate(elements):
+        word = words[lane, number // fields["lanes"]]
+        rounded = int(round_to(sbuf[lane, column], dtype, word))
+        code = {1: "<B", 2: "<H"}[_size(fields)]
+        struct.pack_into(code, stored, address, _packed(rounded, dtype))
+    dma_store(dram, sbuf, fields, words)
+    np.testing.assert_array_equal(dram, stored)
 
 
 @pytest.mark.parametrize("seed", range(100))

@@ -8,6 +8,7 @@ from systolith_hdl.axi import AxiReadArbiter, AxiWriteArbiter, axi4_pins, connec
 from systolith_hdl.config import CoreConfig, get_config
 from systolith_hdl.dma import DmaQueue, FaultPort
 from systolith_hdl.ports import IssuePort, ReadPort, WritePort, axi4_read
+from systolith_tb.bench_dma import FIRST_ENGINE
 from systolith_tb.runner import run_bench
 
 QUEUES = 2
@@ -38,7 +39,9 @@ class DmaBench(wiring.Component):
         m.submodules.reads = reads = AxiReadArbiter(self._config, requesters=QUEUES + 1)
         m.submodules.writes = writes = AxiWriteArbiter(self._config, requesters=QUEUES, id_width=2)
         for index in range(QUEUES):
-            m.submodules[f"queue{index}"] = queue = DmaQueue(self._config)
+            m.submodules[f"queue{index}"] = queue = DmaQueue(
+                self._config, number=FIRST_ENGINE + index
+            )
             for name in ("issue", "read", "write", "fault"):
                 wiring.connect(m, wiring.flipped(getattr(self, name)[index]), getattr(queue, name))
             wiring.connect(m, queue.axi_read, reads.requester[index])
@@ -64,4 +67,4 @@ def test_dma_bench(name: str) -> None:
         "systolith_tb.bench_dma",
         env={"SYSTOLITH_BENCH_CONFIG": name},
     )
-    assert ran == 11
+    assert ran == 15

@@ -1,7 +1,7 @@
 """Arithmetic cells: IEEE-754 binary32 with one rounding per operation, subnormals kept, and what
 leads from it to narrow floats and integers and back."""
 
-from .dither import DITHER_LATENCY, Dither, engine_key
+from .dither import DITHER_LATENCY, Dither, DitherStream, engine_key
 from .fp32 import FP32_LATENCY, Fp32Add, Fp32Mul
 from .integer import Fp32ToInt32, WidenInt8
 from .narrow import PackNarrow, RoundNarrow, WidenNarrow
@@ -11,6 +11,7 @@ __all__ = [
     "DITHER_LATENCY",
     "FP32_LATENCY",
     "Dither",
+    "DitherStream",
     "Fp32Add",
     "Fp32Mul",
     "Fp32ToInt32",

@@ -7,7 +7,7 @@ from seeing a pattern.
 """
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
-from amaranth.lib import data, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..emit import side_by_side
@@ -74,6 +74,38 @@ class DitherLane(wiring.Component):
         return m
 
 
+def _pipeline(
+    m: Module, move: Value, x: Value, y: Value, keys: tuple[Value | int, ...], lanes: int
+) -> Value:
+    """Returns the words of all lanes, lane 0 lowest, of the element `x` and counter `y` that
+    entered `DITHER_LATENCY` movements ago. `keys` are those of the shared rounds.
+    """
+    for number, round_key in enumerate(keys):
+        x_next = Signal(32, name=f"x{number}", reset_less=True)
+        y_next = Signal(32, name=f"y{number}", reset_less=True)
+        new_x, new_y = _round(x, y, round_key, right=8, left=3)
+        with m.If(move):
+            m.d.sync += [x_next.eq(new_x), y_next.eq(new_y)]
+        x, y = x_next, y_next
+
+    m.submodules.lanes = cells = side_by_side(
+        DitherLane(), "dither_lane", lanes, shared=("move", "x", "shared")
+    )
+    m.d.comb += [
+        cells.move.eq(move),
+        cells.x.eq(x),
+        *(cells.key[lane].eq(lane_key(lane)) for lane in range(lanes)),
+    ]
+    shared: Value = y
+    for number in range(LANE_ROUNDS):
+        m.d.comb += cells.shared[number].eq(shared[16:] if number % 2 == 0 else shared[:16])
+        moved = Signal(32, name=f"shared{number}", reset_less=True)
+        with m.If(move):
+            m.d.sync += moved.eq(shared)
+        shared = moved
+    return Cat(cells.word)
+
+
 class Dither(wiring.Component):
     """Random words for the result columns of an instruction, one after the other.
 
@@ -128,36 +160,73 @@ class Dither(wiring.Component):
         with m.Elif(move):
             m.d.sync += [element.eq(element + 1), full.eq(Cat(1, full))]
 
-        x: Value = Mux(self.start, 0, element)
-        y: Value = Mux(self.start, self.counter, counter)
         keys: tuple[Value | int, ...] = (
             Mux(self.start, self.seed, seed),
             key ^ seed.rotate_left(SEED_ROTATION),
             *COLUMN_KEYS,
         )
-        for number, round_key in enumerate(keys):
-            x_next = Signal(32, name=f"x{number}", reset_less=True)
-            y_next = Signal(32, name=f"y{number}", reset_less=True)
-            new_x, new_y = _round(x, y, round_key, right=8, left=3)
-            with m.If(move):
-                m.d.sync += [x_next.eq(new_x), y_next.eq(new_y)]
-            x, y = x_next, y_next
-
-        m.submodules.lanes = lanes = side_by_side(
-            DitherLane(), "dither_lane", self._lanes, shared=("move", "x", "shared")
+        words = _pipeline(
+            m,
+            move,
+            Mux(self.start, 0, element),
+            Mux(self.start, self.counter, counter),
+            keys,
+            self._lanes,
         )
+        m.d.comb += self.words.as_value().eq(words)
+        return m
+
+
+class DitherStream(wiring.Component):
+    """Random words for the columns of one instruction after the other, without a gap between them.
+
+    Parameters
+    ----------
+    lanes : N
+
+    Members
+    -------
+    seed, key : In(32), see `engine_key`; steady while elements are under way
+    element : In(stream of {counter, element})
+    words : Out(stream of a 32-bit word for each lane), one for each element, in order
+
+    Latency: `DITHER_LATENCY`. Throughput: one element per cycle.
+    """
+
+    def __init__(self, *, lanes: int) -> None:
+        self._lanes = lanes
+        super().__init__(
+            {
+                "seed": In(32),
+                "key": In(32),
+                "element": In(
+                    stream.Signature(
+                        data.StructLayout({"counter": unsigned(32), "element": unsigned(32)})
+                    )
+                ),
+                "words": Out(stream.Signature(data.ArrayLayout(unsigned(32), lanes))),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        valid = Signal(DITHER_LATENCY)
+        move = Signal()
         m.d.comb += [
-            lanes.move.eq(move),
-            lanes.x.eq(x),
-            *(lanes.key[lane].eq(lane_key(lane)) for lane in range(self._lanes)),
-            self.words.as_value().eq(Cat(lanes.word)),
+            move.eq(~valid[-1] | self.words.ready),
+            self.element.ready.eq(move),
+            self.words.valid.eq(valid[-1]),
         ]
-        shared: Value = y
-        for number in range(LANE_ROUNDS):
-            moved = Signal(32, name=f"shared{number}", reset_less=True)
-            with m.If(move):
-                m.d.sync += moved.eq(shared)
-            half = shared[16:] if number % 2 == 0 else shared[:16]
-            m.d.comb += lanes.shared[number].eq(half)
-            shared = moved
+        with m.If(move):
+            m.d.sync += valid.eq(Cat(self.element.valid, valid))
+        element = self.element.payload
+        keys: tuple[Value | int, ...] = (
+            self.seed,
+            self.key ^ self.seed.rotate_left(SEED_ROTATION),
+            *COLUMN_KEYS,
+        )
+        # With nothing under way the registers stand still.
+        some = move & (self.element.valid | valid.any())
+        words = _pipeline(m, some, element.element, element.counter, keys, self._lanes)
+        m.d.comb += self.words.payload.as_value().eq(words)
         return m

@@ -81,9 +81,10 @@ class RoundNarrow(wiring.Component):
             cut.eq(dropped + Mux(exponent < least, least - exponent, 0)),
         ]
         cuts = Signal(33)  # bit i: bit i of the significand goes
+        ones = Const(-1, 33)
         unit = Signal(24)  # the bit that rounding up adds to
         m.d.comb += [
-            cuts.eq(Cat(cut > i for i in range(33))),
+            cuts.eq(Mux(cut[6:].any(), ones, ~(ones << cut[:6]))),
             unit.eq(Cat(~cuts[0], cuts[:22] & ~cuts[1:23], cuts[22])),
         ]
         significand = Cat(fraction, field != 0)

@@ -5,10 +5,10 @@ takes up to ``4 * N / W`` *steps* of W bytes.
 """
 
 from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith import PackNarrow, RoundNarrow, WidenNarrow
+from ..arith import PackNarrow, WidenNarrow
 from ..config import CoreConfig
 from ..emit import side_by_side
 from ..formats import DType
@@ -17,9 +17,15 @@ from .tiles import tile_layout
 
 
 def run_position(config: CoreConfig) -> data.StructLayout:
-    """Where a run begins: byte in its first beat, and that beat's place in its block."""
+    """Where a run begins: byte in its first beat, and that beat's place in its block; and whether
+    it is `continued`: goes on where the run of the same row of the tile before ended, inside of a
+    beat that is not read again."""
     return data.StructLayout(
-        {"offset": unsigned(config.axi_bytes.bit_length() - 1), "beat": unsigned(4)}
+        {
+            "offset": unsigned(config.axi_bytes.bit_length() - 1),
+            "beat": unsigned(4),
+            "continued": unsigned(1),
+        }
     )
 
 
@@ -27,7 +33,8 @@ class ReadAligner(wiring.Component):
     """Cuts beats of read data into rows of words, for `corner_turn.CornerTurn.write`.
 
     A tile has `columns` rows of `lanes` elements, or, turned, `rows` rows of `columns` elements.
-    Narrow elements are widened. Rows of one run follow each other without a gap in the beats.
+    Narrow elements are widened. Rows of one run follow each other without a gap in the beats. Of
+    each row of a turned tile the last beat is kept, for a run that continues it.
 
     Members
     -------
@@ -83,6 +90,13 @@ class ReadAligner(wiring.Component):
         # The run goes on in `held`, the beat before the one on offer, while `have` is high.
         held = Signal(8 * width)
         have = Signal()
+        # One that is continued begins in the last beat of its row.
+        m.submodules.kept = kept = memory.Memory(shape=unsigned(8 * width), depth=lanes, init=[])
+        keep = kept.write_port()
+        last_beat = kept.read_port(domain="comb")
+        continues = Signal()
+        holds = Signal()  # low bytes of the step are those of a beat before the one on offer
+        low = Signal(8 * width)
 
         length = Signal(range(lanes + 1))
         rest = Signal(range(4 * lanes + 1))
@@ -112,14 +126,21 @@ class ReadAligner(wiring.Component):
         go = Signal()
         m.d.comb += [
             active.eq(self.tile.valid & (~begin | self.run.valid)),
+            continues.eq(begin & self.run.payload.continued),
+            holds.eq(have | continues),
             spans.eq(end > width),
-            hold.eq(active & ~have & spans & self.beats.valid),
+            hold.eq(active & ~holds & spans & self.beats.valid),
             go.eq(
-                active & out_free & Mux(have, ~spans | self.beats.valid, ~spans & self.beats.valid)
+                active & out_free & Mux(holds, ~spans | self.beats.valid, ~spans & self.beats.valid)
             ),
             self.run.ready.eq(begin & (hold | go)),
             self.tile.ready.eq(go & row_end & last_row),
-            self.beats.ready.eq(hold | (go & Mux(have, spans, run_end | (end == width)))),
+            self.beats.ready.eq(hold | (go & Mux(holds, spans, run_end | (end == width)))),
+            last_beat.addr.eq(row),
+            low.eq(Mux(have, held, Mux(continues, last_beat.data, beat))),
+            keep.addr.eq(row),
+            keep.data.eq(Mux(spans, beat, low)),
+            keep.en.eq(go & run_end & settings.turn),
         ]
         with m.If(hold):
             m.d.sync += [held.eq(beat), have.eq(1), offset.eq(start), begin.eq(0)]
@@ -131,13 +152,13 @@ class ReadAligner(wiring.Component):
             ]
             with m.If(row_end):
                 m.d.sync += row.eq(Mux(last_row, 0, row + 1))
-            with m.If(have):
-                m.d.sync += [held.eq(beat), have.eq((end != width) & ~run_end)]
-                with m.If(~spans):
-                    m.d.sync += held.eq(held)
+            with m.If(holds):
+                m.d.sync += [
+                    held.eq(Mux(spans, beat, low)),
+                    have.eq((end != width) & ~run_end),
+                ]
 
         # Byte i of the step is byte start + i of (held, on offer).
-        low = Mux(have, held, beat)
         joined = Cat(
             Mux(start <= p, low.word_select(p, 8), beat.word_select(p, 8)) for p in range(width)
         )
@@ -186,8 +207,8 @@ class WriteAligner(wiring.Component):
 
     Members
     -------
-    row : In(stream of {words, length, run_end, dtype, log_size}); the first `length` words, rounded
-        to the type, are written right after the row before unless that had `run_end`
+    row : In(stream of {words, length, run_end, dtype, log_size}); the first `length` words, which
+        are numbers of the type, are written right after the row before unless that had `run_end`
     run : In(stream of `run_position`), one for each run
     beats : Out(stream of {data, strb, last}); `last` at the end of every block and run
 
@@ -261,18 +282,13 @@ class WriteAligner(wiring.Component):
             end.eq(start + giving),
         ]
 
-        m.submodules.rounding = rounding = side_by_side(
-            RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
-        )
         m.submodules.pack = pack = side_by_side(
             PackNarrow(), "pack_narrow", lanes, shared=("dtype",)
         )
-        m.d.comb += [rounding.dtype.eq(row.dtype), pack.dtype.eq(row.dtype)]
-        for element in range(lanes):
-            m.d.comb += [
-                rounding.word[element].eq(row.words[element]),
-                pack.word[element].eq(rounding.o[element]),
-            ]
+        m.d.comb += [
+            pack.dtype.eq(row.dtype),
+            *(pack.word[element].eq(row.words[element]) for element in range(lanes)),
+        ]
         packed = Signal(32 * lanes)
         with m.Switch(row.log_size):
             with m.Case(0):

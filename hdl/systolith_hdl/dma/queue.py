@@ -5,16 +5,30 @@ from amaranth.lib import data, fifo, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..access import AddressGenerator, Pattern, pattern
+from ..arith import DITHER_LATENCY, RoundNarrow
 from ..config import CoreConfig
-from ..formats import FORMATS
-from ..isa import DMA_TYPES, SPECS, FaultCause, Opcode
-from ..ports import READ_LATENCY, IssuePort, ReadPort, WritePort, axi4_read, axi4_write
+from ..emit import side_by_side
+from ..formats import FORMATS, NARROW_FLOATS
+from ..isa import DMA_TYPES, SPECS, FaultCause, Opcode, Rounding
+from ..ports import (
+    READ_LATENCY,
+    IssuePort,
+    ReadPort,
+    WritePort,
+    axi4_read,
+    axi4_write,
+    split_words,
+)
 from .align import ReadAligner, WriteAligner, run_position
 from .corner_turn import CornerTurn
+from .draws import ColumnDraws
 from .runs import ADDRESS_BITS, RUN_BYTES_BITS, BurstSplitter, Nest
 from .tiles import TileCounter, settings_layout, tile_layout
 
 _BURST_INCR = 1
+#: Cycles by which the first column of a store waits for its random words, at most: they take
+#: ``2 + DITHER_LATENCY`` from launch, the column ``2 + READ_LATENCY``.
+DRAW_DELAY = DITHER_LATENCY - READ_LATENCY
 #: Instructions that wait for a stage of the queue while those before them are in it.
 _LOOKAHEAD = 4
 
@@ -43,7 +57,8 @@ class DmaQueue(wiring.Component):
     ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride`` modulo 2**48. An
     element of one byte may lie anywhere; others need an even address, nothing more (FP32 too): bit
     0 of theirs is ignored. Narrow types are widened exactly by a load; a store rounds to nearest
-    even, and any NaN to the type's canonical one. Lanes not named keep their words. Elements that
+    even or stochastically, and any NaN to the type's canonical one. Lanes not named keep their
+    words. Elements that
     coincide, in SBUF or in DRAM, are written in the order (i0, i1, i2, i3, l), index 3 inside the
     others and the lane inside that: the last one stays.
 
@@ -64,11 +79,14 @@ class DmaQueue(wiring.Component):
 
     Throughput without stalls, in cycles (W = bytes of a beat): a run takes as many as it touches
     beats, ``ceil((address % W + bytes) / W)``, but not fewer than the steps of W bytes its rows
-    have (``ceil(row bytes / W)`` each, a row being N elements or, not turned, one column). The
+    have (``ceil(row bytes / W)`` each, a row being N elements or, not turned, one column). Where a
+    turned load's row goes on in the next tile within a beat, that beat is read once. The
     SBUF side takes one cycle per column at the same time. Aligned and with N lanes, merged,
     columns and turned thus all move one beat per cycle, but for elements of one byte: N of them,
     that is mostly half a beat. Single moves one element per cycle.
     From taking an instruction to `done`, 12 to 26 cycles come on top, and the latency of DRAM.
+    Stochastic rounding changes no throughput: its random words are drawn ahead, and only those of
+    the first column, `DRAW_DELAY` cycles later than the column itself, may be waited for.
     At most `outstanding` bursts, and of reads about four times as many beats, are answered per
     round trip to DRAM, which is what limits runs of one beat (columns or turned of narrow types,
     aligned; single) once the latency exceeds some 50 cycles.
@@ -80,6 +98,8 @@ class DmaQueue(wiring.Component):
 
     Parameters
     ----------
+    number : of the engine in `config.engines`, of which the random words of stochastic rounding
+        depend
     outstanding : bursts in flight at most, a power of two
 
     Members
@@ -98,10 +118,11 @@ class DmaQueue(wiring.Component):
         after one that failed write nothing; stores after one that failed may have written.
     """
 
-    def __init__(self, config: CoreConfig, *, outstanding: int = 64) -> None:
+    def __init__(self, config: CoreConfig, *, number: int, outstanding: int = 64) -> None:
         if outstanding < 8 or outstanding & (outstanding - 1):
             raise ValueError(f"outstanding must be a power of two from 8 up, not {outstanding!r}")
         self._config = config
+        self._number = number
         self._outstanding = outstanding
         super().__init__(
             {
@@ -130,6 +151,7 @@ class DmaQueue(wiring.Component):
         m.submodules.splitter = splitter = BurstSplitter(beat_bytes=config.axi_bytes)
         m.submodules.read_aligner = read_aligner = ReadAligner(config)
         m.submodules.write_aligner = write_aligner = WriteAligner(config)
+        m.submodules.draws = draws = ColumnDraws(config, number=self._number)
         m.submodules.turner = turner = CornerTurn(
             lanes=lanes,
             info=tile_layout(lanes),
@@ -155,6 +177,7 @@ class DmaQueue(wiring.Component):
         blocked = Signal()  # tiles have several columns, else one
         turn = Signal()  # rows of a tile are lanes, else columns
         broadcast = Signal()
+        stochastic = Signal()
         inner = body.counts[3]
         with m.Switch(body.dram_dtype):
             for each in sorted(DMA_TYPES, key=lambda member: member.value):
@@ -175,6 +198,11 @@ class DmaQueue(wiring.Component):
             turn.eq(~dense_lanes),
             blocked.eq(dense_lanes | ((inner_stride == element_bytes) & (separate | ~is_store))),
             broadcast.eq(turn & ~is_store & (lane_stride == 0)),
+            stochastic.eq(
+                is_store
+                & (incoming.header.rounding == Rounding.STOCHASTIC)
+                & Cat(body.dram_dtype == each for each in NARROW_FLOATS).any()
+            ),
         ]
 
         # The instruction taken last, until it is launched.
@@ -185,6 +213,8 @@ class DmaQueue(wiring.Component):
         place = Signal(Pattern)
         walk = Signal.like(nest.start.payload)
         dense_elements = Signal(24)  # of a run when not turned
+        continues = Signal()  # a load whose rows go on from tile to tile
+        counter = Signal(32)
         taking = Signal()
         launch = Signal()
         failed = Signal()
@@ -197,6 +227,8 @@ class DmaQueue(wiring.Component):
                 held.eq(1),
                 held_store.eq(is_store),
                 base.eq(body.dram_base),
+                continues.eq(turn & blocked & ~is_store),
+                counter.eq(self.issue.counter),
                 place.eq(pattern(body.local, body.counts)),
                 job.full_columns.eq(Mux(blocked, lanes, 1)),
                 job.last_columns.eq(Mux(blocked, (inner - 1)[:log_lanes] + 1, 1)),
@@ -206,6 +238,7 @@ class DmaQueue(wiring.Component):
                 job.settings.turn.eq(turn),
                 job.settings.merged.eq(merged),
                 job.settings.broadcast.eq(broadcast),
+                job.settings.stochastic.eq(stochastic),
                 job.settings.lanes.eq(used_lanes),
                 job.settings.rows.eq(Mux(broadcast, 1, used_lanes)),
                 dense_elements.eq(used_lanes * Mux(merged, inner, Const(1, 16))),
@@ -231,20 +264,26 @@ class DmaQueue(wiring.Component):
             m.d.sync += held.eq(0)
 
         # ------------------------------------------------------------------------------- launch
-        # An instruction is launched into three stages at once: `nest` walks its runs, `tiles` its
-        # tiles, `local` its columns in SBUF. The first begins at once, the others when those
-        # before it are through. What has been launched is all loads or all stores.
+        # An instruction is launched into its stages at once: `nest` walks its runs, `tiles` its
+        # tiles, `local` its columns in SBUF, and `draws` the random words of these. The first
+        # begins at once, the others when those before it are through. What has been launched is
+        # all loads or all stores.
         m.submodules.jobs = jobs = fifo.SyncFIFO(width=job.shape().size, depth=_LOOKAHEAD)
         m.submodules.patterns = patterns = fifo.SyncFIFO(
             width=Pattern.as_shape().size, depth=_LOOKAHEAD
         )
+        draw = Signal.like(draws.start.payload)
+        m.submodules.to_draw = to_draw = fifo.SyncFIFO(width=draw.shape().size, depth=_LOOKAHEAD)
         store = Signal()
         pending = Signal(range(self._outstanding + 4 * _LOOKAHEAD))  # launched and not done
         alone = Signal()
         m.d.comb += [
             alone.eq(pending == self.issue.done),
             nest.start.valid.eq(
-                held & ~failed & (alone | (store == held_store)) & jobs.w_rdy & patterns.w_rdy
+                held
+                & ~failed
+                & (alone | (store == held_store))
+                & (jobs.w_rdy & patterns.w_rdy & to_draw.w_rdy)
             ),
             nest.start.payload.eq(walk),
             nest.start.payload.base.eq(base),
@@ -259,6 +298,14 @@ class DmaQueue(wiring.Component):
             local.start.valid.eq(patterns.r_rdy),
             local.start.payload.eq(patterns.r_data),
             patterns.r_en.eq(local.start.ready),
+            draw.counts.eq(place.counts),
+            draw.counter.eq(counter),
+            to_draw.w_en.eq(launch & job.settings.stochastic),
+            to_draw.w_data.eq(draw),
+            draws.start.valid.eq(to_draw.r_rdy),
+            draws.start.payload.eq(to_draw.r_data),
+            to_draw.r_en.eq(draws.start.ready),
+            draws.seed.eq(self.issue.seed),
             self.issue.busy.eq(held | (pending != 0)),
         ]
         m.d.sync += pending.eq(pending + launch - self.issue.done)
@@ -271,11 +318,23 @@ class DmaQueue(wiring.Component):
         m.submodules.places = places = fifo.SyncFIFO(width=position.size, depth=self._outstanding)
         running = Signal.like(job)
         dense_running = Signal.like(dense_elements)
+        goes_on = Signal()
         with m.If(launch):
-            m.d.sync += [running.eq(job), dense_running.eq(dense_elements)]
+            m.d.sync += [
+                running.eq(job),
+                dense_running.eq(dense_elements),
+                goes_on.eq(continues),
+            ]
         elements = Signal(24)
         run = splitter.run.payload
         point = nest.point.payload
+        # The run of a lane in a turned tile goes on in the next tile. If that begins within a beat,
+        # a load does not read the beat again, unless nothing else is to be read.
+        address = Signal(ADDRESS_BITS)
+        length = Signal(RUN_BYTES_BITS)
+        later = Signal()  # not the first tile of a pass along the innermost dimension
+        offset = address[:log_beat]
+        begins = Signal(position)
         m.d.comb += [
             elements.eq(
                 Mux(
@@ -284,19 +343,33 @@ class DmaQueue(wiring.Component):
                     dense_running,
                 )
             ),
-            run.address.eq(
+            address.eq(
                 Cat(
                     point.address[0] & (running.settings.log_size == 0),
                     point.address[1:],
                 )
             ),
-            run.bytes.eq(elements << running.settings.log_size),
+            length.eq(elements << running.settings.log_size),
+            begins.offset.eq(offset),
+            begins.beat.eq(address[log_beat:]),
+            begins.continued.eq(later & (offset != 0) & (offset + length > config.axi_bytes)),
+            run.address.eq(address),
+            run.bytes.eq(length),
             run.last.eq(point.ends.all()),
             splitter.run.valid.eq(nest.point.valid & places.w_rdy),
             nest.point.ready.eq(splitter.run.ready & places.w_rdy),
             places.w_en.eq(nest.point.valid & splitter.run.ready),
-            places.w_data.eq(run.address[: log_beat + 4]),
+            places.w_data.eq(begins),
         ]
+        with m.If(begins.continued):
+            m.d.comb += [
+                run.address.eq(Cat(Const(0, log_beat), address[log_beat:] + 1)),
+                run.bytes.eq(length - (config.axi_bytes - offset)),
+            ]
+        with m.If(launch):
+            m.d.sync += later.eq(0)
+        with m.Elif(nest.point.valid & nest.point.ready & point.ends[4]):
+            m.d.sync += later.eq(~point.ends[3] & goes_on)
         assert RUN_BYTES_BITS >= 24 + 2
         m.d.comb += [
             read_aligner.run.payload.eq(places.r_data),
@@ -387,7 +460,8 @@ class DmaQueue(wiring.Component):
         ]
 
         # -------------------------------------------------------------- filling: columns (store)
-        # Columns come unasked READ_LATENCY cycles after their request, into a buffer with room.
+        # Columns come unasked READ_LATENCY cycles after their request, into a buffer with room, and
+        # are rounded on their way out of it.
         depth = READ_LATENCY + 2
         m.submodules.columns = columns = fifo.SyncFIFO(width=32 * lanes, depth=depth)
         room = Signal(range(depth + 1), init=depth)
@@ -396,6 +470,8 @@ class DmaQueue(wiring.Component):
         filling = Signal()
         tile = tiles.tile.payload
         last_column = column == tile.columns - 1
+        ready = Signal()
+        rounded = Signal(data.ArrayLayout(unsigned(32), lanes))
         m.d.comb += [
             self.read.request.valid.eq(store & local.address.valid & (room != 0)),
             self.read.request.payload.eq(local.address.payload.address),
@@ -403,17 +479,33 @@ class DmaQueue(wiring.Component):
             columns.w_en.eq(self.read.response.valid),
             columns.w_data.eq(self.read.response.payload),
             columns.r_en.eq(filling),
-            filling.eq(store & columns.r_rdy & tiles.tile.valid & turner.write.ready),
+            ready.eq(columns.r_rdy & (~tile.settings.stochastic | draws.words.valid)),
+            filling.eq(store & ready & tiles.tile.valid & turner.write.ready),
+            draws.words.ready.eq(filling & tile.settings.stochastic),
             tiles.tile.ready.eq(Mux(store, filling & last_column, read_aligner.tile.ready)),
         ]
         m.d.sync += room.eq(room - asked + filling)
         with m.If(filling):
             m.d.sync += column.eq(Mux(last_column, 0, column + 1))
+        random = split_words(m, draws.words.payload, name="random")
+        m.submodules.rounding = rounding = side_by_side(
+            RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
+        )
+        m.d.comb += [
+            rounding.dtype.eq(tile.settings.dtype),
+            rounding.stochastic.eq(tile.settings.stochastic),
+        ]
+        for lane in range(lanes):
+            m.d.comb += [
+                rounding.word[lane].eq(columns.r_data.word_select(lane, 32)),
+                rounding.random[lane].eq(random[lane]),
+                rounded[lane].eq(rounding.o[lane]),
+            ]
         with m.If(store):
             m.d.comb += [
                 turner.write.valid.eq(filling),
                 turner.write.payload.index.eq(column),
-                turner.write.payload.words.eq(columns.r_data),
+                turner.write.payload.words.eq(rounded),
                 turner.write.payload.mask.eq(Const((1 << lanes) - 1, lanes)),
                 turner.write.payload.row_end.eq(1),
                 turner.write.payload.commit.eq(last_column),

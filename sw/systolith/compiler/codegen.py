@@ -30,8 +30,9 @@ _MAX_STRIDE = (1 << 15) - 1
 _MAX_COUNT = (1 << 16) - 1
 _PIECES = 4  #: instructions an operation on many tiles is made of, at most
 _PIECE_COLUMNS = 64  #: columns of each of them, at least
-_ARRIVAL = 1.25  #: cycles in which a column of an operand arrives, about
-_ENDING = 8  #: parts in which the last block of a matrix product leaves PSUM, about
+_ARRIVAL = 2.0  #: cycles in which a column of an operand arrives, about, from a slow DRAM
+_JOINED = 2  #: tiles that come together if they continue each other in DRAM: longer bursts
+_ENDING = 8  #: parts in which the last blocks of a matrix product leave PSUM, about
 _LOAD_PIECES = 32  #: as _PIECES, for an operand of a matrix product, which begins with the first
 _LOAD_COLUMNS = 32  #: columns of each of them, at least
 
@@ -210,7 +211,9 @@ class Generator:
         for home, form in operands:
             stays = any(operand.value is home.value for operand in stationary)
             for first, tiles, length, used in self._tiling(home.value.shape, form):
-                pieces = list(self._factor_pieces(first, tiles, length))
+                row, col = home.dram[0].strides
+                joined = _JOINED if (row if form is Form.ROWS else col) == 1 else 1
+                pieces = list(self._factor_pieces(first, tiles, length, joined))
                 if first == 0:
                     self._heads[home.value, form] = [p[2:] for p in pieces if p[0] == 0]
                 for tile, count, start, size in pieces:
@@ -228,20 +231,22 @@ class Generator:
             )
 
     def _factor_pieces(
-        self, first: int, tiles: int, free: int
+        self, first: int, tiles: int, free: int, joined: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """As `_pieces`, for an operand of a matrix product: the first tile comes in small pieces,
-        as the product can begin with them."""
+        """As `_pieces`, for an operand of a matrix product, `joined` tiles at a time: the first
+        come in small pieces, as the product can begin with them."""
         lanes = self._config.lanes
-        if first == 0 and free <= _MAX_COUNT:
-            start, size = 0, lanes
+        if first == 0 and free <= _MAX_STRIDE:
+            count = min(joined, tiles)
+            start, size = 0, lanes * count
             while start < free:
                 length = min(size, free - start)
-                yield 0, 1, start, length
+                yield 0, count, start, length
                 start += length
                 size = min(start, max(_PIECE_COLUMNS, lanes))
-            first, tiles = 1, tiles - 1
-        yield from self._pieces(first, tiles, free, _LOAD_PIECES, _LOAD_COLUMNS)
+            first, tiles = count, tiles - count
+        most = min(_LOAD_PIECES, max(1, -(-tiles // joined)))
+        yield from self._pieces(first, tiles, free, most, _LOAD_COLUMNS)
 
     # --- memory --------------------------------------------------------------------------
 
@@ -908,14 +913,15 @@ class Generator:
                 accumulators.append(self._psum(group[-1][2], op.result.name))
             work = sum(length for _, _, length in group)
             early = int(_ARRIVAL * tiles * (across + free) / work) if arriving else 0
-            early = min(early, len(steps) - 1)
+            # Two steps at least are left: while they go on, the block before is stored.
+            early = min(early, len(steps) - (2 if len(steps) > 2 else 1))
             arriving = False
             for step in range(early):
                 for psum, (block, start, length) in zip(accumulators, group, strict=True):
                     product(psum, 0, block, step, start, length)
             for psum, (block, start, length) in zip(accumulators, group, strict=True):
-                # The very last block ends in smaller steps: nothing is left to hide it behind.
-                last = not parts and psum is accumulators[-1]
+                # The last blocks end in smaller steps: little is left to hide them behind.
+                last = not parts and psum in accumulators[-2:]
                 sizes = _ending(length, lanes) if last else [length]
                 for step in range(early, len(steps) - 1):
                     product(psum, 0, block, step, start, length)
@@ -984,7 +990,7 @@ class Generator:
 
 
 def _ending(length: int, lanes: int) -> list[int]:
-    """Lengths of the parts in which the last block of a product leaves PSUM: equal ones, and small
+    """Lengths of the parts in which a last block of a product leaves PSUM: equal ones, and small
     ones at the very end, which is waited for."""
     step = max(lanes, -(-length // _ENDING))
     parts = [step] * (length // step) + ([length % step] if length % step else [])

@@ -109,14 +109,16 @@ def to_int32(words: Words) -> Words:
 
 
 @_quiet
-def pack(words: Words, dtype: DType) -> np.ndarray:
-    """Rounds FP32 to a narrow float; returns its bits, every NaN the canonical one of the type.
-    FP32 and INT32 return the words as they are, INT8 their low 8 bits."""
+def pack(words: Words, dtype: DType, random: Words | None = None) -> np.ndarray:
+    """Rounds FP32 to a narrow float, as `round_to` does; returns its bits, every NaN the canonical
+    one of the type. FP32 and INT32 return the words as they are, INT8 their low 8 bits."""
     if dtype in (DType.FP32, DType.INT32):
         return words
     if dtype is DType.INT8:
         return words.astype(np.uint8)
     form = FORMATS[dtype]
+    if random is not None:
+        words = _round_stochastic(words, dtype, random)
     values = floats(words).astype(form.numpy)
     bits = values.view(f"u{form.bytes}")
     return np.where(values != values, bits.dtype.type(form.nan), bits)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
-from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.formats import FORMATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import (
     MAX_WAITS,
     SPECS,
@@ -534,22 +534,38 @@ class Core:
             strides=strides,
         )
 
+        draw = self._draw(fields)
+
         def run() -> None:
             if load:
                 local.write(arithmetic.unpack(window, dtype))
             else:
-                window[...] = arithmetic.pack(local.read(), dtype)
+                window[...] = arithmetic.pack(local.read(), dtype, draw())
 
         return run
+
+    def _draw(self, fields: dict[str, int]) -> Callable[[], Words | None]:
+        """Draws the random words [lanes, *counts] of a DMA instruction, None if it needs none."""
+        stochastic = (
+            Rounding(fields.get("rounding", 0)) is Rounding.STOCHASTIC
+            and DType(fields["dram_dtype"]) in NARROW_FLOATS
+        )
+        counts = [fields[f"counts.{i}"] for i in range(4)]
+        return lambda: self._random(fields["lanes"], counts) if stochastic else None
 
     def _dma_by_definition(
         self, opcode: Opcode, fields: dict[str, int]
     ) -> Callable[[], Fault | None]:
-        transfer = dma.dma_load if opcode is Opcode.DMA_LOAD else dma.dma_store
+        draw = self._draw(fields)
 
         def run() -> Fault | None:
             try:
-                transfer(self.dram, self.sbuf, fields)
+                if opcode is Opcode.DMA_LOAD:
+                    dma.dma_load(self.dram, self.sbuf, fields)
+                else:
+                    random = draw()
+                    flat = None if random is None else random.reshape(fields["lanes"], -1)
+                    dma.dma_store(self.dram, self.sbuf, fields, flat)
             except dma.DmaFault as fault:
                 return Fault(fault.cause, fault.address)
             return None

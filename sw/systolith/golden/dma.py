@@ -15,7 +15,7 @@ from systolith_hdl.config import axi_bytes
 from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import FaultCause
 
-from .arithmetic import pack, unpack
+from .arithmetic import Words, pack, unpack
 
 _ADDRESSES = 1 << 48
 
@@ -145,13 +145,18 @@ def dma_load(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> N
     sbuf[: fields["lanes"], _columns(fields)] = unpack(bits, _dtype(fields)).T
 
 
-def dma_store(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> None:
-    """Executes DMA_STORE; parameters and faults as `dma_load`, but `dram` is changed in place."""
+def dma_store(
+    dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int], random: Words | None = None
+) -> None:
+    """Executes DMA_STORE; parameters and faults as `dma_load`, but `dram` is changed in place.
+
+    With `random`, words [lanes, steps], it rounds stochastically, else to nearest.
+    """
     _check(dram, sbuf, fields, store=True)
     element = _elements(fields)
     size = _element_bytes(fields)
     words = np.ascontiguousarray(sbuf[: fields["lanes"], _columns(fields)].T)
-    bits = pack(words, _dtype(fields))
+    bits = pack(words, _dtype(fields), None if random is None else random.T)
     # numpy assigns in order, so of the elements that meet the last one stays.
     if (element % size).any():
         raw = np.ascontiguousarray(bits[..., None]).view(np.uint8)

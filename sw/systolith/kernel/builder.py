@@ -712,10 +712,12 @@ class _Dma(_Engine):
         dram_strides: Sequence[int] | None = None,
         lane_stride: int = 0,
         queue: int | None = None,
+        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
-        """dram <- view, rounded to nearest in the type of the tensor, or the low bits of integers;
-        parameters as for `load`. To round stochastically, let the vector or scalar engine write
-        the view in that type first: a store keeps what the type holds."""
+        """dram <- view, rounded to the type of the tensor, or the low bits of integers.
+
+        Parameters as for `load`; `rounding`, a `Rounding` or its name in lower case, says how the
+        words become a narrow type."""
         self._transfer(
             Opcode.DMA_STORE,
             view,
@@ -724,6 +726,7 @@ class _Dma(_Engine):
             dram_strides,
             lane_stride,
             queue,
+            rounding,
         )
 
     def _transfer(
@@ -735,6 +738,7 @@ class _Dma(_Engine):
         strides: Sequence[int] | None,
         lane_stride: int,
         queue: int | None,
+        rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         store = opcode is Opcode.DMA_STORE
         self._operand("the local operand", view, (Space.SBUF,), FORMATS)
@@ -745,6 +749,7 @@ class _Dma(_Engine):
         tensors = self._builder.dram.tensors
         if dram.index >= len(tensors) or tensors[dram.index] is not dram:
             refuse(f"{dram} belongs to another builder")
+        how = _rounding(rounding, dram.dtype, str(dram))
         item = dram.itemsize
         if strides is None:
             strides = tuple(item * step for step in c_strides(view.shape))
@@ -789,6 +794,7 @@ class _Dma(_Engine):
                 **{f"dram_strides.{i}": s for i, s in enumerate(padded) if s},
                 "lane_stride": lane_stride,
                 "dram_dtype": dram.dtype.value,
+                **how,
             },
             [self._access(view, not store)],
             dram=(dram.index, intervals, store),

@@ -19,7 +19,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -444,7 +444,7 @@ class Component:
         return found
 
     def gates(self, shared: set[Bit]) -> frozenset[Bit] | None:
-        """Bits of shared inputs that, all 0, keep every register as it is; None if there are none."""
+        """Bits of shared inputs that, all 0, keep every register as it is, or None."""
         found: frozenset[Bit] = frozenset()
         for cell in self.registers.values():
             pins = cell["connections"]

@@ -1,0 +1,77 @@
+"""Random words for the columns of stores."""
+
+from amaranth.hdl import Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..arith import DitherStream, engine_key
+from ..config import CoreConfig
+from ..emit import Once
+from .runs import Nest
+
+
+class ColumnDraws(wiring.Component):
+    """Draws the random words of stores that round stochastically, column after column, ahead of
+    the columns themselves.
+
+    Parameters
+    ----------
+    number : of the engine in `config.engines`
+
+    Members
+    -------
+    start : In(stream of {counts, counter}), one for each such store: the counts of its columns,
+        at least 1, and the number of instructions before it in its stream
+    seed : In(32), steady while a program runs
+    words : Out(stream of a 32-bit word for each lane), one for each column
+
+    Latency: ``1 + DITHER_LATENCY`` cycles from `start` to the first words. Throughput: one column
+    per cycle, also from one store to the next.
+    """
+
+    def __init__(self, config: CoreConfig, *, number: int) -> None:
+        self._lanes = config.lanes
+        self._number = number
+        super().__init__(
+            {
+                "start": In(
+                    stream.Signature(
+                        data.StructLayout(
+                            {
+                                "counts": data.ArrayLayout(unsigned(16), 4),
+                                "counter": unsigned(32),
+                            }
+                        )
+                    )
+                ),
+                "seed": In(32),
+                "words": Out(stream.Signature(data.ArrayLayout(unsigned(32), config.lanes))),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        lanes = self._lanes
+        m.submodules.nest = nest = Nest(4, addresses=False)
+        m.submodules.dither = dither = Once(DitherStream(lanes=lanes), f"dither_stream_{lanes}")
+        counter = Signal(32)
+        element = Signal(32)
+        m.d.comb += [
+            nest.start.valid.eq(self.start.valid),
+            nest.start.payload.counts.eq(self.start.payload.counts),
+            self.start.ready.eq(nest.start.ready),
+            dither.seed.eq(self.seed),
+            dither.key.eq(engine_key(self._number)),
+            dither.element.valid.eq(nest.point.valid),
+            dither.element.payload.counter.eq(counter),
+            dither.element.payload.element.eq(element),
+            nest.point.ready.eq(dither.element.ready),
+            self.words.valid.eq(dither.words.valid),
+            self.words.payload.eq(dither.words.payload),
+            dither.words.ready.eq(self.words.ready),
+        ]
+        with m.If(nest.point.valid & nest.point.ready):
+            m.d.sync += element.eq(Mux(nest.point.payload.ends.all(), 0, element + 1))
+        with m.If(self.start.valid & self.start.ready):
+            m.d.sync += counter.eq(self.start.payload.counter)
+        return m
