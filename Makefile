@@ -18,11 +18,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Utilization on the RTL at N = 16 and the error of products over K; writes docs/performance.md and
-# docs/accuracy.md.
+# Utilization on the RTL at N = 16, the error of products over K and the speed of the simulation;
+# writes docs/performance.md, docs/accuracy.md and docs/simulation.md.
 bench: setup
 	$(BIN)/python benchmarks/gemm.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/simulation.py
 
 # 30 million cases of the floating-point cells against SoftFloat; writes docs/softfloat.md.
 nightly: setup

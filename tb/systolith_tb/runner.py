@@ -35,6 +35,13 @@ public_flat_rw -module "{name}" -var "*"
 """
 
 
+def seed_of_run() -> int:
+    """``$SYSTOLITH_SEED``, else a number drawn; printed, so that a failure can be replayed."""
+    seed = int(os.environ.get("SYSTOLITH_SEED", int.from_bytes(os.urandom(4), "little")))
+    print(f"SYSTOLITH_SEED={seed}")
+    return seed
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Keeps two test workers from building the same thing at once."""
@@ -78,7 +85,7 @@ def run_bench(
         build_args.append(str(kept))
     control = build_dir / f"{name}.vlt"
     if seed is None:
-        seed = int(os.environ.get("SYSTOLITH_SEED", int.from_bytes(os.urandom(4), "little")))
+        seed = seed_of_run()
     print(f"{name}: {test_module} with SYSTOLITH_SEED={seed}")
 
     saved = dict(os.environ)

@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import itertools
-import os
 import platform
 import random
 from typing import Any
@@ -27,16 +26,10 @@ from systolith_hdl.isa import REDUCTIONS, AluOp, Function
 from systolith_hdl.tensor import PAIR_MUL_LATENCY
 from systolith_hdl.toolchain import ToolError
 from systolith_tb.cells import run_cells
+from systolith_tb.runner import seed_of_run
 
 NANO = get_config("nano")
 CYCLES = 600_000
-
-
-def draw_seed() -> int:
-    """``$SYSTOLITH_SEED``, else drawn; printed, so that a failure can be replayed."""
-    seed = int(os.environ.get("SYSTOLITH_SEED", int.from_bytes(os.urandom(4), "little")))
-    print(f"SYSTOLITH_SEED={seed}")
-    return seed
 
 
 #: zeros, subnormals, both ends of the normal range, around one, infinity, NaNs; without sign
@@ -122,7 +115,7 @@ def vectors(rng: np.random.Generator) -> np.ndarray:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_cells_equal_the_gates_in_every_cycle() -> None:
-    inputs = vectors(np.random.default_rng(draw_seed()))
+    inputs = vectors(np.random.default_rng(seed_of_run()))
     gates, fast = run_cells(inputs, fast=False), run_cells(inputs, fast=True)
     for index, name in enumerate(("fp32_add", "fp32_mul", "mac_narrow", "mac_fp8x2")):
         wrong = np.flatnonzero(gates[:, index] != fast[:, index])
@@ -207,7 +200,7 @@ def run_kernel(driver: Driver, seed: int) -> dict[str, Any]:
 
 
 def test_random_kernels_equal_the_gates() -> None:
-    draw = random.Random(draw_seed())
+    draw = random.Random(seed_of_run())
     seeds = [draw.getrandbits(32) for _ in range(8)]
     with Driver(RtlBackend(NANO)) as gates, Driver(FastRtlBackend(NANO)) as fast:
         for seed in seeds:

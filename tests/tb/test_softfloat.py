@@ -1,10 +1,9 @@
 """The cells in gates against SoftFloat, a sample of every class that `make nightly` runs."""
 
-import os
-
 import numpy as np
 import pytest
 from systolith_tb import softfloat
+from systolith_tb.runner import seed_of_run
 from systolith_tb.softfloat import OPERATIONS, compare
 
 CASES = 4000
@@ -24,9 +23,7 @@ PROVES = {
     ("name", "kind"), [(name, kind) for name in OPERATIONS for kind in OPERATIONS[name].classes]
 )
 def test_class(name: str, kind: str) -> None:
-    seed = int(os.environ.get("SYSTOLITH_SEED", int.from_bytes(os.urandom(4), "little")))
-    print(f"SYSTOLITH_SEED={seed}")
-    found = compare(name, kind, seed, CASES)
+    found = compare(name, kind, seed_of_run(), CASES)
     assert found["mismatches"] == 0
     assert found["cases"] == CASES
     what, share = PROVES.get(kind, ("cases", 1.0))

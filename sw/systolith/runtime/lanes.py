@@ -383,8 +383,6 @@ class Component:
                 open_.discard(variable)
                 order.append(variable)
                 continue
-            if variable in open_:
-                raise ToolError(f"{self._name}: {variable} waits for itself")
             if variable in seen:
                 continue
             seen.add(variable)
@@ -392,8 +390,9 @@ class Component:
                 open_.add(variable)
                 stack.append((variable, True))
                 for read in dict.fromkeys(self._reads(self._cells[variable])):
-                    if read not in seen:
-                        stack.append((read, False))
+                    if read in open_:
+                        raise ToolError(f"{self._name}: {read} waits for itself")
+                    stack.append((read, False))
         return order, seen
 
     def reads_table(self, bits: list[Bit]) -> bool:

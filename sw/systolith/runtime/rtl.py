@@ -101,6 +101,7 @@ def verilate(
     sources: str,
     cflags: str = "",
     fast: bool = False,
+    loops: bool = True,
     progress: Progress = lambda message: None,
 ) -> Path:
     """Builds Verilog and a C++ harness into a shared library, or finds it in the cache.
@@ -114,6 +115,7 @@ def verilate(
     sources : hash of everything the Verilog follows from
     cflags : for the harness
     fast : the floating-point cells are replaced by C++
+    loops : lanes become loops (lanes.py); else Verilator writes each lane out
 
     Returns the library's path. Raises ToolError naming a missing tool, or the log of a failed
     build.
@@ -130,7 +132,7 @@ def verilate(
         *(path.read_text() for path in (harness, *_TRANSLATORS)),
         cells,
         header,
-        repr(arguments),
+        repr((arguments, loops)),
         binary,
         cxx(),
         _processor(),
@@ -149,16 +151,16 @@ def verilate(
         verilog = emit()
         if fast:
             verilog = with_fast_cells(verilog, cells)
-        verilog, loops = with_loops(verilog)
+        verilog, cpp = with_loops(verilog) if loops else (verilog, "")
         verilog = with_calls(verilog)
         (folder / FAST_CELLS_HEADER.name).write_text(header)
-        (folder / "loops.cpp").write_text(loops)
+        (folder / "lanes.cpp").write_text(cpp)
         (folder / "design.v").write_text(verilog)
         log = folder / "build.log"
         progress(f"building the simulator of {name}")
         unfinished = folder / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        command = [binary, *arguments, "--Mdir", unfinished.name, "design.v", "loops.cpp"]
+        command = [binary, *arguments, "--Mdir", unfinished.name, "design.v", "lanes.cpp"]
         with open(log, "w") as out:
             done = subprocess.run(
                 [*command, str(harness)],
