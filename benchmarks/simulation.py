@@ -102,8 +102,8 @@ def main() -> None:
         "from DRAM to DRAM, the whole chip on one core; median of "
         f"{RUNS} runs, their range in brackets.",
         f"Builds from an empty cache, two jobs. {platform.machine()}, {os.cpu_count()} cores that",
-        "may be shared with other work: figures of one page compare with each other, less with another",
-        "day's.",
+        "may be shared with other work: figures of one page compare with each other, less with",
+        "those of another day.",
         "",
         "| device | thousand cycles/s | M MAC/s | target | build, s | target |",
         "|---|---|---|---|---|---|",
