@@ -100,15 +100,10 @@ def to_design(component: wiring.Component, name: str) -> str:
     return "\n".join(texts)
 
 
-def without_locations(rtlil: str) -> str:
-    """The text without source locations: they are absolute paths, and would make its hash differ
-    between checkouts."""
-    return re.sub(r"^\s*attribute \\src .*\n", "", rtlil, flags=re.MULTILINE)
-
-
 def to_verilog(component: wiring.Component, name: str) -> str:
     """Emits `component` and everything it places as one Verilog text, cached by content."""
-    whole = without_locations(to_design(component, name))
+    # Source locations are absolute paths: they would make the hash differ between checkouts.
+    whole = re.sub(r"^\s*attribute \\src .*\n", "", to_design(component, name), flags=re.MULTILINE)
     path = cache_dir() / f"verilog-{content_hash(whole)}.v"
     if not path.exists():
         text = verilog._convert_rtlil_text(whole, strip_internal_attrs=True)

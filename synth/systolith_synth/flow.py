@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -59,20 +58,16 @@ class Mapped:
 
 @dataclasses.dataclass
 class Route:
-    """A place-and-route run: its seed, and the report, or what went wrong."""
+    """A place-and-route run of a netlist: its seed, and the report, or what went wrong."""
 
     seed: int
     folder: Path
+    netlist: Path
     seconds: float
     fmax: float | None = None
     utilization: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     path: list[dict] = dataclasses.field(default_factory=list)
     error: str = ""
-
-
-def _environment() -> dict[str, str]:
-    """The wheels write progress to the terminal, but for the time they compile themselves."""
-    return dict(os.environ)
 
 
 @functools.cache
@@ -273,7 +268,7 @@ class Synthesis:
     def own(self, module: str) -> dict[str, float]:
         """Resources of one copy of a unit without its children: class -> units, and ``occupied``,
         the LUTs that its cells occupy."""
-        totals: dict[str, float] = collections.Counter()
+        totals: dict[str, float] = collections.defaultdict(float)
         for name, count in self.mapped[module].cells.items():
             cell = self.target.cell(name)
             totals[cell.kind.name] += cell.units * count
@@ -289,7 +284,7 @@ class Synthesis:
         """For each unit the resources of one copy with its children."""
         totals: dict[str, dict[str, float]] = {}
         for module, mapped in self.mapped.items():
-            whole = collections.Counter(self.own(module))
+            whole = collections.defaultdict(float, self.own(module))
             for child, times in mapped.unit.children.items():
                 for resource, number in totals[child].items():
                     whole[resource] += times * number
@@ -412,7 +407,8 @@ def place_and_route(
         )
     nextpnr = nextpnr_ecp5()
     harness = _harness(synthesis)
-    parts = [*synthesis.mapped, harness.parent.name, target.name, version(yosys())]
+    parts = [mapped.folder.name for mapped in synthesis.mapped.values()]
+    parts += [harness.parent.name, target.name, version(yosys())]
     with _Build("linked", *parts) as linked:
         if linked.fresh:
             progress("joining the netlists")
@@ -440,14 +436,14 @@ def place_and_route(
                 (build.folder / "netlist.json").unlink()
                 done = {"status": status, "seconds": time.perf_counter() - began}
                 (build.folder / "done.json").write_text(json.dumps(done))
-        routes.append(_route(seed, build.folder))
+        routes.append(_route(seed, build.folder, linked.folder / "netlist.json"))
     return routes
 
 
-def _route(seed: int, folder: Path) -> Route:
+def _route(seed: int, folder: Path, netlist: Path) -> Route:
     """Reads what nextpnr left."""
     done = json.loads((folder / "done.json").read_text())
-    route = Route(seed=seed, folder=folder, seconds=done["seconds"])
+    route = Route(seed=seed, folder=folder, netlist=netlist, seconds=done["seconds"])
     log = (folder / "nextpnr.log").read_text(errors="replace")
     used = re.findall(r"^Info:\s+(\w+): +(\d+)/ *(\d+) ", log, re.MULTILINE)
     route.utilization = {name: (int(n), int(of)) for name, n, of in used}

@@ -1,8 +1,11 @@
 """The elaborated design as text, taken apart into units that are synthesized one by one.
 
-A unit is a module that is emitted once, or one directly below it; what is deeper is flattened into
-its unit, and so are modules that only wrap an instance. Units of the same contents are one, whatever
-they are called: the second DMA queue costs no run.
+A unit is a module that is emitted once, or one directly below it; what is deeper is flattened
+into its unit, and so are modules that only wrap an instance. Units of the same contents are one,
+whatever they are called: the second DMA queue costs no run.
+
+Source locations go through the tools as numbers, in order of appearance: an edit that only moves
+lines leaves a unit's text as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import systolith_hdl
 from amaranth.lib import wiring
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.core import Chip
-from systolith_hdl.emit import to_design, without_locations
+from systolith_hdl.emit import to_design
 from systolith_hdl.toolchain import cache_dir, content_hash, sources_hash
 
 _MODULE = re.compile(r"(?=^(?:attribute [^\n]*\n)*module \\)", re.MULTILINE)
@@ -26,7 +29,7 @@ _INSTANCE = re.compile(r"^  cell \\(\S+) \\(\S+)$", re.MULTILINE)
 _PORT = re.compile(
     r"^  wire width (\d+)(?: signed)? (input|output) (\d+)(?: signed)? +\\(\S+)$", re.MULTILINE
 )
-_WIRE = re.compile(r'^  attribute \\src "([^"]*)"\n  wire [^\n]* \\(\S+)$', re.MULTILINE)
+_SOURCE = re.compile(r'^( *attribute \\src ")([^"]*)"\n', re.MULTILINE)
 _MEMORY = re.compile(r"^  memory width (\d+) size (\d+)(?: offset \d+)? \\(\S+)$", re.MULTILINE)
 #: where the names of modules are
 _HEADS = re.compile(r"^(module |  cell )\\(\S+)( \S+)?$", re.MULTILINE)
@@ -83,6 +86,7 @@ class Unit:
     text : RTLIL of module ``unit`` and what is flattened into it; children are black boxes
     children : the units placed in it, as often as they are, ``u_KEY`` -> times
     memories : those in it
+    sources : source locations, ``path:line``; the text has their numbers
     """
 
     name: str
@@ -90,6 +94,7 @@ class Unit:
     text: str
     children: dict[str, int]
     memories: list[Memory]
+    sources: list[str]
 
     @property
     def module(self) -> str:
@@ -108,12 +113,11 @@ class Design:
     def __init__(self, rtlil: str, top: str) -> None:
         self.top = top
         self._modules: dict[str, str] = {}
-        self._located: dict[str, str] = {}
+        self._units: dict[str, Unit] = {}
         for chunk in _MODULE.split(rtlil):
             name = _NAME.search(chunk)
             if name and name[1] not in self._modules:
-                self._located[name[1]] = chunk
-                self._modules[name[1]] = without_locations(chunk)
+                self._modules[name[1]] = chunk
 
     @classmethod
     def of_component(cls, component: wiring.Component, name: str) -> Design:
@@ -135,7 +139,7 @@ class Design:
         for module in BLOCKS.get(name, (name,)):
             if module in self._modules:
                 part = Design("", module)
-                part._modules, part._located = self._modules, self._located
+                part._modules = self._modules
                 return part
         raise BlockError(
             f"unknown block {name!r}; the blocks are {', '.join(BLOCKS)}, and every module of the "
@@ -172,7 +176,7 @@ class Design:
     def units(self) -> list[Unit]:
         """All units, children before those that place them, the top last. Each of them once: units
         of the same contents share the `key`."""
-        found: dict[str, Unit] = {}
+        found = self._units
 
         def visit(module: str) -> Unit:
             if module in found:
@@ -194,6 +198,8 @@ class Design:
                 lambda m: f"{m[1]}\\{names.get(m[2], m[2])}{m[3] or ''}",
                 "".join(self._modules[inner] for inner in inner_names),
             )
+            sources: list[str] = []
+            text = _SOURCE.sub(functools.partial(_number, sources), text)
             stubs = {unit.module: child for child, unit in units.items()}
             text += "".join(self._stub(child, name) for name, child in stubs.items())
             children: dict[str, int] = {}
@@ -204,11 +210,12 @@ class Design:
                 for inner, path in inside
                 for width, depth, name in _MEMORY.findall(self._modules[inner])
             ]
-            unit = Unit(module, content_hash(text), text, children, memories)
+            unit = Unit(module, content_hash(text), text, children, memories, sources)
             found[module] = unit
             return unit
 
-        visit(self.top)
+        if not found:
+            visit(self.top)
         return list(found.values())
 
     def _stub(self, module: str, name: str) -> str:
@@ -219,43 +226,44 @@ class Design:
         ]
         return f"attribute \\blackbox 1\nmodule \\{name}\n{''.join(lines)}end\n"
 
-    def locate(self, net: str) -> tuple[str, str]:
-        """Names a net of the flattened netlist.
+    def locate(self, name: str, source: str = "") -> tuple[str, str]:
+        """Says where a net or cell of the flat netlist is from.
 
-        Returns the path of the module that holds it, without the instances that are wrappers'
-        only, and the source location of the signal: ``path:line``, of the module if the signal's
-        own is not in the project; empty if unknown."""
-        module, path, rest = self.top, [], net
+        Parameters
+        ----------
+        name : its name
+        source : its ``src`` attribute
+
+        Returns the path of the innermost module that the name tells, without the instances of
+        wrappers, and the source locations, ``path:line``; empty if unknown."""
+        self.units()
+        module, path, rest = self.top, [], name
+        unit = self._units[module]
         while True:
             step = max(
-                (
-                    (child, instance)
-                    for child, instance in self._instances(module)
-                    if rest.startswith(instance + ".")
-                ),
+                (pair for pair in self._instances(module) if rest.startswith(pair[1] + ".")),
                 key=lambda pair: len(pair[1]),
                 default=None,
             )
             if step is None:
                 break
             module = step[0]
+            unit = self._units.get(module, unit)
             path.append(step[1])
             rest = rest[len(step[1]) + 1 :]
-        text = self._located[module]
-        wires = {name: source for source, name in _WIRE.findall(text)}
-        name = max((w for w in wires if _names(w, rest)), key=len, default=None)
-        source = wires[name] if name else ""
-        if not source.startswith("hdl/") or source.startswith("hdl/systolith_hdl/emit.py"):
-            head = re.search(r'attribute \\src "([^"]*)"\n(?:attribute [^\n]*\n)*module ', text)
-            if not head:  # a module without location of its own: that of its first statement
-                head = re.search(r'attribute \\src "(hdl/[^"]*)"', text)
-            source = head[1] if head else source
-        return ".".join(p for p in path if p != "cell") or self.top, source
+        numbers = [int(n) for n in re.findall(r"@(\d+)", source)]
+        places = [unit.sources[n] for n in numbers if n < len(unit.sources)]
+        return ".".join(p for p in path if p != "cell") or self.top, ", ".join(places)
 
 
-def _names(wire: str, rest: str) -> bool:
-    """Whether a netlist's net `rest` is of a wire, or made of it by a tool."""
-    return rest.startswith(wire) and (len(rest) == len(wire) or rest[len(wire)] in "[_$.")
+def _number(sources: list[str], match: re.Match[str]) -> str:
+    """Puts a number in place of a source location; those outside of the project vanish."""
+    location = match[2]
+    if not location.startswith("hdl/") or location.startswith("hdl/systolith_hdl/emit.py"):
+        return ""
+    if location not in sources:
+        sources.append(location)
+    return f'{match[1]}@{sources.index(location)}"\n'
 
 
 def _relative(rtlil: str) -> str:

@@ -96,8 +96,7 @@ def _ecp5(size: int, *, luts: int, brams: int, dsps: int) -> Target:
         # than 4, made of multiplexers, cost a fifth more area and are no faster: docs/synthesis.md.
         mappers=("abc9 -maxlut 4 -W 300", "abc -lut 4"),
         library="read_verilog -lib +/lattice/cells_sim_ecp5.v +/lattice/cells_bb_ecp5.v",
-        nextpnr=(f"--{size}k", "--package", "CABGA756" if size == 85 else "CABGA381")
-        + ("--speed", "8"),
+        nextpnr=(f"--{size}k", "--package", "CABGA381", "--speed", "8"),
         simulation=("lattice/cells_sim_ecp5.v",),
     )
 
