@@ -309,9 +309,25 @@ class Synthesis:
                 found.append(f"{name}: multiplication {multiplier} is made of LUTs")
         return found
 
-    def link(self, folder: Path, *, name: str, extra: Sequence[Path] = (), output: str) -> None:
-        """Joins the mapped units into one flat netlist of module `name`, written by the Yosys
-        command `output` in `folder`; `extra` are more mapped netlists, one of them with `name`."""
+    def verilog(self, name: str) -> str:
+        """The netlist as Verilog: the top as module `name`, and a module for each unit."""
+        parts = [mapped.folder.name for mapped in self.mapped.values()]
+        with _Build("netlist", name, *parts, version(yosys())) as build:
+            if build.fresh:
+                self.link(build.folder, name=name, flatten=False, output="write_verilog netlist.v")
+        return (build.folder / "netlist.v").read_text()
+
+    def link(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        output: str,
+        extra: Sequence[Path] = (),
+        flatten: bool = True,
+    ) -> None:
+        """Joins the mapped units into one netlist of module `name`, written by the Yosys command
+        `output` in `folder`; `extra` are more mapped netlists, one of them with `name`."""
         files = [mapped.folder / "mapped.il" for mapped in self.mapped.values()]
         for number, file in enumerate([*files, *extra]):
             shutil.copy(file, folder / f"part{number}.il")
@@ -321,7 +337,8 @@ class Synthesis:
         script += [
             self.target.library,
             f"hierarchy -check -top {name}",
-            "flatten\ndelete t:$scopeinfo\nopt_clean\nblackbox =A:whitebox",
+            "flatten\ndelete t:$scopeinfo\nopt_clean" if flatten else "",
+            "blackbox =A:whitebox",
             output,
         ]
         if _yosys("\n".join(script), folder):

@@ -179,15 +179,18 @@ def _paths(design: Design, routes: list[Route]) -> list[dict[str, Any]]:
             delay += step["delay"]
             if step["type"] == "routing":
                 continue
-            # Cells that ABC makes have no source; carry chains, registers and memories have.
+            # LUTs that ABC makes have no source; carry chains, registers and memories have.
             name = step["to"]["cell"].split("$CCU2")[0]
+            end = step["type"] != "logic"
             if not name.startswith("dut."):
+                if not end:
+                    continue
                 stage = {"block": "harness", "signal": "register", "source": ""}
-            elif name in sources or step["type"] != "logic":
-                block, source = design.locate(name[4:], sources.get(name, ""))
-                stage = {"block": block, "signal": _signal(name), "source": source}
             else:
-                continue
+                block, source = design.locate(name[4:], sources.get(name, ""))
+                if not source and not end:
+                    continue
+                stage = {"block": block, "signal": _signal(name) if end else "", "source": source}
             if not stages or {key: stages[-1][key] for key in stage} != stage:
                 stages.append(stage | {"at": 0.0})
             stages[-1]["at"] = round(delay, 2)
@@ -380,9 +383,10 @@ def _pnr_text(pnr: dict[str, Any]) -> list[str]:
         if len(stages) > _STAGES:
             stages = stages[: _STAGES // 2] + stages[-_STAGES // 2 :]
         rows = [
-            [f"`{s['block']}`", f"`{s['signal']}`", s["source"], f"{s['at']:.2f}"] for s in stages
+            [f"`{s['block']}`", s["source"], s["signal"] and f"`{s['signal']}`", f"{s['at']:.2f}"]
+            for s in stages
         ]
-        lines += _table(["block", "signal", "source", "ns"], rows, 3)
+        lines += _table(["block", "source", "register", "ns"], rows, 3)
     return lines
 
 
