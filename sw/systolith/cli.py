@@ -274,6 +274,9 @@ def synth(
     pnr: Annotated[bool, typer.Option("--pnr", help="Place and route, for Fmax.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Place-and-route runs.")] = 3,
     mhz: Annotated[float, typer.Option(min=1, help="Clock to reach for.")] = 100.0,
+    gates: Annotated[
+        bool, typer.Option(help="Also map to gates and estimate transistors; twice the time.")
+    ] = True,
     liberty: Annotated[
         Path | None, typer.Option(help="Cell library: area in it, no transistor estimate.")
     ] = None,
@@ -300,6 +303,7 @@ def synth(
             block=block,
             seeds=seeds if pnr else 0,
             mhz=mhz,
+            gates=gates,
             liberty=liberty,
             compare=compare,
             progress=status.update,

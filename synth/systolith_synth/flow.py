@@ -310,11 +310,17 @@ class Synthesis:
         return found
 
     def verilog(self, name: str) -> str:
-        """The netlist as Verilog: the top as module `name`, and a module for each unit."""
+        """The netlist as Verilog: the top as module `name`, and a module for each unit. In the
+        place of a cell stands what its simulation model says; cells without one stay."""
         parts = [mapped.folder.name for mapped in self.mapped.values()]
-        with _Build("netlist", name, *parts, version(yosys())) as build:
+        script = [f"setattr -mod -set keep_hierarchy 1 {name} u_*"]
+        script += [f"read_verilog -overwrite +/{file}" for file in self.target.simulation]
+        script += [f"hierarchy -top {name}", "proc", "flatten", "opt_expr", "opt_clean -purge"]
+        script += ["write_verilog -noattr netlist.v"]
+        output = "\n".join(script)
+        with _Build("netlist", name, *parts, output, version(yosys())) as build:
             if build.fresh:
-                self.link(build.folder, name=name, flatten=False, output="write_verilog netlist.v")
+                self.link(build.folder, name=name, flatten=False, output=output)
         return (build.folder / "netlist.v").read_text()
 
     def link(

