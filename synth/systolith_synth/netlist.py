@@ -31,6 +31,9 @@ _PORT = re.compile(
 )
 _SOURCE = re.compile(r'^( *attribute \\src ")([^"]*)"\n', re.MULTILINE)
 _MEMORY = re.compile(r"^  memory width (\d+) size (\d+)(?: offset \d+)? \\(\S+)$", re.MULTILINE)
+#: name that Amaranth gives a port made for a signal of another module, with a number that counts
+#: through the whole design
+_PORT_NAME = re.compile(r"(?<=\\)port\$\d+\$\d+")
 #: where the names of modules are
 _HEADS = re.compile(r"^(module |  cell )\\(\S+)( \S+)?$", re.MULTILINE)
 
@@ -118,6 +121,7 @@ class Design:
             name = _NAME.search(chunk)
             if name and name[1] not in self._modules:
                 self._modules[name[1]] = chunk
+        _renumber_ports(self._modules)
 
     @classmethod
     def of_component(cls, component: wiring.Component, name: str) -> Design:
@@ -254,6 +258,35 @@ class Design:
         numbers = [int(n) for n in re.findall(r"@(\d+)", source)]
         places = [unit.sources[n] for n in numbers if n < len(unit.sources)]
         return ".".join(p for p in path if p != "cell") or self.top, ", ".join(places)
+
+
+def _renumber_ports(modules: dict[str, str]) -> None:
+    """Numbers the ports that Amaranth made within each module: so equal modules have equal texts,
+    and an edit of one module leaves the others alone."""
+    numbers: dict[str, dict[str, str]] = {}
+    for module, text in modules.items():
+        made = dict.fromkeys(_PORT_NAME.findall(text))
+        numbers[module] = {name: f"port${number}" for number, name in enumerate(made)}
+
+    for module, text in modules.items():
+        lines = []
+        ports: dict[str, str] = {}
+        for line in text.split("\n"):
+            if line.startswith("  cell "):
+                ports = numbers.get(line.split()[1].removeprefix("\\"), {})
+            head = ""
+            if line.startswith("    connect "):
+                # The port is the instance's; what is connected is this module's.
+                port, line = line[12:].split(" ", 1)
+                head = (
+                    "    connect " + _PORT_NAME.sub(functools.partial(_renamed, ports), port) + " "
+                )
+            lines.append(head + _PORT_NAME.sub(functools.partial(_renamed, numbers[module]), line))
+        modules[module] = "\n".join(lines)
+
+
+def _renamed(names: dict[str, str], match: re.Match[str]) -> str:
+    return names.get(match[0], match[0])
 
 
 def _number(sources: list[str], match: re.Match[str]) -> str:
