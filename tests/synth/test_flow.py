@@ -62,7 +62,8 @@ class Small(wiring.Component):
             m.submodules.wide = wide = memory.Memory(shape=unsigned(16), depth=128, init=[])
             for number in range(3):
                 port = wide.write_port()
-                m.d.comb += [port.en.eq(self.a[number]), port.addr.eq(self.a), port.data.eq(self.o ^ number)]
+                m.d.comb += [port.en.eq(self.a[number]), port.addr.eq(self.a)]
+                m.d.comb += port.data.eq(self.o ^ number)
             late = wide.read_port(domain="comb")
             m.d.comb += late.addr.eq(self.a)
             with m.If(late.data.any()):
