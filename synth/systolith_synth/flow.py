@@ -310,18 +310,25 @@ class Synthesis:
         return found
 
     def verilog(self, name: str) -> str:
-        """The netlist as Verilog: the top as module `name`, and a module for each unit. In the
-        place of a cell stands what its simulation model says; cells without one stay."""
+        """The netlist as Verilog: module `name` only holds the top unit, and there is a module for
+        each unit. In the place of a cell stands what its simulation model says; cells without one
+        stay."""
+        top = self.top.module
         parts = [mapped.folder.name for mapped in self.mapped.values()]
-        script = [f"setattr -mod -set keep_hierarchy 1 {name} u_*"]
+        script = ["setattr -mod -set keep_hierarchy 1 u_*"]
         script += [f"read_verilog -overwrite +/{file}" for file in self.target.simulation]
-        script += [f"hierarchy -top {name}", "proc", "flatten", "opt_expr", "opt_clean -purge"]
+        script += [f"hierarchy -top {top}", "proc", "flatten", "opt_expr", "opt_clean -purge"]
         script += ["write_verilog -noattr netlist.v"]
         output = "\n".join(script)
-        with _Build("netlist", name, *parts, output, version(yosys())) as build:
+        with _Build("netlist", *parts, output, version(yosys())) as build:
             if build.fresh:
-                self.link(build.folder, name=name, flatten=False, output=output)
-        return (build.folder / "netlist.v").read_text()
+                self.link(build.folder, name=top, flatten=False, output=output)
+        ports = ", ".join(
+            f"{'input' if is_input else 'output'} [{width - 1}:0] {port}"
+            for port, width, is_input in self.design.ports()
+        )
+        shell = f"module {name}({ports});\n  {top} netlist(.*);\nendmodule\n"
+        return shell + (build.folder / "netlist.v").read_text()
 
     def link(
         self,
@@ -332,14 +339,12 @@ class Synthesis:
         extra: Sequence[Path] = (),
         flatten: bool = True,
     ) -> None:
-        """Joins the mapped units into one netlist of module `name`, written by the Yosys command
-        `output` in `folder`; `extra` are more mapped netlists, one of them with `name`."""
+        """Joins the mapped units into one netlist with module `name` at the top, written by the
+        Yosys command `output` in `folder`; `extra` are more mapped netlists."""
         files = [mapped.folder / "mapped.il" for mapped in self.mapped.values()]
         for number, file in enumerate([*files, *extra]):
             shutil.copy(file, folder / f"part{number}.il")
         script = [f"read_rtlil part{number}.il" for number in range(len(files) + len(extra))]
-        if not extra:
-            script.append(f"rename {self.top.module} {name}")
         script += [
             self.target.library,
             f"hierarchy -check -top {name}",

@@ -112,7 +112,7 @@ def netlist(
     target: str = "ecp5-85k",
     progress: Progress = lambda text: None,
 ) -> str:
-    """Synthesizes a component; returns its netlist as Verilog, module `name` and below it one
+    """Synthesizes a component; returns its netlist as Verilog, module `name` and below it a
     module for each unit, with models of the cells that Yosys has none for."""
     device = get_target(target)
     synthesis = Synthesis(Design.of_component(component, name), device, progress=progress)
