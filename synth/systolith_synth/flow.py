@@ -171,7 +171,7 @@ def map_unit(unit: Unit, target: Target) -> Mapped:
         cells={cell: n for cell, n in counts.items() if cell not in unit.children},
         memories=[(memory, kinds.get(memory.name, "")) for memory in unit.memories],
         soft_multipliers=[
-            name.removeprefix("$flatten\\")
+            name.removeprefix("$flatten\\").replace(".genblk1", "")
             for name in re.findall(r"creating \$macc model for (\S+) \(\$mul\)", log)
         ],
         folder=build.folder,

@@ -93,7 +93,7 @@ def _ecp5(size: int, *, luts: int, brams: int, dsps: int) -> Target:
         before="synth_ecp5 -latches warn -top unit -run :map_luts",
         after="synth_ecp5 -latches warn -run map_cells:check\nautoname",
         # ABC9 knows the delay of carry chains, but ends without a word on some modules. LUTs wider
-        # than 4, made of multiplexers, cost a fifth more area and are no faster: docs/synthesis.md.
+        # than 4, made of multiplexers, are faster and cost more area: docs/synthesis.md.
         mappers=("abc9 -maxlut 4 -W 300", "abc -lut 4"),
         library="read_verilog -lib +/lattice/cells_sim_ecp5.v +/lattice/cells_bb_ecp5.v",
         nextpnr=(f"--{size}k", "--package", "CABGA381", "--speed", "8"),
@@ -117,6 +117,10 @@ _XILINX_CELLS = {
     "RAM32X1D": Cell(Kind.lutram, luts=2),
     "RAM64X1D": Cell(Kind.lutram, luts=2),
     "RAM128X1D": Cell(Kind.lutram, luts=4),
+    "RAM32X1S": Cell(Kind.lutram, luts=1),
+    "RAM64X1S": Cell(Kind.lutram, luts=1),
+    "RAM128X1S": Cell(Kind.lutram, luts=2),
+    "RAM256X1S": Cell(Kind.lutram, luts=4),
     "RAMB36E1": Cell(Kind.bram),
     "RAMB18E1": Cell(Kind.bram, units=0.5),
     "DSP48E1": Cell(Kind.dsp),

@@ -33,7 +33,7 @@ class Leaf(wiring.Component):
 
 
 class Small(wiring.Component):
-    """Two leaves, a product, and two memories, one of which has two write ports in one cycle."""
+    """Two leaves, a product and a memory; `bad` adds a memory with three write ports."""
 
     a: In(8)
     o: Out(16)
@@ -62,7 +62,7 @@ class Small(wiring.Component):
             m.submodules.wide = wide = memory.Memory(shape=unsigned(16), depth=128, init=[])
             for number in range(3):
                 port = wide.write_port()
-                m.d.comb += [port.en.eq(self.a[number]), port.addr.eq(self.a)]
+                m.d.comb += [port.en.eq(self.a[number]), port.addr.eq(self.a + number)]
                 m.d.comb += port.data.eq(self.o ^ number)
             late = wide.read_port(domain="comb")
             m.d.comb += late.addr.eq(self.a)
@@ -200,11 +200,15 @@ def test_report_files(tmp_path: Path) -> None:
 
 
 LIBERTY = """library(tiny) {
+  cell(BUFF) { area : 1; pin(A) { direction : input; }
+    pin(Y) { direction : output; function : "A"; } }
   cell(INVERT) { area : 1; pin(A) { direction : input; }
     pin(Y) { direction : output; function : "A'"; } }
   cell(NAND) { area : 2; pin(A) { direction : input; } pin(B) { direction : input; }
-    pin(Y) { direction : output; function : "(A B)'"; } }
-  cell(FLOP) { area : 10; ff(IQ, IQN) { clocked_on : C; next_state : D; }
+    pin(Y) { direction : output; function : "(A*B)'"; } }
+  cell(NOR) { area : 2; pin(A) { direction : input; } pin(B) { direction : input; }
+    pin(Y) { direction : output; function : "(A+B)'"; } }
+  cell(FLOP) { area : 10; ff("IQ", "IQN") { clocked_on : C; next_state : D; }
     pin(C) { direction : input; clock : true; } pin(D) { direction : input; }
     pin(Q) { direction : output; function : "IQ"; } }
 }
@@ -217,7 +221,7 @@ def test_liberty(tmp_path: Path) -> None:
     synthesis = flow.Synthesis(small(), get_target("ecp5-85k"), liberty=library)
     whole = 0.0
     for module, mapped in synthesis.mapped.items():
-        area = {"INVERT": 1, "NAND": 2, "FLOP": 10}
+        area = {"BUFF": 1, "INVERT": 1, "NAND": 2, "NOR": 2, "FLOP": 10}
         own = sum(area.get(cell, 0) * n for cell, n in mapped.gates.items())
         assert mapped.area == own > 0
         whole += synthesis.copies[module] * own
