@@ -221,6 +221,14 @@ def estimate_gates(mapped: Mapped, liberty: Path | None) -> None:
         mapped.area = float(stat_of.get("area", 0))
 
 
+#: Yosys' own model picks the bit in four steps: four times as much for Verilator.
+_LUT4 = """module LUT4(input A, B, C, D, output Z);
+  parameter [15:0] INIT = 0;
+  \\$lut #(.WIDTH(4), .LUT(INIT)) lut(.A({D, C, B, A}), .Y(Z));
+endmodule
+"""
+
+
 class Synthesis:
     """A design synthesized for a target.
 
@@ -317,6 +325,7 @@ class Synthesis:
         parts = [mapped.folder.name for mapped in self.mapped.values()]
         script = ["setattr -mod -set keep_hierarchy 1 u_*"]
         script += [f"read_verilog -overwrite +/{file}" for file in self.target.simulation]
+        script += [f"read_verilog -overwrite -icells <<EOT\n{_LUT4}EOT"]
         script += [f"hierarchy -top {top}", "proc", "flatten", "opt_expr", "opt_clean -purge"]
         script += ["write_verilog -noattr netlist.v"]
         output = "\n".join(script)

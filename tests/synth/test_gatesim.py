@@ -25,11 +25,13 @@ def test_mac() -> None:
 
 
 def test_scratchpad() -> None:
-    memory = BankedMemory(get_config("nano"), depth=128, reads=4, writes=3)
-    assert run_gates(memory, "banked_gates", "bench_banked", cell="DP16KD") == 3
+    config = get_config("nano")
+    memory = BankedMemory(config, depth=config.sbuf_depth, reads=4, writes=3)
+    env = {"SYSTOLITH_BENCH_DEPTH": str(config.sbuf_depth)}
+    assert run_gates(memory, "banked_gates", "bench_banked", cell="DP16KD", env=env) == 3
 
 
 def test_vector_lanes() -> None:
     config = get_config("nano")
     engine = VectorEngine(config, number=config.engines.index("vector"))
-    assert run_gates(engine, "vector_gates", "bench_vector", cell="TRELLIS_DPR16X4") == 5
+    assert run_gates(engine, "vector_gates", "bench_vector", cell="MULT18X18D") == 5
