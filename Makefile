@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test bench nightly lint setup docs clean
+.PHONY: train test bench nightly synth baseline gatesim lint setup docs clean
 
 train: setup
 	$(BIN)/systolith train digits --device rtl --config small
@@ -28,6 +28,24 @@ bench: setup
 # 30 million cases of the floating-point cells against SoftFloat; writes docs/softfloat.md.
 nightly: setup
 	$(BIN)/python benchmarks/softfloat.py
+
+# FPGA reports into docs/reports; about an hour the first time, on an idle machine. A design that
+# does not fit ends its command with an error, and its report is there all the same.
+synth: setup
+	-$(BIN)/systolith synth --config nano --pnr --out docs/reports/nano
+	-$(BIN)/systolith synth --config small --no-gates --out docs/reports/small
+	-$(BIN)/systolith synth --config medium --no-gates --out docs/reports/medium
+	$(BIN)/systolith synth --block tensor.mac --pnr --mhz 150 --out docs/reports/nano-tensor.mac
+	$(BIN)/systolith synth --config medium-fp8 --block tensor.mac --pnr --mhz 150 \
+		--out docs/reports/medium-fp8-tensor.mac
+
+# Takes the present cell counts of nano as those that `make test` compares with.
+baseline: setup
+	$(BIN)/python -m systolith_synth.baseline
+
+# Netlists of nano's MAC, scratchpad and vector engine under the benches of the sources.
+gatesim: setup
+	$(BIN)/python -m pytest tests/synth/test_gatesim.py
 
 # The pages in docs/ that follow from the sources.
 docs: setup

