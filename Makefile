@@ -45,7 +45,7 @@ baseline: setup
 
 # Netlists of nano's MAC, scratchpad and vector engine under the benches of the sources.
 gatesim: setup
-	$(BIN)/python -m pytest tests/synth/test_gatesim.py
+	$(BIN)/python -m pytest tests/gatesim
 
 # The pages in docs/ that follow from the sources.
 docs: setup
