@@ -3,6 +3,8 @@
 The adder can be generated for any `Encoding`; the chip has it in FP32.
 """
 
+from collections.abc import Collection
+
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -13,8 +15,8 @@ from .rounding import (
     RAW_BITS,
     RAW_INF,
     Encoding,
+    finish,
     leading_zeros,
-    pack,
     pack_fp32,
     saturate,
     saturate5,
@@ -23,142 +25,190 @@ from .rounding import (
 
 #: Enabled cycles from the operands of an FP32 cell to its result.
 FP32_LATENCY = 3
+#: Steps of `add` after which an `Adder` has a register; the last is at its end.
+CUTS = ("align", "level0")
+assert len(CUTS) + 1 == FP32_LATENCY
 
 
-class Raw(data.Struct):
-    """Unpacked operand of an addition: value = significand / 2**26 * 2**(exponent - 127)."""
+def addend_layout(encoding: Encoding = FP32) -> data.StructLayout:
+    """An operand of `add`: (-1)**sign * significand / 2**fraction * 2**(exponent - bias).
 
-    sign: unsigned(1)
-    #: 1 to 382, or RAW_INF for infinity. 1 if the top bit of the significand is clear.
-    exponent: unsigned(EXP_BITS)
-    #: 24 bits, then guard, round and sticky
-    significand: unsigned(RAW_BITS - 1)
-
-
-def raw_layout(encoding: Encoding) -> data.StructLayout:
-    """What `Raw` is for FP32."""
+    The exponent may lie outside the encoding, as that of a product may; that of zero is 1 or less.
+    """
     return data.StructLayout(
         {
             "sign": unsigned(1),
-            "exponent": unsigned(encoding.exp_bits),
-            "significand": unsigned(encoding.raw_bits - 1),
+            "exponent": signed(encoding.exp_bits + 1),
+            #: Its top bit may be clear: see `lead` of `add`.
+            "significand": unsigned(encoding.fraction + 1),
+            "inf": unsigned(1),
+            "nan": unsigned(1),
         }
     )
 
 
-def unpack(word: Value, encoding: Encoding) -> Value:
-    """Returns the bits of a `raw_layout` holding the word, which must not be NaN (see `is_nan`)."""
-    fraction, exponent = word[: encoding.fraction], word[encoding.fraction : -1]
-    subnormal = exponent == 0
-    special = exponent == (1 << encoding.exponent) - 1
-    # 255 turns into RAW_INF and 0 into 1: only the two end bits change.
-    widened = Cat((exponent[0] | subnormal) & ~special, exponent[1:], special)
-    return Cat(word[-1], widened, Const(0, 3), fraction, ~subnormal)
-
-
-def unpack_fp32(word: Value) -> Value:
-    """Returns the bits of a `Raw` holding the FP32 word, which must not be NaN (see `is_nan`)."""
-    return unpack(word, FP32)
-
-
 def is_nan(word: Value, encoding: Encoding = FP32) -> Value:
     """1 if the word is a NaN."""
-    return word[:-1] > encoding.infinity
+    fraction, field = word[: encoding.fraction], word[encoding.fraction : -1]
+    return field.all() & fraction.any()
 
 
-def raw_add(
-    m: Module, *, en: Value, a: Value, b: Value, nan: Value, encoding: Encoding = FP32
+def unpack(word: Value, encoding: Encoding = FP32) -> Value:
+    """Returns the bits of an `addend_layout` holding the word."""
+    fraction, field = word[: encoding.fraction], word[encoding.fraction : -1]
+    subnormal = field == 0
+    return Cat(
+        word[-1],
+        field[0] | subnormal,  # 0 turns into 1
+        field[1:],
+        Const(0, 2),
+        fraction,
+        ~subnormal,
+        field.all() & ~fraction.any(),
+        is_nan(word, encoding),
+    )
+
+
+class _Pipeline:
+    """The values that a calculation hands from step to step: its attributes."""
+
+    def __init__(self, m: Module, en: Value, cuts: Collection[str]) -> None:
+        self._m, self._en, self._cuts = m, en, cuts
+        self._values: dict[str, Signal] = {}
+
+    def __getattr__(self, name: str) -> Signal:
+        return self._values[name]
+
+    def step(self, step: str, **values: Value) -> None:
+        """Ends a step, in which these values were made; with a register if it is one of `cuts`."""
+        values = {**self._values, **values}
+        for name, value in values.items():
+            self._values[name] = signal = Signal(
+                value.shape(), name=f"{name}_{step}", reset_less=True
+            )
+            if step in self._cuts:
+                with self._m.If(self._en):
+                    self._m.d.sync += signal.eq(value)
+            else:
+                self._m.d.comb += signal.eq(value)
+
+
+def add(
+    m: Module,
+    *,
+    en: Value,
+    a: data.View,
+    b: data.View,
+    lead: int,
+    cuts: Collection[str],
+    encoding: Encoding = FP32,
 ) -> Value:
-    """Adds two `Raw` numbers and rounds once to FP32: the three-stage core of every adder.
+    """Adds two numbers and rounds once, to nearest even: the core of every adder.
 
-    Stage 1 puts the larger magnitude first, stage 2 aligns and adds, stage 3 normalises and rounds.
+    Its steps:
+
+    - swap: the number with the larger exponent comes first.
+    - align: the other is shifted right by the distance of the exponents.
+    - sum: they are added, or subtracted.
+    - level0, level1, ...: leading zeros are shifted out, 16 of them or none, 8 or none, ...
+    - It is rounded and encoded, and registered.
 
     Parameters
     ----------
-    en : freezes all three stages when low
-    a, b : `Raw`. A sticky bit may be set only in an operand whose exponent is 1 (a product that was
-        shifted down into the subnormal range), because a sum of such is never shifted up again.
-    nan : an operand is NaN
-    encoding : if not FP32, `a` and `b` are of its `raw_layout` and the result has its bits
+    en : freezes all registers when low
+    a, b : of `addend_layout`; `a` an unpacked word
+    lead : number of zeros that may stand above the highest one of the significand of `b`. More may
+        only if its exponent is 1 or less.
+    cuts : the steps that end in a register
+    encoding : of the result
 
     Returns
     -------
-    32-bit register, three enabled cycles after `a` and `b`
+    Register that holds the word ``len(cuts) + 1`` enabled cycles after `a` and `b`
     """
-    raw_bits, exp_bits, shift_bits = encoding.raw_bits, encoding.exp_bits, encoding.shift_bits
-    layout = raw_layout(encoding)
+    fraction = encoding.fraction
+    # Below the significand: guard, round and sticky bit, and what is shifted up to fill `lead`.
+    guard_bits = 3 + lead
+    width = 1 + fraction + guard_bits
+    shift_bits = width.bit_length()
+    pipe = _Pipeline(m, en, cuts)
 
-    # Stage 1
-    swap = Signal()
-    big, small = Signal(layout), Signal(layout)
-    distance = Signal(exp_bits)
-    m.d.comb += [
-        swap.eq(Cat(a.significand, a.exponent) < Cat(b.significand, b.exponent)),
-        big.eq(Mux(swap, b, a)),
-        small.eq(Mux(swap, a, b)),
-        distance.eq(big.exponent - small.exponent),
-    ]
-    big_1 = Signal(layout, reset_less=True)
-    small_1 = Signal(raw_bits - 1, reset_less=True)
-    shift_1 = Signal(shift_bits, reset_less=True)
-    subtract_1 = Signal(reset_less=True)
-    nan_1 = Signal(reset_less=True)
-
-    # Stage 2
-    aligned = Signal(raw_bits - 1)
-    sum_2 = Signal(raw_bits, reset_less=True)
-    exponent_2 = Signal(exp_bits, reset_less=True)
-    sign_2 = Signal(reset_less=True)
-    subtract_2 = Signal(reset_less=True)
-    nan_2 = Signal(reset_less=True)
-    m.d.comb += aligned.eq(shift_right_sticky(m, small_1, shift_1))
+    # Only exponents are compared, so the difference of the significands can be negative: where the
+    # exponents are equal, and where both numbers are below the normal range.
+    difference = Signal(signed(encoding.exp_bits + 2))
+    m.d.comb += difference.eq(a.exponent - b.exponent)
+    swap = difference[-1]
+    differ = a.sign ^ b.sign
+    inf = a.inf | b.inf
+    # The complement of a negative difference is one less than the distance: the last place is
+    # shifted here.
+    distance = difference[:-1] ^ swap.replicate(len(difference) - 1)
+    pipe.step(
+        "swap",
+        big=Mux(swap, b.significand, a.significand),
+        small=Mux(swap, a.significand, Cat(Const(0, 1), b.significand)),
+        distance=saturate(distance, shift_bits),
+        exponent=Mux(swap, b.exponent, a.exponent)[: encoding.exp_bits],
+        sign=Mux(~a.inf & (b.inf | swap), b.sign, a.sign),
+        subtract=differ & ~inf,
+        inf=inf,
+        nan=a.nan | b.nan | (a.inf & b.inf & differ),
+    )
+    aligned = shift_right_sticky(m, Cat(Const(0, guard_bits - 1), pipe.small), pipe.distance)
+    pipe.step("align", addend=aligned ^ pipe.subtract.replicate(width))
     # One adder for both: subtracting adds the complement, and the carry-in comes from a pair of
     # ones below bit 0.
-    total = Cat(subtract_1, big_1.significand, 0) + Cat(
-        subtract_1, aligned ^ subtract_1.replicate(raw_bits - 1), subtract_1
+    total = Cat(pipe.subtract, Const(0, guard_bits), pipe.big) + Cat(
+        pipe.subtract, pipe.addend, pipe.subtract
     )
+    pipe.step("sum", total=total[1 : width + 2])
 
-    # Stage 3
-    zeros, shift, raw = Signal(shift_bits), Signal(shift_bits), Signal(raw_bits)
-    m.d.comb += [
-        zeros.eq(leading_zeros(m, sum_2)),
-        # Not further than exponent 1: what is left of the top bit then is a subnormal.
-        shift.eq(Mux(zeros < exponent_2, zeros, exponent_2)),
-        raw.eq(sum_2 << shift),
+    # A negative sum is complemented here, and the one that this leaves out is added by rounding.
+    negative = pipe.subtract & pipe.total[-1]
+    zero = pipe.total == 0
+    rest = pipe.total ^ negative.replicate(width + 1)
+    # x - x is +0; -0 + -0 keeps its sign.
+    sign = (pipe.sign ^ negative) & ~(pipe.subtract & zero)
+    room = pipe.exponent[shift_bits:].any()
+    shift = Const(0, 0)
+    for level in range(shift_bits):
+        bit = shift_bits - 1 - level
+        places = 1 << bit
+        clear, go = Signal(name=f"clear_{level}"), Signal(name=f"go_{level}")
+        m.d.comb += [
+            clear.eq(rest[-places:] == 0),
+            # Not further than exponent 1: what is left of the top bit then is a subnormal.
+            go.eq(clear & (room | pipe.exponent[bit])),
+        ]
+        pipe.step(
+            f"level{level}",
+            rest=Mux(go, Cat(negative.replicate(places), rest[:-places]), rest),
+            room=room | (pipe.exponent[bit] & ~clear),
+            shift=Cat(go, shift),
+            negative=negative,
+            zero=zero,
+            sign=sign,
+        )
+        rest, room, shift = pipe.rest, pipe.room, pipe.shift
+        negative, zero, sign = pipe.negative, pipe.zero, pipe.sign
+
+    kept, guard, lost = rest[-1 - fraction : -1], rest[-2 - fraction], rest[: -2 - fraction]
+    top = rest[-1]
+    up = Mux(negative, guard | (kept[0] & lost.all()), guard & (kept[0] | lost.any()))
+    # The exponent of the top bit: one more than that of the larger number, less `shift`, which is
+    # the complement and one more. If the top bit is clear the exponent's field is zero, and all
+    # its bits but the last come out so. The rounding carry runs from fraction to exponent, so the
+    # next binade, the step from subnormal to normal and the step to infinity come by themselves.
+    exponent = Cat(pipe.exponent[0] & top, pipe.exponent[1:] + 1)[: encoding.exp_bits]
+    less = Cat(~shift[0] & top, ~shift[1:], Const(-1, encoding.exp_bits - shift_bits))
+    packed = (Cat(kept, exponent) + Cat(up, Const(0, fraction - 1), less))[
+        : fraction + encoding.exp_bits
     ]
     output = Signal(encoding.bits, reset_less=True)
-
     with m.If(en):
-        m.d.sync += [
-            big_1.eq(big),
-            small_1.eq(small.significand),
-            shift_1.eq(saturate(distance, shift_bits)),
-            subtract_1.eq(a.sign ^ b.sign),
-            nan_1.eq(
-                nan
-                | (
-                    (a.exponent == encoding.raw_inf)
-                    & (b.exponent == encoding.raw_inf)
-                    & (a.sign ^ b.sign)
-                )
-            ),
-            sum_2.eq(total[1 : raw_bits + 1]),
-            exponent_2.eq(big_1.exponent),
-            sign_2.eq(big_1.sign),
-            subtract_2.eq(subtract_1),
-            nan_2.eq(nan_1),
-            output.eq(
-                pack(
-                    m,
-                    encoding,
-                    # x - x is +0; -0 + -0 keeps its sign.
-                    sign=sign_2 & ~(subtract_2 & (sum_2 == 0)),
-                    exponent=(exponent_2 - shift)[:exp_bits],
-                    raw=raw,
-                    nan=nan_2,
-                )
-            ),
-        ]
+        m.d.sync += output.eq(
+            finish(m, encoding, packed, sign=pipe.sign, zero=zero, inf=pipe.inf, nan=pipe.nan)
+        )
     return output
 
 
@@ -188,13 +238,13 @@ class Adder(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         encoding = self._encoding
-        a, b = Signal(raw_layout(encoding)), Signal(raw_layout(encoding))
+        a, b = Signal(addend_layout(encoding)), Signal(addend_layout(encoding))
         m.d.comb += [
             a.as_value().eq(unpack(self.a, encoding)),
             b.as_value().eq(unpack(self.b, encoding)),
         ]
-        nan = is_nan(self.a, encoding) | is_nan(self.b, encoding)
-        m.d.comb += self.o.eq(raw_add(m, en=self.en, a=a, b=b, nan=nan, encoding=encoding))
+        total = add(m, en=self.en, a=a, b=b, lead=0, cuts=CUTS, encoding=encoding)
+        m.d.comb += self.o.eq(total)
         return m
 
 
