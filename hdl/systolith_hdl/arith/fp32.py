@@ -93,6 +93,10 @@ class _Pipeline:
                 self._m.d.comb += signal.eq(value)
 
 
+def _levels(bits: int) -> list[tuple[int, ...]]:
+    return {5: [(4, 3), (2,), (1, 0)], 4: [(3, 2), (1, 0)], 3: [(2,), (1, 0)]}[bits]
+
+
 def add(
     m: Module,
     *,
@@ -159,32 +163,52 @@ def add(
     # One adder for both: subtracting adds the complement, and the carry-in comes from a pair of
     # ones below bit 0.
     total = Cat(pipe.subtract, Const(0, guard_bits), pipe.big) + Cat(
-        pipe.subtract, pipe.addend, pipe.subtract
+        pipe.subtract, pipe.addend, pipe.subtract, pipe.subtract
     )
-    pipe.step("sum", total=total[1 : width + 2])
+    pipe.step("sum", total=total[1 : width + 2], negative=total[width + 2])
 
     # A negative sum is complemented here, and the one that this leaves out is added by rounding.
-    negative = pipe.subtract & pipe.total[-1]
+    negative = pipe.negative
     zero = pipe.total == 0
     rest = pipe.total ^ negative.replicate(width + 1)
     # x - x is +0; -0 + -0 keeps its sign.
     sign = (pipe.sign ^ negative) & ~(pipe.subtract & zero)
     room = pipe.exponent[shift_bits:].any()
     shift = Const(0, 0)
-    for level in range(shift_bits):
-        bit = shift_bits - 1 - level
-        places = 1 << bit
-        clear, go = Signal(name=f"clear_{level}"), Signal(name=f"go_{level}")
-        m.d.comb += [
-            clear.eq(rest[-places:] == 0),
+    for level, bits in enumerate(_levels(shift_bits)):
+        goes: list[Value] = []
+        first = rest
+        for bit in bits:
+            places = 1 << bit
+            clear, go = Signal(name=f"clear_{bit}"), Signal(name=f"go_{bit}")
+            left = pipe.exponent[bit]
             # Not further than exponent 1: what is left of the top bit then is a subnormal.
-            go.eq(clear & (room | pipe.exponent[bit])),
-        ]
+            if not goes:
+                m.d.comb += [clear.eq(rest[-places:] == 0), go.eq(clear & (room | left))]
+                room_stay = room | (left & ~clear)
+            else:
+                # Both outcomes of the place before are worked out in parallel.
+                m.d.comb += [
+                    go.eq(
+                        Mux(
+                            goes[0],
+                            (first[-3 * places : -2 * places] == 0) & (room | left),
+                            (first[-places:] == 0) & (room_stay | left),
+                        )
+                    ),
+                    clear.eq(Mux(goes[0], first[-3 * places : -2 * places], first[-places:]) == 0),
+                ]
+                room_stay = Mux(goes[0], room, room_stay) | (left & ~clear)
+            goes.append(go)
+            shifted = Signal(width + 1, name=f"shifted_{bit}")
+            m.d.comb += shifted.eq(Mux(go, Cat(negative.replicate(places), rest[:-places]), rest))
+            rest = shifted
+            shift = Cat(go, shift)
         pipe.step(
             f"level{level}",
-            rest=Mux(go, Cat(negative.replicate(places), rest[:-places]), rest),
-            room=room | (pipe.exponent[bit] & ~clear),
-            shift=Cat(go, shift),
+            rest=rest,
+            room=room_stay,
+            shift=shift,
             negative=negative,
             zero=zero,
             sign=sign,

@@ -10,9 +10,9 @@ from ..arith.rounding import EXP_BITS, leading_zeros
 #: Cycles from the factors of a MAC to the product meeting the running sum.
 MUL_LATENCY = 1
 #: Cycles from the running sum entering a MAC to the sum leaving it: also the skew between rows.
-ADD_LATENCY = 3
+ADD_LATENCY = 4
 #: Steps of `add` after which a MAC has a register; the last is at its end.
-CUTS = ("swap", "sum")
+CUTS = ("swap", "sum", "level1")
 assert len(CUTS) + 1 == ADD_LATENCY
 
 
