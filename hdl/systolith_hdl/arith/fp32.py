@@ -3,10 +3,11 @@
 The adder can be generated for any `Encoding`; the chip has it in FP32.
 """
 
+import dataclasses
 from collections.abc import Collection
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
-from amaranth.lib import data, wiring
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
+from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from .rounding import (
@@ -26,51 +27,66 @@ from .rounding import (
 #: Enabled cycles from the operands of an FP32 cell to its result.
 FP32_LATENCY = 3
 #: Steps of `add` after which an `Adder` has a register; the last is at its end.
-CUTS = ("align", "level0")
+CUTS = ("swap", "level0")
 assert len(CUTS) + 1 == FP32_LATENCY
 
 
-def addend_layout(encoding: Encoding = FP32) -> data.StructLayout:
+@dataclasses.dataclass(frozen=True)
+class Addend:
     """An operand of `add`: (-1)**sign * significand / 2**fraction * 2**(exponent - bias).
 
-    The exponent may lie outside the encoding, as that of a product may; that of zero is 1 or less.
+    Parameters
+    ----------
+    sign : 1 bit
+    exponent : signed or not; may lie outside the encoding, as that of a product may. That of zero
+        is 1 or less.
+    significand : ``1 + fraction`` bits; its top bit may be clear, see `lead` of `add`
+    inf, nan : 1 bit; it is that, whatever exponent and significand say
     """
-    return data.StructLayout(
-        {
-            "sign": unsigned(1),
-            "exponent": signed(encoding.exp_bits + 1),
-            #: Its top bit may be clear: see `lead` of `add`.
-            "significand": unsigned(encoding.fraction + 1),
-            "inf": unsigned(1),
-            "nan": unsigned(1),
-        }
-    )
+
+    sign: Value
+    exponent: Value
+    significand: Value
+    inf: Value
+    nan: Value
 
 
 def is_nan(word: Value, encoding: Encoding = FP32) -> Value:
     """1 if the word is a NaN."""
-    fraction, field = word[: encoding.fraction], word[encoding.fraction : -1]
-    return field.all() & fraction.any()
+    return word[:-1] > encoding.infinity
 
 
-def unpack(word: Value, encoding: Encoding = FP32) -> Value:
-    """Returns the bits of an `addend_layout` holding the word."""
+def unpack(m: Module, word: Value, encoding: Encoding = FP32) -> Addend:
+    """Returns the number that a word stands for."""
     fraction, field = word[: encoding.fraction], word[encoding.fraction : -1]
-    subnormal = field == 0
-    return Cat(
-        word[-1],
-        field[0] | subnormal,  # 0 turns into 1
-        field[1:],
-        Const(0, 2),
-        fraction,
-        ~subnormal,
-        field.all() & ~fraction.any(),
-        is_nan(word, encoding),
+    subnormal, special, whole = Signal(), Signal(), Signal()
+    exponent = Signal(encoding.exponent)
+    m.d.comb += [
+        subnormal.eq(field == 0),
+        special.eq(field == (1 << encoding.exponent) - 1),
+        whole.eq(fraction == 0),
+        exponent.eq(Cat(field[0] | subnormal, field[1:])),  # 0 turns into 1
+    ]
+    return Addend(
+        sign=word[-1],
+        exponent=exponent,
+        significand=Cat(fraction, ~subnormal),
+        inf=special & whole,
+        nan=special & ~whole,
     )
 
 
+def _spread(bit: Value, count: int) -> Value:
+    """`count` copies of a bit."""
+    return Mux(bit, Const((1 << count) - 1, count), Const(0, count))
+
+
 class _Pipeline:
-    """The values that a calculation hands from step to step: its attributes."""
+    """The values that a calculation hands from step to step: its attributes.
+
+    All of them are signals: Amaranth writes out other expressions wherever they are used, and
+    Verilator then works them out as often.
+    """
 
     def __init__(self, m: Module, en: Value, cuts: Collection[str]) -> None:
         self._m, self._en, self._cuts = m, en, cuts
@@ -79,30 +95,41 @@ class _Pipeline:
     def __getattr__(self, name: str) -> Signal:
         return self._values[name]
 
-    def step(self, step: str, **values: Value) -> None:
-        """Ends a step, in which these values were made; with a register if it is one of `cuts`."""
-        values = {**self._values, **values}
+    def let(self, **values: Value) -> None:
+        """Adds values, in this step."""
         for name, value in values.items():
-            self._values[name] = signal = Signal(
-                value.shape(), name=f"{name}_{step}", reset_less=True
-            )
-            if step in self._cuts:
+            self._values[name] = signal = Signal(value.shape(), name=name)
+            self._m.d.comb += signal.eq(value)
+
+    def end(self, step: str, *names: str) -> None:
+        """Ends a step, which hands on these values only; in registers if it is one of `cuts`."""
+        values = {name: self._values[name] for name in names}
+        if step in self._cuts:
+            for name, value in list(values.items()):
+                values[name] = signal = Signal(
+                    value.shape(), name=f"{name}_{step}", reset_less=True
+                )
                 with self._m.If(self._en):
                     self._m.d.sync += signal.eq(value)
-            else:
-                self._m.d.comb += signal.eq(value)
+        self._values = values
 
 
 def _levels(bits: int) -> list[tuple[int, ...]]:
-    return {5: [(4, 3), (2,), (1, 0)], 4: [(3, 2), (1, 0)], 3: [(2,), (1, 0)]}[bits]
+    """The bits of a shift, 2 to 5 of them, as `add` decides on them: two at a time at either end.
+
+    >>> _levels(5)
+    [(4, 3), (2,), (1, 0)]
+    """
+    highest = list(reversed(range(bits)))
+    return [tuple(group) for group in (highest[:-2][:2], highest[2:-2], highest[-2:]) if group]
 
 
 def add(
     m: Module,
     *,
     en: Value,
-    a: data.View,
-    b: data.View,
+    a: Addend,
+    b: Addend,
     lead: int,
     cuts: Collection[str],
     encoding: Encoding = FP32,
@@ -114,13 +141,13 @@ def add(
     - swap: the number with the larger exponent comes first.
     - align: the other is shifted right by the distance of the exponents.
     - sum: they are added, or subtracted.
-    - level0, level1, ...: leading zeros are shifted out, 16 of them or none, 8 or none, ...
+    - level0, level1, ...: leading zeros are shifted out, two bits of their number at a time or one.
     - It is rounded and encoded, and registered.
 
     Parameters
     ----------
     en : freezes all registers when low
-    a, b : of `addend_layout`; `a` an unpacked word
+    a, b : operands; `a` is an unpacked word
     lead : number of zeros that may stand above the highest one of the significand of `b`. More may
         only if its exponent is 1 or less.
     cuts : the steps that end in a register
@@ -140,98 +167,115 @@ def add(
     # Only exponents are compared, so the difference of the significands can be negative: where the
     # exponents are equal, and where both numbers are below the normal range.
     difference = Signal(signed(encoding.exp_bits + 2))
-    m.d.comb += difference.eq(a.exponent - b.exponent)
     swap = difference[-1]
-    differ = a.sign ^ b.sign
-    inf = a.inf | b.inf
-    # The complement of a negative difference is one less than the distance: the last place is
-    # shifted here.
-    distance = difference[:-1] ^ swap.replicate(len(difference) - 1)
-    pipe.step(
-        "swap",
+    pipe.let(
+        # The complement of a negative difference is one less than the distance: the last place is
+        # shifted here.
+        steps=difference[:-1] ^ _spread(swap, len(difference) - 1),
+        differ=a.sign ^ b.sign,
+        inf=a.inf | b.inf,
+    )
+    m.d.comb += difference.eq(a.exponent - b.exponent)
+    pipe.let(
         big=Mux(swap, b.significand, a.significand),
         small=Mux(swap, a.significand, Cat(Const(0, 1), b.significand)),
-        distance=saturate(distance, shift_bits),
+        distance=saturate(pipe.steps, shift_bits),
         exponent=Mux(swap, b.exponent, a.exponent)[: encoding.exp_bits],
         sign=Mux(~a.inf & (b.inf | swap), b.sign, a.sign),
-        subtract=differ & ~inf,
-        inf=inf,
-        nan=a.nan | b.nan | (a.inf & b.inf & differ),
+        subtract=pipe.differ & ~pipe.inf,
+        nan=a.nan | b.nan | (a.inf & b.inf & pipe.differ),
     )
+    pipe.end("swap", "big", "small", "distance", "exponent", "sign", "subtract", "inf", "nan")
+
     aligned = shift_right_sticky(m, Cat(Const(0, guard_bits - 1), pipe.small), pipe.distance)
-    pipe.step("align", addend=aligned ^ pipe.subtract.replicate(width))
+    pipe.let(addend=aligned ^ _spread(pipe.subtract, width))
+    pipe.end("align", "big", "addend", "exponent", "sign", "subtract", "inf", "nan")
+
     # One adder for both: subtracting adds the complement, and the carry-in comes from a pair of
     # ones below bit 0.
-    total = Cat(pipe.subtract, Const(0, guard_bits), pipe.big) + Cat(
+    full = Cat(pipe.subtract, Const(0, guard_bits), pipe.big) + Cat(
         pipe.subtract, pipe.addend, pipe.subtract, pipe.subtract
     )
-    pipe.step("sum", total=total[1 : width + 2], negative=total[width + 2])
+    pipe.let(full=full[: width + 3])
+    pipe.let(total=pipe.full[1 : width + 2], negative=pipe.full[width + 2])
+    pipe.end("sum", "total", "negative", "exponent", "sign", "subtract", "inf", "nan")
 
     # A negative sum is complemented here, and the one that this leaves out is added by rounding.
-    negative = pipe.negative
-    zero = pipe.total == 0
-    rest = pipe.total ^ negative.replicate(width + 1)
-    # x - x is +0; -0 + -0 keeps its sign.
-    sign = (pipe.sign ^ negative) & ~(pipe.subtract & zero)
-    room = pipe.exponent[shift_bits:].any()
-    shift = Const(0, 0)
+    pipe.let(fill=_spread(pipe.negative, width + 1), zero=pipe.total == 0)
+    pipe.let(
+        rest=pipe.total ^ pipe.fill,
+        # x - x is +0; -0 + -0 keeps its sign.
+        sign=(pipe.sign ^ pipe.negative) & ~(pipe.subtract & pipe.zero),
+        # The exponent is larger than what all further levels can take from it.
+        room=pipe.exponent[shift_bits:].any(),
+    )
+    handed_on = ["rest", "room", "exponent", "sign", "negative", "zero", "inf", "nan"]
     for level, bits in enumerate(_levels(shift_bits)):
-        goes: list[Value] = []
-        first = rest
-        for bit in bits:
+        rest, room = pipe.rest, pipe.room
+        fill = _spread(pipe.negative, width + 1)
+        # Not further than exponent 1: what is left of the top bit then is a subnormal.
+        first = 1 << bits[0]
+        left = pipe.exponent[bits[0]]
+        go = Signal(name=f"go_{bits[0]}")
+        m.d.comb += go.eq((rest[-first:] == 0) & (room | left))
+        goes = [go]
+        if len(bits) == 2:
+            # The decision on the lower bit is made for both outcomes of that on the upper one.
+            second = 1 << bits[1]
+            also_left = pipe.exponent[bits[1]]
+            also = Signal(name=f"go_{bits[1]}")
+            m.d.comb += also.eq(
+                Mux(
+                    go,
+                    (rest[-first - second : -first] == 0) & (room | also_left),
+                    (rest[-second:] == 0) & (room | left | also_left),
+                )
+            )
+            goes.append(also)
+        for bit, go in zip(bits, goes, strict=True):
             places = 1 << bit
-            clear, go = Signal(name=f"clear_{bit}"), Signal(name=f"go_{bit}")
-            left = pipe.exponent[bit]
-            # Not further than exponent 1: what is left of the top bit then is a subnormal.
-            if not goes:
-                m.d.comb += [clear.eq(rest[-places:] == 0), go.eq(clear & (room | left))]
-                room_stay = room | (left & ~clear)
-            else:
-                # Both outcomes of the place before are worked out in parallel.
-                m.d.comb += [
-                    go.eq(
-                        Mux(
-                            goes[0],
-                            (first[-3 * places : -2 * places] == 0) & (room | left),
-                            (first[-places:] == 0) & (room_stay | left),
-                        )
-                    ),
-                    clear.eq(Mux(goes[0], first[-3 * places : -2 * places], first[-places:]) == 0),
-                ]
-                room_stay = Mux(goes[0], room, room_stay) | (left & ~clear)
-            goes.append(go)
-            shifted = Signal(width + 1, name=f"shifted_{bit}")
-            m.d.comb += shifted.eq(Mux(go, Cat(negative.replicate(places), rest[:-places]), rest))
-            rest = shifted
-            shift = Cat(go, shift)
-        pipe.step(
-            f"level{level}",
-            rest=rest,
-            room=room_stay,
-            shift=shift,
-            negative=negative,
-            zero=zero,
-            sign=sign,
-        )
-        rest, room, shift = pipe.rest, pipe.room, pipe.shift
-        negative, zero, sign = pipe.negative, pipe.zero, pipe.sign
+            pipe.let(
+                rest=Mux(go, Cat(fill[:places], pipe.rest[:-places]), pipe.rest),
+                room=pipe.room | (pipe.exponent[bit] & ~go),
+            )
+        pipe.let(shift=Cat(*reversed(goes), pipe.shift) if level else Cat(*reversed(goes)))
+        pipe.end(f"level{level}", "shift", *handed_on)
 
-    kept, guard, lost = rest[-1 - fraction : -1], rest[-2 - fraction], rest[: -2 - fraction]
-    top = rest[-1]
-    up = Mux(negative, guard | (kept[0] & lost.all()), guard & (kept[0] | lost.any()))
-    # The exponent of the top bit: one more than that of the larger number, less `shift`, which is
-    # the complement and one more. If the top bit is clear the exponent's field is zero, and all
-    # its bits but the last come out so. The rounding carry runs from fraction to exponent, so the
-    # next binade, the step from subnormal to normal and the step to infinity come by themselves.
-    exponent = Cat(pipe.exponent[0] & top, pipe.exponent[1:] + 1)[: encoding.exp_bits]
-    less = Cat(~shift[0] & top, ~shift[1:], Const(-1, encoding.exp_bits - shift_bits))
-    packed = (Cat(kept, exponent) + Cat(up, Const(0, fraction - 1), less))[
-        : fraction + encoding.exp_bits
-    ]
+    kept, guard, lost = (
+        pipe.rest[-1 - fraction : -1],
+        pipe.rest[-2 - fraction],
+        pipe.rest[: -2 - fraction],
+    )
+    top = pipe.rest[-1]
+    shift = pipe.shift
+    pipe.let(
+        up=Mux(
+            pipe.negative,
+            guard | (kept[0] & lost.all()),
+            guard & (kept[0] | lost.any()),
+        ),
+        # The exponent of the top bit: one more than that of the larger number, less `shift`, which
+        # is the complement and one more. If the top bit is clear the exponent's field is zero, and
+        # all its bits but the last come out so.
+        field=Cat(pipe.exponent[0] & top, pipe.exponent[1:] + 1)[: encoding.exp_bits],
+        less=Cat(~shift[0] & top, ~shift[1:], Const(-1, encoding.exp_bits - shift_bits)),
+    )
+    # The rounding carry runs from fraction to exponent, so the next binade, the step from subnormal
+    # to normal and the step to infinity come by themselves.
+    packed = Cat(kept, pipe.field) + Cat(pipe.up, Const(0, fraction - 1), pipe.less)
+    pipe.let(packed=packed[: fraction + encoding.exp_bits])
     output = Signal(encoding.bits, reset_less=True)
     with m.If(en):
         m.d.sync += output.eq(
-            finish(m, encoding, packed, sign=pipe.sign, zero=zero, inf=pipe.inf, nan=pipe.nan)
+            finish(
+                m,
+                encoding,
+                pipe.packed,
+                sign=pipe.sign,
+                zero=pipe.zero,
+                inf=pipe.inf,
+                nan=pipe.nan,
+            )
         )
     return output
 
@@ -262,11 +306,7 @@ class Adder(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         encoding = self._encoding
-        a, b = Signal(addend_layout(encoding)), Signal(addend_layout(encoding))
-        m.d.comb += [
-            a.as_value().eq(unpack(self.a, encoding)),
-            b.as_value().eq(unpack(self.b, encoding)),
-        ]
+        a, b = unpack(m, self.a, encoding), unpack(m, self.b, encoding)
         total = add(m, en=self.en, a=a, b=b, lead=0, cuts=CUTS, encoding=encoding)
         m.d.comb += self.o.eq(total)
         return m

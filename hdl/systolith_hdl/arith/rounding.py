@@ -179,12 +179,9 @@ def finish(
     field = packed[fraction:magnitude_bits]
     special = Signal()
     m.d.comb += special.eq(inf | nan | packed[-1] | field.all())
-    return Cat(
-        packed[: fraction - 1] & ~special.replicate(fraction - 1),
-        (packed[fraction - 1] & ~special) | nan,
-        (field & ~zero.replicate(encoding.exponent)) | special.replicate(encoding.exponent),
-        sign & ~nan,
-    )
+    finite = Cat(packed[:fraction], Mux(zero, 0, field)[: encoding.exponent])
+    value = Mux(special, encoding.infinity, finite)[:magnitude_bits]
+    return Mux(nan, encoding.nan, Cat(value, sign))[: encoding.bits]
 
 
 def pack_fp32(m: Module, *, sign: Value, exponent: Value, raw: Value, nan: Value) -> Value:

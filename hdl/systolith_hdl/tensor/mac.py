@@ -1,10 +1,12 @@
 """The multiply-accumulate cell of the systolic array, and the number encoding inside the array."""
 
+import dataclasses
+
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith.fp32 import add, addend_layout, unpack
+from ..arith.fp32 import Addend, add, unpack
 from ..arith.rounding import EXP_BITS, leading_zeros
 
 #: Cycles from the factors of a MAC to the product meeting the running sum.
@@ -91,24 +93,30 @@ class Mac(wiring.Component):
 
         # Multiply. The product is not normalised: its top bit may be clear. `exponent` is the FP32
         # exponent of that bit, biased, also where it is outside of FP32's range.
-        addend = Signal(addend_layout(), reset_less=True)
         exponent = Signal(signed(EXP_BITS + 1))
         zero = Signal()
-        infinite = a.inf | w.inf
+        infinite = Signal()
         m.d.comb += [
             exponent.eq(a.exponent + w.exponent + 128),
             zero.eq(~(a.significand[-1] & w.significand[-1])),
+            infinite.eq(a.inf | w.inf),
         ]
-        m.d.sync += [
-            addend.sign.eq(a.sign ^ w.sign),
-            addend.exponent.eq(exponent),
-            addend.significand.eq(Cat(Const(0, 2), a.significand * w.significand)),
-            addend.inf.eq(infinite),
-            addend.nan.eq(a.nan | w.nan | (infinite & zero)),
-        ]
-        with m.If(zero):
-            m.d.sync += addend.exponent.eq(0)
-        with m.If(~self.active):
+        addend = Addend(
+            sign=Signal(name="sign", reset_less=True),
+            exponent=Signal(signed(EXP_BITS + 1), name="exponent_1", reset_less=True),
+            significand=Signal(2 * SIGNIFICAND_BITS, name="significand", reset_less=True),
+            inf=Signal(name="inf", reset_less=True),
+            nan=Signal(name="nan", reset_less=True),
+        )
+        with m.If(self.active):
+            m.d.sync += [
+                addend.sign.eq(a.sign ^ w.sign),
+                addend.exponent.eq(Mux(zero, 0, exponent)),
+                addend.significand.eq(a.significand * w.significand),
+                addend.inf.eq(infinite),
+                addend.nan.eq(a.nan | w.nan | (infinite & zero)),
+            ]
+        with m.Else():
             # Adding -0 changes nothing, not even -0.
             m.d.sync += [
                 addend.sign.eq(1),
@@ -117,11 +125,9 @@ class Mac(wiring.Component):
                 addend.inf.eq(0),
                 addend.nan.eq(0),
             ]
+        product = dataclasses.replace(addend, significand=Cat(Const(0, 2), addend.significand))
 
         # Accumulate.
-        acc = Signal(addend_layout())
-        m.d.comb += [
-            acc.as_value().eq(unpack(self.acc)),
-            self.o.eq(add(m, en=Const(1), a=acc, b=addend, lead=1, cuts=CUTS)),
-        ]
+        acc = unpack(m, self.acc)
+        m.d.comb += self.o.eq(add(m, en=Const(1), a=acc, b=product, lead=1, cuts=CUTS))
         return m

@@ -5,7 +5,7 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigne
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith.fp32 import add, addend_layout, unpack
+from ..arith.fp32 import Addend, add, unpack
 from ..arith.rounding import (
     EXP_BITS,
     RAW_BITS,
@@ -282,7 +282,13 @@ class MacFp8x2(wiring.Component):
             round_up.eq(pair_2 & normal[3] & (normal[4] | (normal[:3] != 0))),
             rounded.eq(normal[4:] + round_up),
         ]
-        addend = Signal(addend_layout(), reset_less=True)
+        addend = Addend(
+            sign=Signal(name="sign", reset_less=True),
+            exponent=Signal(signed(EXP_BITS + 1), name="exponent_3", reset_less=True),
+            significand=Signal(24, name="significand", reset_less=True),
+            inf=Signal(name="inf", reset_less=True),
+            nan=Signal(name="nan", reset_less=True),
+        )
         m.d.sync += [
             # x - x is +0; -0 + -0 keeps its sign.
             addend.sign.eq(sign_2 & ~(subtract_2 & nothing)),
@@ -295,9 +301,6 @@ class MacFp8x2(wiring.Component):
         ]
 
         # -- Accumulate.
-        acc = Signal(addend_layout())
-        m.d.comb += [
-            acc.as_value().eq(unpack(self.acc)),
-            self.o.eq(add(m, en=Const(1), a=acc, b=addend, lead=1, cuts=CUTS)),
-        ]
+        acc = unpack(m, self.acc)
+        m.d.comb += self.o.eq(add(m, en=Const(1), a=acc, b=addend, lead=1, cuts=CUTS))
         return m
