@@ -81,6 +81,12 @@ def _spread(bit: Value, count: int) -> Value:
     return Mux(bit, Const((1 << count) - 1, count), Const(0, count))
 
 
+def _choose(choice: Value, one: Value, zero: Value) -> Value:
+    """``Mux(choice, one, zero)`` that Verilator does not turn into a branch: the choice is as good
+    as random, and a simulation would guess it wrong half of the time."""
+    return zero ^ ((one ^ zero) & _spread(choice, max(len(one), len(zero))))
+
+
 class _Pipeline:
     """The values that a calculation hands from step to step: its attributes.
 
@@ -177,11 +183,11 @@ def add(
     )
     m.d.comb += difference.eq(a.exponent - b.exponent)
     pipe.let(
-        big=Mux(swap, b.significand, a.significand),
-        small=Mux(swap, a.significand, Cat(Const(0, 1), b.significand)),
+        big=_choose(swap, b.significand, a.significand),
+        small=_choose(swap, a.significand, Cat(Const(0, 1), b.significand)),
         distance=saturate(pipe.steps, shift_bits),
-        exponent=Mux(swap, b.exponent, a.exponent)[: encoding.exp_bits],
-        sign=Mux(~a.inf & (b.inf | swap), b.sign, a.sign),
+        exponent=_choose(swap, b.exponent[: encoding.exp_bits], a.exponent)[: encoding.exp_bits],
+        sign=_choose(~a.inf & (b.inf | swap), b.sign, a.sign),
         subtract=pipe.differ & ~pipe.inf,
         nan=a.nan | b.nan | (a.inf & b.inf & pipe.differ),
     )
@@ -212,33 +218,30 @@ def add(
     handed_on = ["rest", "room", "exponent", "sign", "negative", "zero", "inf", "nan"]
     for level, bits in enumerate(_levels(shift_bits)):
         rest, room = pipe.rest, pipe.room
-        fill = _spread(pipe.negative, width + 1)
         # Not further than exponent 1: what is left of the top bit then is a subnormal.
-        first = 1 << bits[0]
-        left = pipe.exponent[bits[0]]
-        go = Signal(name=f"go_{bits[0]}")
-        m.d.comb += go.eq((rest[-first:] == 0) & (room | left))
-        goes = [go]
+        first, left = 1 << bits[0], pipe.exponent[bits[0]]
+        clear = rest[-first:] == 0
+        pipe.let(go=clear & (room | left))
+        goes = [pipe.go]
         if len(bits) == 2:
             # The decision on the lower bit is made for both outcomes of that on the upper one.
-            second = 1 << bits[1]
-            also_left = pipe.exponent[bits[1]]
-            also = Signal(name=f"go_{bits[1]}")
-            m.d.comb += also.eq(
-                Mux(
-                    go,
-                    (rest[-first - second : -first] == 0) & (room | also_left),
-                    (rest[-second:] == 0) & (room | left | also_left),
-                )
-            )
-            goes.append(also)
-        for bit, go in zip(bits, goes, strict=True):
-            places = 1 << bit
+            second, also_left = 1 << bits[1], pipe.exponent[bits[1]]
+            clear_if = rest[-first - second : -first] == 0
+            clear_else = rest[-second:] == 0
             pipe.let(
-                rest=Mux(go, Cat(fill[:places], pipe.rest[:-places]), pipe.rest),
+                also=(pipe.go & clear_if & (room | also_left))
+                | (~pipe.go & clear_else & (room | left | also_left))
+            )
+            goes.append(pipe.also)
+        for bit, go in zip(bits, goes, strict=True):
+            pipe.let(
+                # What comes in at the lower end are copies of `negative`.
+                rest=(pipe.rest << Cat(Const(0, bit), go))[: width + 1]
+                | _spread(pipe.negative & go, 1 << bit),
                 room=pipe.room | (pipe.exponent[bit] & ~go),
             )
-        pipe.let(shift=Cat(*reversed(goes), pipe.shift) if level else Cat(*reversed(goes)))
+        amount = Cat(*reversed(goes))
+        pipe.let(shift=Cat(amount, pipe.shift) if level else amount)
         pipe.end(f"level{level}", "shift", *handed_on)
 
     kept, guard, lost = (

@@ -111,7 +111,7 @@ def shift_right_sticky(m: Module, value: Value, amount: Value) -> Value:
         shifted = Signal(len(value), name=f"shifted_{bit}")
         sticky = Signal(name=f"sticky_{bit}")
         m.d.comb += [
-            shifted.eq(Mux(amount[bit], kept[places:], kept)),
+            shifted.eq(kept >> Cat(Const(0, bit), amount[bit])),
             sticky.eq(lost | (amount[bit] & kept[:places].any())),
         ]
         kept, lost = shifted, sticky
