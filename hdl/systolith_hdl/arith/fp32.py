@@ -60,7 +60,7 @@ def unpack(m: Module, word: Value, encoding: Encoding = FP32) -> Addend:
     """Returns the number that a word stands for."""
     fraction, field = word[: encoding.fraction], word[encoding.fraction : -1]
     subnormal, special, whole = Signal(), Signal(), Signal()
-    exponent = Signal(encoding.exponent)
+    exponent = Signal(encoding.exp_bits)
     m.d.comb += [
         subnormal.eq(field == 0),
         special.eq(field == (1 << encoding.exponent) - 1),
@@ -261,7 +261,7 @@ def add(
         # is the complement and one more. If the top bit is clear the exponent's field is zero, and
         # all its bits but the last come out so.
         field=Cat(pipe.exponent[0] & top, pipe.exponent[1:] + 1)[: encoding.exp_bits],
-        less=Cat(~shift[0] & top, ~shift[1:], Const(-1, encoding.exp_bits - shift_bits)),
+        less=~Cat(shift[0] | ~top, shift[1:], Const(0, encoding.exp_bits - shift_bits)),
     )
     # The rounding carry runs from fraction to exponent, so the next binade, the step from subnormal
     # to normal and the step to infinity come by themselves.
