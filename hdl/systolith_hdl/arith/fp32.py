@@ -236,8 +236,11 @@ def add(
         for bit, go in zip(bits, goes, strict=True):
             pipe.let(
                 # What comes in at the lower end are copies of `negative`.
-                rest=(pipe.rest << Cat(Const(0, bit), go))[: width + 1]
-                | _spread(pipe.negative & go, 1 << bit),
+                rest=Mux(
+                    go,
+                    Cat(_spread(pipe.negative, 1 << bit), pipe.rest[: -(1 << bit)]),
+                    pipe.rest,
+                ),
                 room=pipe.room | (pipe.exponent[bit] & ~go),
             )
         amount = Cat(*reversed(goes))
@@ -265,8 +268,9 @@ def add(
     )
     # The rounding carry runs from fraction to exponent, so the next binade, the step from subnormal
     # to normal and the step to infinity come by themselves.
-    packed = Cat(kept, pipe.field) + Cat(pipe.up, Const(0, fraction - 1), pipe.less)
-    pipe.let(packed=packed[: fraction + encoding.exp_bits])
+    packed = Signal(fraction + encoding.exp_bits)
+    m.d.comb += packed.eq(Cat(kept, pipe.field) + Cat(pipe.up, Const(0, fraction - 1), pipe.less))
+    pipe.let(packed=packed)
     output = Signal(encoding.bits, reset_less=True)
     with m.If(en):
         m.d.sync += output.eq(

@@ -105,17 +105,10 @@ def shift_right_sticky(m: Module, value: Value, amount: Value) -> Value:
     `amount` saturates: with 5 bits 31 must mean "31 or more", so `value` has at most 31 bits.
     """
     assert len(value) < 1 << len(amount)
-    kept, lost = value, Const(0, 1)
-    for bit in reversed(range(len(amount))):
-        places = min(1 << bit, len(value))
-        shifted = Signal(len(value), name=f"shifted_{bit}")
-        sticky = Signal(name=f"sticky_{bit}")
-        m.d.comb += [
-            shifted.eq(kept >> Cat(Const(0, bit), amount[bit])),
-            sticky.eq(lost | (amount[bit] & kept[:places].any())),
-        ]
-        kept, lost = shifted, sticky
-    return Cat(kept[0] | lost, kept[1:])
+    kept, below = Signal(len(value), name="shifted_right"), Signal(len(value), name="below")
+    ones = Const((1 << len(value)) - 1, len(value))
+    m.d.comb += [kept.eq(value >> amount), below.eq(value & ~(ones << amount))]
+    return Cat(kept[0] | (below != 0), kept[1:])
 
 
 def saturate(amount: Value, bits: int) -> Value:
@@ -179,15 +172,9 @@ def finish(
     field = packed[fraction:magnitude_bits]
     special = Signal()
     m.d.comb += special.eq(inf | nan | packed[-1] | field.all())
-    # Written so that none of it turns into a reset of the register behind, which would be slower.
-    clear = Mux(special, 0, Const((1 << fraction) - 1, fraction))
-    keep = Mux(zero, 0, Const((1 << encoding.exponent) - 1, encoding.exponent))
-    infinity = Mux(special, Const((1 << encoding.exponent) - 1, encoding.exponent), 0)
-    return Cat(
-        (packed[:fraction] & clear) | Cat(Const(0, fraction - 1), nan),
-        (field & keep) | infinity,
-        sign & ~nan,
-    )
+    finite = Cat(packed[:fraction], Mux(zero, 0, field)[: encoding.exponent])
+    value = Mux(special, encoding.infinity, finite)[:magnitude_bits]
+    return Mux(nan, encoding.nan, Cat(value, sign))[: encoding.bits]
 
 
 def pack_fp32(m: Module, *, sign: Value, exponent: Value, raw: Value, nan: Value) -> Value:
