@@ -83,11 +83,11 @@ def test_figures() -> None:
     for config in PRESETS.values():
         n = config.lanes
         longer = 2 if config.fp8_rate == 2 else 0
-        assert array_latency(config) == 4 * n + 1 + longer
-        assert 4 + matmul_latency(config) == 4 * n + 11 + longer
-    assert "`4N + 1` (`array_latency`; `4N + 3`" in text
-    assert "`F + 4N + 11` cycles" in text and "`F + 4N + 13` |" in text
-    assert (MUL_LATENCY, ADD_LATENCY, psum.ACCUMULATE_LATENCY) == (1, 3, 5)
+        assert array_latency(config) == 5 * n + 1 + longer
+        assert 4 + matmul_latency(config) == 5 * n + 11 + longer
+    assert "`5N + 1` (`array_latency`; `5N + 3`" in text
+    assert "`F + 5N + 11` cycles" in text and "`F + 5N + 13` |" in text
+    assert (MUL_LATENCY, ADD_LATENCY, psum.ACCUMULATE_LATENCY) == (1, 4, 5)
     assert PAIR_MUL_LATENCY == MUL_LATENCY + 2
     assert f"| ALU latency | {alu.ALU_LATENCY} |" in text
     assert f"`n + {vector.FIXED_CYCLES}` cycles" in text

@@ -69,37 +69,38 @@ module adder_miter #(parameter E = 4, F = 3) (
   assign different = got != wanted_3;
 endmodule
 
-// The same of `accumulator`, the adder as a MAC uses it: `b` is a product, unrounded, with an
-// exponent that may lie beyond the encoding, or with bits below its last one where it has been
-// shifted down to exponent 1. Those bits, `rest`, the accumulator sees as a sticky bit only.
-module accumulator_miter #(parameter E = 4, F = 3, REST = 3) (
-  input clk, input [E+F:0] a, input sign_b, input [E:0] exponent_b, input [F+2:0] high_b,
-  input [REST-1:0] rest, input nan_b, output different
+// The same of `accumulator`, the adder as a MAC uses it, in four cycles: `b` is a product, unrounded,
+// with an exponent that may lie outside the encoding and one leading zero at most; more of them only
+// at exponents of the subnormal range and below it, down to where nothing of it but stickiness is
+// left.
+module accumulator_miter #(parameter E = 4, F = 3) (
+  input clk, input [E+F:0] a, input sign_b, input signed [E+1:0] exponent_b,
+  input [F:0] significand_b, input infinite_b, input nan_b, output different
 );
-  localparam LARGEST = 3 * (1 << E - 1) - 2;  // of a product of two numbers
-  localparam INFINITE = (1 << E + 1) - 2;
-  // Bits of the significand below a word's, without its sticky bit, and those below it.
-  localparam UNIT = 2 + REST, W = F + 1 + UNIT + LARGEST;
-  wire infinite_b = exponent_b == INFINITE;
-  wire legal = (exponent_b >= 1 && exponent_b <= LARGEST || infinite_b)
-    && (high_b[F+2] || exponent_b == 1) && (rest == 0 || exponent_b == 1);
+  localparam signed LARGEST = 3 * (1 << E - 1) - 2;  // of a product of two numbers
+  localparam signed LOWEST = -F - 5;
+  // Bits below the smallest subnormal.
+  localparam UNIT = 1 - LOWEST, W = F + 1 + LARGEST - LOWEST;
+  wire legal = infinite_b || exponent_b >= LOWEST && exponent_b <= LARGEST
+    && (exponent_b <= 1 || significand_b[F] || significand_b[F-1]);
   wire [W-1:0] magnitude_a;
   wire infinite_a, nan_a;
   magnitude #(E, F, W) value_a (a, magnitude_a, infinite_a, nan_a);
-  wire [W-1:0] magnitude_b = {high_b, rest} << exponent_b - 1;
+  wire [E+1:0] above = exponent_b - LOWEST;
+  wire [W-1:0] magnitude_b = significand_b << above;
   wire [E+F:0] wanted, got;
   exact_sum #(E, F, UNIT, W) sum (
     a[E+F], magnitude_a << UNIT, infinite_a, sign_b, magnitude_b, infinite_b, nan_a | nan_b, wanted
   );
   accumulator dut (
     .clk(clk), .rst(1'b0), .a(a), .sign(sign_b), .exponent(exponent_b),
-    .significand({high_b, |rest}), .nan(nan_b), .o(got)
+    .significand(significand_b), .inf(infinite_b), .nan(nan_b), .o(got)
   );
-  reg [E+F:0] wanted_1, wanted_2, wanted_3;
-  reg legal_1, legal_2, legal_3;
+  reg [E+F:0] wanted_1, wanted_2, wanted_3, wanted_4;
+  reg legal_1, legal_2, legal_3, legal_4;
   always @(posedge clk) begin
-    {wanted_3, wanted_2, wanted_1} <= {wanted_2, wanted_1, wanted};
-    {legal_3, legal_2, legal_1} <= {legal_2, legal_1, legal};
+    {wanted_4, wanted_3, wanted_2, wanted_1} <= {wanted_3, wanted_2, wanted_1, wanted};
+    {legal_4, legal_3, legal_2, legal_1} <= {legal_3, legal_2, legal_1, legal};
   end
-  assign different = legal_3 && got != wanted_3;
+  assign different = legal_4 && got != wanted_4;
 endmodule

@@ -3,8 +3,11 @@
 The adder can be generated for any `Encoding`; the chip has it in FP32.
 """
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
-from amaranth.lib import data, wiring
+import dataclasses
+from collections.abc import Collection
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
+from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from .rounding import (
@@ -13,8 +16,8 @@ from .rounding import (
     RAW_BITS,
     RAW_INF,
     Encoding,
+    finish,
     leading_zeros,
-    pack,
     pack_fp32,
     saturate,
     saturate5,
@@ -23,42 +26,29 @@ from .rounding import (
 
 #: Enabled cycles from the operands of an FP32 cell to its result.
 FP32_LATENCY = 3
+#: Steps of `add` after which an `Adder` has a register; the last is at its end.
+CUTS = ("swap", "level0")
+assert len(CUTS) + 1 == FP32_LATENCY
 
 
-class Raw(data.Struct):
-    """Unpacked operand of an addition: value = significand / 2**26 * 2**(exponent - 127)."""
+@dataclasses.dataclass(frozen=True)
+class Addend:
+    """An operand of `add`: (-1)**sign * significand / 2**fraction * 2**(exponent - bias).
 
-    sign: unsigned(1)
-    #: 1 to 382, or RAW_INF for infinity. 1 if the top bit of the significand is clear.
-    exponent: unsigned(EXP_BITS)
-    #: 24 bits, then guard, round and sticky
-    significand: unsigned(RAW_BITS - 1)
+    Parameters
+    ----------
+    sign : 1 bit
+    exponent : signed or not; may lie outside the encoding, as that of a product may. That of zero
+        is 1 or less.
+    significand : ``1 + fraction`` bits; its top bit may be clear, see `lead` of `add`
+    inf, nan : 1 bit; it is that, whatever exponent and significand say
+    """
 
-
-def raw_layout(encoding: Encoding) -> data.StructLayout:
-    """What `Raw` is for FP32."""
-    return data.StructLayout(
-        {
-            "sign": unsigned(1),
-            "exponent": unsigned(encoding.exp_bits),
-            "significand": unsigned(encoding.raw_bits - 1),
-        }
-    )
-
-
-def unpack(word: Value, encoding: Encoding) -> Value:
-    """Returns the bits of a `raw_layout` holding the word, which must not be NaN (see `is_nan`)."""
-    fraction, exponent = word[: encoding.fraction], word[encoding.fraction : -1]
-    subnormal = exponent == 0
-    special = exponent == (1 << encoding.exponent) - 1
-    # 255 turns into RAW_INF and 0 into 1: only the two end bits change.
-    widened = Cat((exponent[0] | subnormal) & ~special, exponent[1:], special)
-    return Cat(word[-1], widened, Const(0, 3), fraction, ~subnormal)
-
-
-def unpack_fp32(word: Value) -> Value:
-    """Returns the bits of a `Raw` holding the FP32 word, which must not be NaN (see `is_nan`)."""
-    return unpack(word, FP32)
+    sign: Value
+    exponent: Value
+    significand: Value
+    inf: Value
+    nan: Value
 
 
 def is_nan(word: Value, encoding: Encoding = FP32) -> Value:
@@ -66,99 +56,230 @@ def is_nan(word: Value, encoding: Encoding = FP32) -> Value:
     return word[:-1] > encoding.infinity
 
 
-def raw_add(
-    m: Module, *, en: Value, a: Value, b: Value, nan: Value, encoding: Encoding = FP32
-) -> Value:
-    """Adds two `Raw` numbers and rounds once to FP32: the three-stage core of every adder.
+def unpack(m: Module, word: Value, encoding: Encoding = FP32) -> Addend:
+    """Returns the number that a word stands for."""
+    fraction, field = word[: encoding.fraction], word[encoding.fraction : -1]
+    subnormal, special, whole = Signal(), Signal(), Signal()
+    exponent = Signal(encoding.exp_bits)
+    m.d.comb += [
+        subnormal.eq(field == 0),
+        special.eq(field == (1 << encoding.exponent) - 1),
+        whole.eq(fraction == 0),
+        exponent.eq(Cat(field[0] | subnormal, field[1:])),  # 0 turns into 1
+    ]
+    return Addend(
+        sign=word[-1],
+        exponent=exponent,
+        significand=Cat(fraction, ~subnormal),
+        inf=special & whole,
+        nan=special & ~whole,
+    )
 
-    Stage 1 puts the larger magnitude first, stage 2 aligns and adds, stage 3 normalises and rounds.
+
+def _spread(bit: Value, count: int) -> Value:
+    """`count` copies of a bit."""
+    return Mux(bit, Const((1 << count) - 1, count), Const(0, count))
+
+
+def _choose(choice: Value, one: Value, zero: Value) -> Value:
+    """``Mux(choice, one, zero)`` that Verilator does not turn into a branch: the choice is as good
+    as random, and a simulation would guess it wrong half of the time."""
+    return zero ^ ((one ^ zero) & _spread(choice, max(len(one), len(zero))))
+
+
+class _Pipeline:
+    """The values that a calculation hands from step to step: its attributes.
+
+    All of them are signals: Amaranth writes out other expressions wherever they are used, and
+    Verilator then works them out as often.
+    """
+
+    def __init__(self, m: Module, en: Value, cuts: Collection[str]) -> None:
+        self._m, self._en, self._cuts = m, en, cuts
+        self._values: dict[str, Signal] = {}
+
+    def __getattr__(self, name: str) -> Signal:
+        return self._values[name]
+
+    def let(self, **values: Value) -> None:
+        """Adds values, in this step."""
+        for name, value in values.items():
+            self._values[name] = signal = Signal(value.shape(), name=name)
+            self._m.d.comb += signal.eq(value)
+
+    def end(self, step: str, *names: str) -> None:
+        """Ends a step, which hands on these values only; in registers if it is one of `cuts`."""
+        values = {name: self._values[name] for name in names}
+        if step in self._cuts:
+            for name, value in list(values.items()):
+                values[name] = signal = Signal(
+                    value.shape(), name=f"{name}_{step}", reset_less=True
+                )
+                with self._m.If(self._en):
+                    self._m.d.sync += signal.eq(value)
+        self._values = values
+
+
+def _levels(bits: int) -> list[tuple[int, ...]]:
+    """The bits of a shift, 2 to 5 of them, as `add` decides on them: two at a time at either end.
+
+    >>> _levels(5)
+    [(4, 3), (2,), (1, 0)]
+    """
+    highest = list(reversed(range(bits)))
+    return [tuple(group) for group in (highest[:-2][:2], highest[2:-2], highest[-2:]) if group]
+
+
+def add(
+    m: Module,
+    *,
+    en: Value,
+    a: Addend,
+    b: Addend,
+    lead: int,
+    cuts: Collection[str],
+    encoding: Encoding = FP32,
+) -> Value:
+    """Adds two numbers and rounds once, to nearest even: the core of every adder.
+
+    Its steps:
+
+    - swap: the number with the larger exponent comes first.
+    - align: the other is shifted right by the distance of the exponents.
+    - sum: they are added, or subtracted.
+    - level0, level1, ...: leading zeros are shifted out, two bits of their number at a time or one.
+    - It is rounded and encoded, and registered.
 
     Parameters
     ----------
-    en : freezes all three stages when low
-    a, b : `Raw`. A sticky bit may be set only in an operand whose exponent is 1 (a product that was
-        shifted down into the subnormal range), because a sum of such is never shifted up again.
-    nan : an operand is NaN
-    encoding : if not FP32, `a` and `b` are of its `raw_layout` and the result has its bits
+    en : freezes all registers when low
+    a, b : operands; `a` is an unpacked word
+    lead : number of zeros that may stand above the highest one of the significand of `b`. More may
+        only if its exponent is 1 or less.
+    cuts : the steps that end in a register
+    encoding : of the result
 
     Returns
     -------
-    32-bit register, three enabled cycles after `a` and `b`
+    Register that holds the word ``len(cuts) + 1`` enabled cycles after `a` and `b`
     """
-    raw_bits, exp_bits, shift_bits = encoding.raw_bits, encoding.exp_bits, encoding.shift_bits
-    layout = raw_layout(encoding)
+    fraction = encoding.fraction
+    # Below the significand: guard, round and sticky bit, and what is shifted up to fill `lead`.
+    guard_bits = 3 + lead
+    width = 1 + fraction + guard_bits
+    shift_bits = width.bit_length()
+    pipe = _Pipeline(m, en, cuts)
 
-    # Stage 1
-    swap = Signal()
-    big, small = Signal(layout), Signal(layout)
-    distance = Signal(exp_bits)
-    m.d.comb += [
-        swap.eq(Cat(a.significand, a.exponent) < Cat(b.significand, b.exponent)),
-        big.eq(Mux(swap, b, a)),
-        small.eq(Mux(swap, a, b)),
-        distance.eq(big.exponent - small.exponent),
-    ]
-    big_1 = Signal(layout, reset_less=True)
-    small_1 = Signal(raw_bits - 1, reset_less=True)
-    shift_1 = Signal(shift_bits, reset_less=True)
-    subtract_1 = Signal(reset_less=True)
-    nan_1 = Signal(reset_less=True)
+    # Only exponents are compared, so the difference of the significands can be negative: where the
+    # exponents are equal, and where both numbers are below the normal range.
+    difference = Signal(signed(encoding.exp_bits + 2))
+    swap = difference[-1]
+    pipe.let(
+        # The complement of a negative difference is one less than the distance: the last place is
+        # shifted here.
+        steps=difference[:-1] ^ _spread(swap, len(difference) - 1),
+        differ=a.sign ^ b.sign,
+        inf=a.inf | b.inf,
+    )
+    m.d.comb += difference.eq(a.exponent - b.exponent)
+    pipe.let(
+        big=_choose(swap, b.significand, a.significand),
+        small=_choose(swap, a.significand, Cat(Const(0, 1), b.significand)),
+        distance=saturate(pipe.steps, shift_bits),
+        exponent=_choose(swap, b.exponent[: encoding.exp_bits], a.exponent)[: encoding.exp_bits],
+        sign=_choose(~a.inf & (b.inf | swap), b.sign, a.sign),
+        subtract=pipe.differ & ~pipe.inf,
+        nan=a.nan | b.nan | (a.inf & b.inf & pipe.differ),
+    )
+    pipe.end("swap", "big", "small", "distance", "exponent", "sign", "subtract", "inf", "nan")
 
-    # Stage 2
-    aligned = Signal(raw_bits - 1)
-    sum_2 = Signal(raw_bits, reset_less=True)
-    exponent_2 = Signal(exp_bits, reset_less=True)
-    sign_2 = Signal(reset_less=True)
-    subtract_2 = Signal(reset_less=True)
-    nan_2 = Signal(reset_less=True)
-    m.d.comb += aligned.eq(shift_right_sticky(m, small_1, shift_1))
+    aligned = shift_right_sticky(m, Cat(Const(0, guard_bits - 1), pipe.small), pipe.distance)
+    pipe.let(addend=aligned ^ _spread(pipe.subtract, width))
+    pipe.end("align", "big", "addend", "exponent", "sign", "subtract", "inf", "nan")
+
     # One adder for both: subtracting adds the complement, and the carry-in comes from a pair of
     # ones below bit 0.
-    total = Cat(subtract_1, big_1.significand, 0) + Cat(
-        subtract_1, aligned ^ subtract_1.replicate(raw_bits - 1), subtract_1
+    full = Cat(pipe.subtract, Const(0, guard_bits), pipe.big) + Cat(
+        pipe.subtract, pipe.addend, pipe.subtract, pipe.subtract
     )
+    pipe.let(full=full[: width + 3])
+    pipe.let(total=pipe.full[1 : width + 2], negative=pipe.full[width + 2])
+    pipe.end("sum", "total", "negative", "exponent", "sign", "subtract", "inf", "nan")
 
-    # Stage 3
-    zeros, shift, raw = Signal(shift_bits), Signal(shift_bits), Signal(raw_bits)
-    m.d.comb += [
-        zeros.eq(leading_zeros(m, sum_2)),
+    # A negative sum is complemented here, and the one that this leaves out is added by rounding.
+    pipe.let(fill=_spread(pipe.negative, width + 1), zero=pipe.total == 0)
+    pipe.let(
+        rest=pipe.total ^ pipe.fill,
+        # x - x is +0; -0 + -0 keeps its sign.
+        sign=(pipe.sign ^ pipe.negative) & ~(pipe.subtract & pipe.zero),
+        # The exponent is larger than what all further levels can take from it.
+        room=pipe.exponent[shift_bits:].any(),
+    )
+    handed_on = ["rest", "room", "exponent", "sign", "negative", "zero", "inf", "nan"]
+    for level, bits in enumerate(_levels(shift_bits)):
+        rest, room = pipe.rest, pipe.room
         # Not further than exponent 1: what is left of the top bit then is a subnormal.
-        shift.eq(Mux(zeros < exponent_2, zeros, exponent_2)),
-        raw.eq(sum_2 << shift),
-    ]
-    output = Signal(encoding.bits, reset_less=True)
+        first, left = 1 << bits[0], pipe.exponent[bits[0]]
+        clear = rest[-first:] == 0
+        pipe.let(go=clear & (room | left))
+        goes = [pipe.go]
+        if len(bits) == 2:
+            # The decision on the lower bit is made for both outcomes of that on the upper one.
+            second, also_left = 1 << bits[1], pipe.exponent[bits[1]]
+            clear_if = rest[-first - second : -first] == 0
+            clear_else = rest[-second:] == 0
+            pipe.let(
+                also=(pipe.go & clear_if & (room | also_left))
+                | (~pipe.go & clear_else & (room | left | also_left))
+            )
+            goes.append(pipe.also)
+        for bit, go in zip(bits, goes, strict=True):
+            pipe.let(
+                # What comes in at the lower end are copies of `negative`.
+                rest=(pipe.rest << Cat(Const(0, bit), go))[: width + 1]
+                | _spread(pipe.negative & go, 1 << bit),
+                room=pipe.room | (pipe.exponent[bit] & ~go),
+            )
+        amount = Cat(*reversed(goes))
+        pipe.let(shift=Cat(amount, pipe.shift) if level else amount)
+        pipe.end(f"level{level}", "shift", *handed_on)
 
+    kept, guard, lost = (
+        pipe.rest[-1 - fraction : -1],
+        pipe.rest[-2 - fraction],
+        pipe.rest[: -2 - fraction],
+    )
+    top = pipe.rest[-1]
+    shift = pipe.shift
+    pipe.let(
+        up=Mux(
+            pipe.negative,
+            guard | (kept[0] & lost.all()),
+            guard & (kept[0] | lost.any()),
+        ),
+        # The exponent of the top bit: one more than that of the larger number, less `shift`, which
+        # is the complement and one more. If the top bit is clear the exponent's field is zero, and
+        # all its bits but the last come out so.
+        field=Cat(pipe.exponent[0] & top, pipe.exponent[1:] + 1)[: encoding.exp_bits],
+        less=~Cat(shift[0] | ~top, shift[1:], Const(0, encoding.exp_bits - shift_bits)),
+    )
+    # The rounding carry runs from fraction to exponent, so the next binade, the step from subnormal
+    # to normal and the step to infinity come by themselves.
+    packed = Cat(kept, pipe.field) + Cat(pipe.up, Const(0, fraction - 1), pipe.less)
+    pipe.let(packed=packed[: fraction + encoding.exp_bits])
+    output = Signal(encoding.bits, reset_less=True)
     with m.If(en):
-        m.d.sync += [
-            big_1.eq(big),
-            small_1.eq(small.significand),
-            shift_1.eq(saturate(distance, shift_bits)),
-            subtract_1.eq(a.sign ^ b.sign),
-            nan_1.eq(
-                nan
-                | (
-                    (a.exponent == encoding.raw_inf)
-                    & (b.exponent == encoding.raw_inf)
-                    & (a.sign ^ b.sign)
-                )
-            ),
-            sum_2.eq(total[1 : raw_bits + 1]),
-            exponent_2.eq(big_1.exponent),
-            sign_2.eq(big_1.sign),
-            subtract_2.eq(subtract_1),
-            nan_2.eq(nan_1),
-            output.eq(
-                pack(
-                    m,
-                    encoding,
-                    # x - x is +0; -0 + -0 keeps its sign.
-                    sign=sign_2 & ~(subtract_2 & (sum_2 == 0)),
-                    exponent=(exponent_2 - shift)[:exp_bits],
-                    raw=raw,
-                    nan=nan_2,
-                )
-            ),
-        ]
+        m.d.sync += output.eq(
+            finish(
+                m,
+                encoding,
+                pipe.packed,
+                sign=pipe.sign,
+                zero=pipe.zero,
+                inf=pipe.inf,
+                nan=pipe.nan,
+            )
+        )
     return output
 
 
@@ -188,13 +309,9 @@ class Adder(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         encoding = self._encoding
-        a, b = Signal(raw_layout(encoding)), Signal(raw_layout(encoding))
-        m.d.comb += [
-            a.as_value().eq(unpack(self.a, encoding)),
-            b.as_value().eq(unpack(self.b, encoding)),
-        ]
-        nan = is_nan(self.a, encoding) | is_nan(self.b, encoding)
-        m.d.comb += self.o.eq(raw_add(m, en=self.en, a=a, b=b, nan=nan, encoding=encoding))
+        a, b = unpack(m, self.a, encoding), unpack(m, self.b, encoding)
+        total = add(m, en=self.en, a=a, b=b, lead=0, cuts=CUTS, encoding=encoding)
+        m.d.comb += self.o.eq(total)
         return m
 
 

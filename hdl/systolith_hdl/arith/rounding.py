@@ -104,11 +104,18 @@ def shift_right_sticky(m: Module, value: Value, amount: Value) -> Value:
 
     `amount` saturates: with 5 bits 31 must mean "31 or more", so `value` has at most 31 bits.
     """
-    most = (1 << len(amount)) - 1
-    assert len(value) <= most
-    shifted = Signal(len(value) + most, name="sticky_shifted")
-    m.d.comb += shifted.eq(Cat(Const(0, most), value) >> amount)
-    return Cat(shifted[most] | (shifted[:most] != 0), shifted[most + 1 :])
+    assert len(value) < 1 << len(amount)
+    kept, lost = value, Const(0, 1)
+    for bit in reversed(range(len(amount))):
+        places = min(1 << bit, len(value))
+        shifted = Signal(len(value), name=f"shifted_{bit}")
+        sticky = Signal(name=f"sticky_{bit}")
+        m.d.comb += [
+            shifted.eq(kept >> Cat(Const(0, bit), amount[bit])),
+            sticky.eq(lost | (amount[bit] & kept[:places].any())),
+        ]
+        kept, lost = shifted, sticky
+    return Cat(kept[0] | lost, kept[1:])
 
 
 def saturate(amount: Value, bits: int) -> Value:
@@ -134,7 +141,7 @@ def pack(
         are below that. If bit 27 is clear the value is subnormal (exponent 0) or zero.
     nan : the result is NaN, whatever the rest says
     """
-    fraction, magnitude_bits = encoding.fraction, encoding.bits - 1
+    fraction = encoding.fraction
     top = raw[-1]
     round_up = Signal()
     packed = Signal(fraction + encoding.exp_bits)
@@ -147,10 +154,40 @@ def pack(
             + Cat(round_up, Const(0, fraction - 1), top)
         ),
     ]
+    return finish(m, encoding, packed, sign=sign, zero=Const(0), inf=Const(0), nan=nan)
+
+
+def finish(
+    m: Module,
+    encoding: Encoding,
+    packed: Value,
+    *,
+    sign: Value,
+    zero: Value,
+    inf: Value,
+    nan: Value,
+) -> Value:
+    """Encodes what is rounded.
+
+    Parameters
+    ----------
+    packed : fraction and, above it, the exponent's field with one bit more
+    sign : of the result, if it is not NaN
+    zero, inf, nan : it is that, whatever `packed` says; at most one of `zero` and the others
+    """
+    fraction, magnitude_bits = encoding.fraction, encoding.bits - 1
     field = packed[fraction:magnitude_bits]
-    overflow = packed[-1] | (field == (1 << encoding.exponent) - 1)
-    finite = Mux(overflow, encoding.infinity, packed[:magnitude_bits])[:magnitude_bits]
-    return Mux(nan, encoding.nan, Cat(finite, sign))[: encoding.bits]
+    special = Signal()
+    m.d.comb += special.eq(inf | nan | packed[-1] | field.all())
+    # Written so that none of it turns into a reset of the register behind, which would be slower.
+    clear = Mux(special, 0, Const((1 << fraction) - 1, fraction))
+    keep = Mux(zero, 0, Const((1 << encoding.exponent) - 1, encoding.exponent))
+    infinity = Mux(special, Const((1 << encoding.exponent) - 1, encoding.exponent), 0)
+    return Cat(
+        (packed[:fraction] & clear) | Cat(Const(0, fraction - 1), nan),
+        (field & keep) | infinity,
+        sign & ~nan,
+    )
 
 
 def pack_fp32(m: Module, *, sign: Value, exponent: Value, raw: Value, nan: Value) -> Value:

@@ -1,23 +1,21 @@
 """The multiply-accumulate cell of the systolic array, and the number encoding inside the array."""
 
+import dataclasses
+
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith.fp32 import Raw, is_nan, raw_add, unpack_fp32
-from ..arith.rounding import (
-    EXP_BITS,
-    RAW_BITS,
-    RAW_INF,
-    leading_zeros,
-    saturate5,
-    shift_right_sticky,
-)
+from ..arith.fp32 import Addend, add, unpack
+from ..arith.rounding import EXP_BITS, leading_zeros
 
 #: Cycles from the factors of a MAC to the product meeting the running sum.
 MUL_LATENCY = 1
 #: Cycles from the running sum entering a MAC to the sum leaving it: also the skew between rows.
-ADD_LATENCY = 3
+ADD_LATENCY = 4
+#: Steps of `add` after which a MAC has a register; the last is at its end.
+CUTS = ("swap", "sum", "level1")
+assert len(CUTS) + 1 == ADD_LATENCY
 
 
 #: Bits of an operand's significand: those of FP16, the operand type with most.
@@ -93,59 +91,43 @@ class Mac(wiring.Component):
         m = Module()
         a, w = self.a, self.w
 
-        # Multiply. `exponent` is the FP32 exponent of the product's top bit, biased.
-        product = Signal(2 * SIGNIFICAND_BITS)
-        exponent = Signal(signed(10))
-        tiny = Signal()
-        up = Signal()
+        # Multiply. The product is not normalised: its top bit may be clear. `exponent` is the FP32
+        # exponent of that bit, biased, also where it is outside of FP32's range.
+        exponent = Signal(signed(EXP_BITS + 1))
         zero = Signal()
+        infinite = Signal()
         m.d.comb += [
-            product.eq(a.significand * w.significand),
             exponent.eq(a.exponent + w.exponent + 128),
-            # Products below FP32's normal range are shifted down to exponent 1, where the rest of
-            # the adder takes them for subnormals with a sticky bit; those above it keep their
-            # exponent, since the sum may come back into range.
-            tiny.eq(exponent <= 1),
-            up.eq(~product[-1] & ~tiny),
             zero.eq(~(a.significand[-1] & w.significand[-1])),
+            infinite.eq(a.inf | w.inf),
         ]
-        aligned = Signal(RAW_BITS - 1)
-        down = Mux(tiny, saturate5((1 - exponent)[:EXP_BITS]), 0)[:5]
-        m.d.comb += aligned.eq(
-            shift_right_sticky(
-                m,
-                Cat(
-                    Const(0, RAW_BITS - 1 - len(product)),
-                    Mux(up, product << 1, product)[: len(product)],
-                ),
-                down,
-            )
+        addend = Addend(
+            sign=Signal(name="sign", reset_less=True),
+            exponent=Signal(signed(EXP_BITS + 1), name="exponent_1", reset_less=True),
+            significand=Signal(2 * SIGNIFICAND_BITS, name="significand", reset_less=True),
+            inf=Signal(name="inf", reset_less=True),
+            nan=Signal(name="nan", reset_less=True),
         )
-        infinite = a.inf | w.inf
-        addend = Signal(Raw, reset_less=True)
-        nan = Signal(reset_less=True)
         with m.If(self.active):
             m.d.sync += [
                 addend.sign.eq(a.sign ^ w.sign),
-                addend.exponent.eq(
-                    Mux(infinite, RAW_INF, Mux(tiny | zero, 1, (exponent - up)[:EXP_BITS]))
-                ),
-                addend.significand.eq(aligned),
-                nan.eq(a.nan | w.nan | (infinite & zero)),
+                addend.exponent.eq(Mux(zero, 0, exponent)),
+                addend.significand.eq(a.significand * w.significand),
+                addend.inf.eq(infinite),
+                addend.nan.eq(a.nan | w.nan | (infinite & zero)),
             ]
         with m.Else():
             # Adding -0 changes nothing, not even -0.
             m.d.sync += [
                 addend.sign.eq(1),
-                addend.exponent.eq(1),
+                addend.exponent.eq(0),
                 addend.significand.eq(0),
-                nan.eq(0),
+                addend.inf.eq(0),
+                addend.nan.eq(0),
             ]
+        product = dataclasses.replace(addend, significand=Cat(Const(0, 2), addend.significand))
 
         # Accumulate.
-        acc = Signal(Raw)
-        m.d.comb += [
-            acc.as_value().eq(unpack_fp32(self.acc)),
-            self.o.eq(raw_add(m, en=Const(1), a=acc, b=addend, nan=nan | is_nan(self.acc))),
-        ]
+        acc = unpack(m, self.acc)
+        m.d.comb += self.o.eq(add(m, en=Const(1), a=acc, b=product, lead=1, cuts=CUTS))
         return m

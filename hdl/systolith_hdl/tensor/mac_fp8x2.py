@@ -5,16 +5,15 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigne
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith.fp32 import Raw, is_nan, raw_add, unpack_fp32
+from ..arith.fp32 import Addend, add, unpack
 from ..arith.rounding import (
     EXP_BITS,
     RAW_BITS,
-    RAW_INF,
     leading_zeros,
     saturate5,
     shift_right_sticky,
 )
-from .mac import OPERAND_BITS, SIGNIFICAND_BITS, Narrow, recode
+from .mac import CUTS, OPERAND_BITS, SIGNIFICAND_BITS, Narrow, recode
 
 #: Cycles from the factors of a `MacFp8x2` to their product or pair meeting the running sum.
 PAIR_MUL_LATENCY = 3
@@ -164,22 +163,19 @@ class MacFp8x2(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        # One shifter and one adder serve both: a single product passes through them as the smaller
-        # of two numbers, the larger being zero, and only where it is below FP32's normal range
-        # is it shifted.
+        # One adder and one register for the significand serve both: a single product passes
+        # through them as the smaller of two numbers, the larger being zero, and is not shifted.
 
         # -- Stage 1: multiply. Of a single product see `Mac`.
         pair = self.a.pair & self.w.pair
         a, w = first_of(self.a), first_of(self.w)
         product = Signal(2 * SIGNIFICAND_BITS)
-        exponent = Signal(signed(10))
-        tiny, up, zero = Signal(), Signal(), Signal()
+        exponent = Signal(signed(EXP_BITS + 1))
+        zero = Signal()
         infinite = a.inf | w.inf
         m.d.comb += [
             product.eq(a.significand * w.significand),
             exponent.eq(a.exponent + w.exponent + 128),
-            tiny.eq(exponent <= 1),
-            up.eq(~product[-1] & ~tiny),
             zero.eq(~(a.significand[-1] & w.significand[-1])),
         ]
 
@@ -188,21 +184,23 @@ class MacFp8x2(wiring.Component):
         p1, sign1, nan1 = _product(m, a1, w1, name="p1")
         swap = Signal()
         big, small = Signal(_Product), Signal(_Product)
-        distance = Signal(7)
+        distance = Signal(6)
         m.d.comb += [
             swap.eq(p0.as_value() < p1.as_value()),
             big.eq(Mux(swap, p1, p0)),
             small.eq(Mux(swap, p0, p1)),
-            distance.eq(Cat(big.exponent, big.inf) - Cat(small.exponent, small.inf)),
+            # Of no meaning if there is an infinity.
+            distance.eq(big.exponent - small.exponent),
         ]
 
         pair_1 = Signal(reset_less=True)
         big_1 = Signal(8, reset_less=True)
         small_1 = Signal(2 * SIGNIFICAND_BITS, reset_less=True)
         shift_1 = Signal(5, reset_less=True)
-        exponent_1 = Signal(EXP_BITS, reset_less=True)
+        exponent_1 = Signal(signed(EXP_BITS + 1), reset_less=True)
         sign_1 = Signal(reset_less=True)
         subtract_1 = Signal(reset_less=True)
+        inf_1 = Signal(reset_less=True)
         nan_1 = Signal(reset_less=True)
         with m.If(~self.active):
             # Adding -0 changes nothing, not even -0.
@@ -210,9 +208,11 @@ class MacFp8x2(wiring.Component):
                 pair_1.eq(0),
                 big_1.eq(0),
                 small_1.eq(0),
-                exponent_1.eq(1),
+                shift_1.eq(0),
+                exponent_1.eq(0),
                 sign_1.eq(1),
                 subtract_1.eq(0),
+                inf_1.eq(0),
                 nan_1.eq(0),
             ]
         with m.Elif(pair):
@@ -222,38 +222,41 @@ class MacFp8x2(wiring.Component):
                 small_1.eq(Cat(Const(0, 14), small.significand)),
                 shift_1.eq(saturate5(distance)),
                 # 127 - 32; finite ones stay below 256.
-                exponent_1.eq(Mux(big.inf, RAW_INF, big.exponent + 95)),
+                exponent_1.eq(big.exponent + 95),
                 sign_1.eq(Mux(swap, sign1, sign0)),
-                subtract_1.eq(sign0 ^ sign1),
+                subtract_1.eq((sign0 ^ sign1) & ~big.inf),
+                inf_1.eq(big.inf),
                 nan_1.eq(nan0 | nan1 | (p0.inf & p1.inf & (sign0 ^ sign1))),
             ]
         with m.Else():
             m.d.sync += [
                 pair_1.eq(0),
                 big_1.eq(0),
-                small_1.eq(Mux(up, product << 1, product)),
-                shift_1.eq(Mux(tiny, saturate5((1 - exponent)[:EXP_BITS]), 0)),
-                exponent_1.eq(
-                    Mux(infinite, RAW_INF, Mux(tiny | zero, 1, (exponent - up)[:EXP_BITS]))
-                ),
+                small_1.eq(product),
+                shift_1.eq(0),
+                exponent_1.eq(Mux(zero, 0, exponent)),
                 sign_1.eq(a.sign ^ w.sign),
                 subtract_1.eq(0),
+                inf_1.eq(infinite),
                 nan_1.eq(a.nan | w.nan | (infinite & zero)),
             ]
 
-        # -- Stage 2: align and add, as in `raw_add`.
+        # -- Stage 2: align and add, as in `add`. Only the upper bits are those of a pair.
         aligned = Signal(RAW_BITS - 1)
+        low = len(small_1) - 8
         m.d.comb += aligned.eq(
-            shift_right_sticky(m, Cat(Const(0, RAW_BITS - 1 - len(small_1)), small_1), shift_1)
+            shift_right_sticky(m, Cat(Const(0, RAW_BITS - 9), small_1[low:]), shift_1)
+            | Cat(Const(0, RAW_BITS - 9 - low), small_1[:low])
         )
         total = Cat(subtract_1, Const(0, RAW_BITS - 9), big_1, 0) + Cat(
             subtract_1, aligned ^ subtract_1.replicate(RAW_BITS - 1), subtract_1
         )
         sum_2 = Signal(RAW_BITS, reset_less=True)
         pair_2 = Signal(reset_less=True)
-        exponent_2 = Signal(EXP_BITS, reset_less=True)
+        exponent_2 = Signal(signed(EXP_BITS + 1), reset_less=True)
         sign_2 = Signal(reset_less=True)
         subtract_2 = Signal(reset_less=True)
+        inf_2 = Signal(reset_less=True)
         nan_2 = Signal(reset_less=True)
         m.d.sync += [
             sum_2.eq(total[1 : RAW_BITS + 1]),
@@ -261,6 +264,7 @@ class MacFp8x2(wiring.Component):
             exponent_2.eq(exponent_1),
             sign_2.eq(sign_1),
             subtract_2.eq(subtract_1),
+            inf_2.eq(inf_1),
             nan_2.eq(nan_1),
         ]
 
@@ -278,33 +282,25 @@ class MacFp8x2(wiring.Component):
             round_up.eq(pair_2 & normal[3] & (normal[4] | (normal[:3] != 0))),
             rounded.eq(normal[4:] + round_up),
         ]
-        addend = Signal(Raw, reset_less=True)
-        nan = Signal(reset_less=True)
-        finite = pair_2 & ~exponent_2[-1]
+        addend = Addend(
+            sign=Signal(name="sign", reset_less=True),
+            exponent=Signal(signed(EXP_BITS + 1), name="exponent_3", reset_less=True),
+            significand=Signal(24, name="significand", reset_less=True),
+            inf=Signal(name="inf", reset_less=True),
+            nan=Signal(name="nan", reset_less=True),
+        )
         m.d.sync += [
             # x - x is +0; -0 + -0 keeps its sign.
             addend.sign.eq(sign_2 & ~(subtract_2 & nothing)),
             addend.exponent.eq(
-                Mux(
-                    nothing,
-                    1,
-                    Mux(finite, (exponent_2 + 1 + rounded[-1] - zeros)[:EXP_BITS], exponent_2),
-                )
+                Mux(nothing, 0, Mux(pair_2, exponent_2 + 1 + rounded[-1] - zeros, exponent_2))
             ),
-            addend.significand.eq(
-                Cat(
-                    normal[1:4] & ~pair_2.replicate(3),
-                    rounded[:23],
-                    rounded[23] | rounded[24],
-                )
-            ),
-            nan.eq(nan_2),
+            addend.significand.eq(Cat(rounded[:23], rounded[23] | rounded[24])),
+            addend.inf.eq(inf_2),
+            addend.nan.eq(nan_2),
         ]
 
         # -- Accumulate.
-        acc = Signal(Raw)
-        m.d.comb += [
-            acc.as_value().eq(unpack_fp32(self.acc)),
-            self.o.eq(raw_add(m, en=Const(1), a=acc, b=addend, nan=nan | is_nan(self.acc))),
-        ]
+        acc = unpack(m, self.acc)
+        m.d.comb += self.o.eq(add(m, en=Const(1), a=acc, b=addend, lead=1, cuts=CUTS))
         return m

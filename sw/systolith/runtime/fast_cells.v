@@ -52,7 +52,7 @@ module mac_narrow(
     wire [63:0] product;  // a double
     wire [31:0] sum;
     reg [63:0] addend = 0;
-    reg [31:0] stage_1 = 0, stage_2 = 0;
+    reg [31:0] stage_1 = 0, stage_2 = 0, stage_3 = 0;
     fast_product multiply(.a({9'b0, a}), .w({9'b0, w}), .o(product));
     fast_accumulate accumulate(.acc(acc), .addend(addend), .o(sum));
     always @(posedge clk) begin
@@ -60,7 +60,8 @@ module mac_narrow(
         addend <= active ? product : 64'h8000000000000000;
         stage_1 <= sum;
         stage_2 <= stage_1;
-        o <= stage_2;
+        stage_3 <= stage_2;
+        o <= stage_3;
     end
 endmodule
 
@@ -76,7 +77,7 @@ module mac_fp8x2(
     wire [63:0] product;  // a double
     wire [31:0] sum;
     reg [63:0] product_1 = 0, product_2 = 0, addend = 0;
-    reg [31:0] stage_1 = 0, stage_2 = 0;
+    reg [31:0] stage_1 = 0, stage_2 = 0, stage_3 = 0;
     fast_product_fp8x2 multiply(.a({7'b0, a}), .w({7'b0, w}), .o(product));
     fast_accumulate accumulate(.acc(acc), .addend(addend), .o(sum));
     always @(posedge clk) begin
@@ -86,7 +87,8 @@ module mac_fp8x2(
         addend <= product_2;
         stage_1 <= sum;
         stage_2 <= stage_1;
-        o <= stage_2;
+        stage_3 <= stage_2;
+        o <= stage_3;
     end
 endmodule
 
