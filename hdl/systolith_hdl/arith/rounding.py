@@ -105,7 +105,8 @@ def shift_right_sticky(m: Module, value: Value, amount: Value) -> Value:
     `amount` saturates: with 5 bits 31 must mean "31 or more", so `value` has at most 31 bits.
     """
     assert len(value) < 1 << len(amount)
-    kept, lost = value, Const(0, 1)
+    kept: Value = value
+    lost: Value = Const(0, 1)
     for bit in reversed(range(len(amount))):
         places = min(1 << bit, len(value))
         shifted = Signal(len(value), name=f"shifted_{bit}")
