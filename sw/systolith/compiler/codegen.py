@@ -32,7 +32,7 @@ _PIECES = 4  #: instructions an operation on many tiles is made of, at most
 _PIECE_COLUMNS = 64  #: columns of each of them, at least
 _ARRIVAL = 2.0  #: cycles in which a column of an operand arrives, about, from a slow DRAM
 _JOINED = 2  #: tiles that come together if they continue each other in DRAM: longer bursts
-_ENDING = 8  #: parts in which the last blocks of a matrix product leave PSUM, about
+_ENDING = 3  #: parts in which the last blocks of a matrix product leave PSUM, about
 _LOAD_PIECES = 32  #: as _PIECES, for an operand of a matrix product, which begins with the first
 _LOAD_COLUMNS = 32  #: columns of each of them, at least
 
