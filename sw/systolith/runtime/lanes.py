@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from systolith_hdl.emit import LANES_NAME
-from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, use_yosys
+from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, yosys
 
 _MODULE = re.compile(r"^module (\S+?) ?\(.*?^endmodule\n", re.MULTILINE | re.DOTALL)
 _INSTANCE = re.compile(r"^ +(\\\S+|\w+) +(?:\\\S+ |\w+) ?\(", re.MULTILINE)
@@ -88,7 +88,6 @@ def _flatten(sources: dict[str, str]) -> dict[str, dict[str, Any]]:
     }
     missing = [name for name in sources if not paths[name].exists()]
     if missing:
-        use_yosys()
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             script = []
@@ -99,7 +98,7 @@ def _flatten(sources: dict[str, str]) -> dict[str, dict[str, Any]]:
                 script.append(_FLATTEN.format(name=name))
             (folder / "flatten.ys").write_text("\n".join(script))
             done = subprocess.run(
-                [os.environ.get("YOSYS", "yosys"), "-q", "flatten.ys"],
+                [yosys(), "-q", "flatten.ys"],
                 cwd=folder, capture_output=True, text=True, check=False,
             )  # fmt: skip
             if done.returncode:

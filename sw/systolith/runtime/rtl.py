@@ -84,9 +84,11 @@ def _verilator_args(top: str, cflags: str) -> list[str]:
         "-CFLAGS",
         f"-fPIC {_CXX_FLAGS} {cflags}",
         "-MAKEFLAGS",
-        "OPT_FAST=-O2 OPT_SLOW=-O0 OPT_GLOBAL=-O2",
+        # More than -O1 makes larger code of what Verilator writes, and no faster one: each line of
+        # it runs once per cycle, so what counts is what fits the instruction cache.
+        "OPT_FAST=-O1 OPT_SLOW=-O0 OPT_GLOBAL=-O2",
         "-LDFLAGS",
-        "-shared",
+        "-shared -Wl,-Bsymbolic-functions",
         "-o",
         _LIBRARY,
     ]
