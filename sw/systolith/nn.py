@@ -1,7 +1,7 @@
 """Functions that the chip has in hardware, as JAX primitives with derivatives.
 
-They run and differentiate under plain JAX as well. The chip computes GELU and its derivative from
-tables of their own, one instruction each; higher derivatives are ordinary arithmetic.
+They run and differentiate under plain JAX as well. The chip computes each from a table of its own,
+in one instruction, and so it does the first derivatives. Higher ones are ordinary arithmetic.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from jax.extend.core import Primitive
 from jax.extend.source_info_util import register_exclusion
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["gelu"]
+__all__ = ["gelu", "softplus"]
 
 # Messages and debug maps name the statement that called into this module.
 register_exclusion(__file__)
 
 _gelu_p = Primitive("systolith_gelu")
 _gelu_dx_p = Primitive("systolith_gelu_dx")
+_softplus_p = Primitive("systolith_softplus")
 
 
 def _cdf(x: Any) -> Any:
@@ -50,8 +51,19 @@ def _define(primitive: Any, reference: Any) -> None:
 
 _define(_gelu_p, _gelu)
 _define(_gelu_dx_p, _gelu_dx)
+_define(_softplus_p, jax.nn.softplus)
 ad.defjvp(_gelu_p, lambda g, x: g * _gelu_dx_p.bind(x))
 ad.defjvp(_gelu_dx_p, lambda g, x: g * (_density(x) * (2.0 - x * x)))
+
+
+ad.defjvp(_softplus_p, lambda g, x: g * jax.lax.logistic(x))
+
+
+def _floats(x: jax.Array, name: str) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} takes floats, not {x.dtype.name}")
+    return x
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -59,7 +71,12 @@ def gelu(x: jax.Array) -> jax.Array:
 
     One instruction of the scalar engine; so is its derivative.
     """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"gelu takes floats, not {x.dtype.name}")
-    return _gelu_p.bind(x)
+    return _gelu_p.bind(_floats(x, "gelu"))
+
+
+def softplus(x: jax.Array) -> jax.Array:
+    """``log(1 + exp(x))``, without overflow. Its derivative is the logistic function.
+
+    One instruction of the scalar engine; so is its derivative.
+    """
+    return _softplus_p.bind(_floats(x, "softplus"))

@@ -112,6 +112,26 @@ SPECIAL = {
         (20.0, 1.0),
     ],
     Function.ERF: [(0.0, 0.0), (-0.0, -0.0), (INF, 1.0), (-INF, -1.0), (4.0, 1.0), (TINY, TINY)],
+    Function.SOFTPLUS: [
+        (0.0, np.log(2)),
+        (-0.0, np.log(2)),
+        (INF, INF),
+        (-INF, 0.0),
+        (-104.0, 0.0),
+        (20.0, 20.0),
+        (3e38, 3e38),
+    ],
+    Function.ARCTAN: [
+        (0.0, 0.0),
+        (-0.0, -0.0),
+        (INF, np.pi / 2),
+        (-INF, -np.pi / 2),
+        (TINY, TINY),
+        (-1.0, -np.pi / 4),
+    ],
+    Function.SIGN: [(0.0, 0.0), (-0.0, -0.0), (INF, 1.0), (-INF, -1.0), (TINY, 1.0), (-TINY, -1.0)],
+    Function.ABS: [(0.0, 0.0), (-0.0, 0.0), (INF, INF), (-INF, INF), (-TINY, TINY), (-1.5, 1.5)],
+    Function.RELU: [(0.0, 0.0), (-0.0, 0.0), (INF, INF), (-INF, 0.0), (-TINY, 0.0), (1.5, 1.5)],
 }
 
 

@@ -88,6 +88,8 @@ UNARY = {
     "gelu erfc": lambda x: jax.nn.gelu(x, approximate=False),
     "silu": jax.nn.silu,
     "softplus": jax.nn.softplus,
+    "nn softplus": nn.softplus,
+    "arctan": jnp.arctan,
     "elu": jax.nn.elu,
     "iota": lambda x: x + jnp.arange(x.shape[-1]),
     "astype bool": lambda x: x.astype(bool),
@@ -99,6 +101,8 @@ UNARY = {
         x
     ),
     "grad softplus": lambda x: jax.grad(lambda v: jax.nn.softplus(v).sum())(x),
+    "grad nn softplus": lambda x: jax.grad(lambda v: nn.softplus(v).sum())(x),
+    "grad arctan": lambda x: jax.grad(lambda v: jnp.arctan(v).sum())(x),
     "grad relu": lambda x: jax.grad(lambda v: jax.nn.relu(v).sum())(x),
     "grad abs": lambda x: jax.grad(lambda v: jnp.abs(v).sum())(x),
 }

@@ -273,6 +273,25 @@ def _gelu_dx(x: Decimal) -> Decimal:
     return _phi(x) + x * _density(x)
 
 
+def _softplus(x: Decimal) -> Decimal:
+    with decimal.localcontext(_ERF_CONTEXT):  # 1 + e to the -100 has 44 digits of e
+        value = max(x, Decimal(0)) + _log1p((-abs(x)).exp())
+    return +value
+
+
+def _arctan(x: Decimal) -> Decimal:
+    doublings = 0
+    while abs(x) > Decimal("0.01"):  # the angle is halved
+        x = x / (1 + (1 + x * x).sqrt())
+        doublings += 1
+    total, power, n = x, x, 1
+    while abs(power) > abs(x).scaleb(-62):
+        power *= -x * x
+        n += 2
+        total += power / n
+    return total * 2**doublings
+
+
 def _log2(x: Decimal) -> Decimal:
     return x.ln() * _LOG2E
 
@@ -418,7 +437,6 @@ def _zero_of(f: Callable[[Decimal], Decimal], low: str, high: str) -> Decimal:
 
 
 _GELU_DX_ZERO = _zero_of(_gelu_dx, "-0.8", "-0.7")
-_SQRT_2_OVER_PI = (2 / _PI).sqrt(_CONTEXT)
 
 
 DESCRIPTIONS: dict[Function, Description] = {
@@ -548,6 +566,45 @@ DESCRIPTIONS: dict[Function, Description] = {
             rows=((-13, direct(_erf)),),
             over=ONE,
         ),
+    ),
+    Function.SOFTPLUS: Description(
+        low=-26,
+        high=6,
+        positive=Page(
+            zero=constant(_LN2_D),
+            under=constant(_LN2_D),
+            rows=((-26, direct(_softplus)), (5, linear(1))),
+            over=linear(1),
+            inf=INFINITY,
+        ),
+        negative=Page(
+            zero=constant(_LN2_D),
+            under=constant(_LN2_D),
+            rows=(
+                (-26, direct(lambda x: _softplus(-x))),
+                (0, power(lambda x: _log2(_softplus(-x)))),
+            ),
+            over=ZERO,
+        ),
+    ),
+    Function.ARCTAN: Description(
+        low=-13,
+        high=25,
+        positive=Page(
+            zero=ZERO,
+            under=linear(1),
+            rows=((-13, direct(_arctan)),),
+            over=constant(_CONTEXT.divide(_PI, 2)),
+        ),
+    ),
+    Function.SIGN: Description(positive=Page(zero=ZERO, under=ONE)),
+    Function.ABS: Description(
+        positive=Page(zero=ZERO, under=linear(1), inf=INFINITY),
+        negative=Page(zero=ZERO, under=linear(1), inf=INFINITY),
+    ),
+    Function.RELU: Description(
+        positive=Page(zero=ZERO, under=linear(1), inf=INFINITY),
+        negative=Page(zero=ZERO, under=ZERO),
     ),
 }  # fmt: skip
 

@@ -513,10 +513,13 @@ for _name, _function in {
     "tanh": Function.TANH,
     "logistic": Function.SIGMOID,
     "erf": Function.ERF,
+    "atan": Function.ARCTAN,
+    "sign": Function.SIGN,
     "sqrt": Function.SQRT,
     "rsqrt": Function.RSQRT,
     "systolith_gelu": Function.GELU,
     "systolith_gelu_dx": Function.GELU_DX,
+    "systolith_softplus": Function.SOFTPLUS,
 }.items():
     _register_function(_name, _function)
 
@@ -554,15 +557,6 @@ def _not(t: Tracer, eqn: Any, a: Ref) -> Use:
 @_lowers("is_finite")
 def _is_finite(t: Tracer, eqn: Any, a: Ref) -> Use:
     return t.binary(AluOp.LT, _abs(t, eqn, a), t.scalar(math.inf))
-
-
-@_lowers("sign")
-def _sign(t: Tracer, eqn: Any, a: Ref) -> Use:
-    # Twice the largest power of two carries even the smallest subnormal beyond 1, and unlike a
-    # pair of compares this keeps -0.0 and NaN.
-    huge = t.scalar(2.0**127)
-    large = t.mul(t.mul(a, huge), huge)
-    return t.binary(AluOp.MIN, t.binary(AluOp.MAX, large, t.scalar(-1.0)), t.scalar(1.0))
 
 
 @_lowers("clamp")

@@ -58,6 +58,11 @@ TRUTH: dict[Function, Callable[[Doubles], Doubles]] = {
     Function.GELU_DX: _gelu_dx,
     Function.SIGMOID: special.expit,
     Function.ERF: special.erf,
+    Function.SOFTPLUS: lambda y: np.logaddexp(0, y),
+    Function.ARCTAN: np.arctan,
+    Function.SIGN: np.sign,
+    Function.ABS: np.abs,
+    Function.RELU: lambda y: np.maximum(y, 0),
 }
 
 

@@ -24,6 +24,7 @@ from systolith_hdl.toolchain import (
     cxx,
     sources_hash,
     verilator_env,
+    verilator_identity,
 )
 
 from ..errors import BackendError, DeviceError, DeviceTimeout
@@ -135,7 +136,7 @@ def verilate(
         cells,
         header,
         repr((arguments, loops)),
-        binary,
+        verilator_identity(),
         cxx(),
         _processor(),
     )
