@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     BackendError,
+    CheckError,
     CompileError,
     ConfigMismatch,
     DeviceError,
@@ -22,8 +23,10 @@ from .errors import (
     KernelError,
     OutOfMemory,
     ProgramError,
+    RaceError,
     SystolithError,
     TensorError,
+    UndefinedError,
     UnsupportedError,
 )
 from .program import Program
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendError",
+    "CheckError",
     "CompileError",
     "ConfigMismatch",
     "Device",
@@ -45,8 +49,10 @@ __all__ = [
     "OutOfMemory",
     "Program",
     "ProgramError",
+    "RaceError",
     "SystolithError",
     "TensorError",
+    "UndefinedError",
     "UnsupportedError",
     "jit",
     "nn",

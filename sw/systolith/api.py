@@ -15,7 +15,9 @@ from systolith_hdl.formats import DType
 
 from .compiler import Compiled, argument_name, check_options, compile_step
 from .compiler.ir import ARRAY_TYPE_NAMES, ARRAY_TYPES, array_type
-from .errors import DeviceError
+from .errors import BackendError, DeviceError
+from .golden.debugger import Debugger
+from .golden.device import GoldenDevice
 from .program import Program
 from .runtime import Counters, DeviceTensor, Driver, LoadedProgram, open_backend
 
@@ -38,6 +40,8 @@ class Device:
     watchdog : cycles without progress after which a program faults; None keeps the chip's default
     seed : of stochastic rounding in the first program that runs; each run takes the next number,
         so that the same calls on two devices of one seed give the same bits
+    check : of "golden" only: report races between engines and the use of memory never written, see
+        docs/debugging.md
     progress : called with a line of text when a long step of opening the device begins
 
     A context manager: leaving it closes the device.
@@ -53,9 +57,14 @@ class Device:
         dram_bytes_per_cycle: int | None = None,
         watchdog: int | None = None,
         seed: int = 0,
+        check: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         options: dict[str, Any] = {"dram_bytes": dram_bytes}
+        if check:
+            if kind != "golden":
+                raise BackendError(f'check=True needs the device "golden", not {kind!r}')
+            options["check"] = True
         if kind in ("rtl", "rtl-fast"):
             options["dram_latency"] = dram_latency
             options["dram_bytes_per_cycle"] = dram_bytes_per_cycle
@@ -75,6 +84,14 @@ class Device:
         if self._driver is None:
             raise DeviceError(f"{self} is closed")
         return self._driver
+
+    @property
+    def debugger(self) -> Debugger:
+        """Breakpoints and a look at everything, on the device "golden"."""
+        backend = self.driver.backend
+        if not isinstance(backend, GoldenDevice):
+            raise DeviceError(f'{self} has no debugger; the device "golden" has one')
+        return backend.debugger
 
     @property
     def seed(self) -> int:
