@@ -32,6 +32,7 @@ from .errors import (
 from .program import Program
 
 if TYPE_CHECKING:
+    from . import kernel as kernel
     from . import nn as nn
     from .api import Device, DeviceArray, jit
 
@@ -55,6 +56,7 @@ __all__ = [
     "UndefinedError",
     "UnsupportedError",
     "jit",
+    "kernel",
     "nn",
 ]
 
@@ -63,6 +65,8 @@ def __getattr__(name: str) -> Any:
     # What needs JAX is imported when it is first used: benches and kernels do without.
     if name == "nn":
         return importlib.import_module(".nn", __name__)
+    if name == "kernel":
+        return importlib.import_module(".kernel", __name__)
     if name in ("Device", "DeviceArray", "jit"):
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import FORMATS, DType
 
-from .compiler import Compiled, argument_name, check_options, compile_step
+from .compiler import Binding, Compiled, argument_name, check_options, compile_step
 from .compiler.ir import ARRAY_TYPE_NAMES, ARRAY_TYPES, array_type
 from .errors import BackendError, DeviceError
 from .golden.debugger import Debugger
 from .golden.device import GoldenDevice
+from .kernel.function import Kernel
 from .program import Program
 from .runtime import Counters, DeviceTensor, Driver, LoadedProgram, open_backend
 
@@ -330,17 +331,18 @@ class Jitted:
                 for leaf, w in zip(leaves, weak, strict=True)
             ]
             spec_args, spec_kwargs = jax.tree.unflatten(tree, specs)
-            self._entries[key] = _Entry(
-                compile_step(
-                    self._fn,
-                    spec_args,
-                    self._device.config,
-                    kwargs=spec_kwargs,
-                    matmul=self._matmul,
-                    rounding=self._rounding,
-                )
-            )
+            self._entries[key] = _Entry(self._compile(spec_args, spec_kwargs))
         return leaves, self._entries[key]
+
+    def _compile(self, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+        return compile_step(
+            self._fn,
+            args,
+            self._device.config,
+            kwargs=kwargs,
+            matmul=self._matmul,
+            rounding=self._rounding,
+        )
 
     def _leaf(self, name: str, leaf: Any) -> np.ndarray | DeviceArray:
         if isinstance(leaf, DeviceArray):
@@ -402,6 +404,35 @@ class Jitted:
             "busy": dict(counters.busy) if clocked else None,
             "instructions": dict(counters.instructions),
         }
+
+
+class KernelOnDevice(Jitted):
+    """A kernel function alone on a device; made by `Kernel.on`."""
+
+    def __init__(self, kernel: Kernel, device: Device, static: dict[str, Any]) -> None:
+        super().__init__(kernel, device=device, matmul="bfloat16", rounding="nearest")
+        self._kernel = kernel
+        self._static = static
+
+    def _compile(self, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+        if kwargs:
+            raise TypeError(
+                f"keyword arguments of kernel {self._kernel.name!r} are given to .on(device): "
+                f"{', '.join(kwargs)}"
+            )
+        program = self._kernel.build(self._device.config, *args, **self._static)
+        outputs = [tensor for tensor in program.tensors if tensor.kind == "output"]
+        tree = jax.tree.structure(0 if len(outputs) == 1 else (0,) * len(outputs))
+        return Compiled(
+            program,
+            tuple(
+                Binding(name, arg.shape, np.dtype(arg.dtype))
+                for name, arg in zip(self._kernel.names(len(args)), args, strict=True)
+            ),
+            tuple(Binding(t.name, t.shape, FORMATS[t.dtype].numpy) for t in outputs),
+            tree,
+            {},
+        )
 
 
 def jit(

@@ -21,6 +21,12 @@ class KernelError(SystolithError):
         super().__init__(f"{source}: {message}" if source else message)
         self.source = source
 
+    def within(self, what: str, called: str | None) -> KernelError:
+        """The same error, with the call that led to it: `what` was called at ``file:line``."""
+        error = KernelError(f"{self}\n  in {what}" + (f", called at {called}" if called else ""))
+        error.source = self.source
+        return error
+
 
 class ProgramError(SystolithError):
     """A program or program file is damaged, of another version, or inconsistent."""
