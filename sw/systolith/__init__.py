@@ -33,6 +33,7 @@ from .program import Program
 
 if TYPE_CHECKING:
     from . import kernel as kernel
+    from . import kernels as kernels
     from . import nn as nn
     from .api import Device, DeviceArray, jit
 
@@ -57,6 +58,7 @@ __all__ = [
     "UnsupportedError",
     "jit",
     "kernel",
+    "kernels",
     "nn",
 ]
 
@@ -65,8 +67,8 @@ def __getattr__(name: str) -> Any:
     # What needs JAX is imported when it is first used: benches and kernels do without.
     if name == "nn":
         return importlib.import_module(".nn", __name__)
-    if name == "kernel":
-        return importlib.import_module(".kernel", __name__)
+    if name in ("kernel", "kernels"):
+        return importlib.import_module(f".{name}", __name__)
     if name in ("Device", "DeviceArray", "jit"):
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
