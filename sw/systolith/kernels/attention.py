@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from systolith_hdl.isa import AluOp, Function, Space
 from ..kernel import DramTensor, KernelBuilder, Tile, View
 from ..kernel.function import kernel
 from ..kernel.source import refuse
-from .tiles import Ring, constant, is_shape, load_across, parts, rank, same, store_across
+from .tiles import Ring, constant, in_turns, is_shape, load_across, parts, rank, same, store_across
 
 register_exclusion(__file__)
 
@@ -71,7 +72,7 @@ class _Block(NamedTuple):
     """N queries or less: the first, how many, and how many keys the last of them sees."""
 
     first: int
-    count: int
+    size: int
     visible: int
 
 
@@ -85,7 +86,7 @@ def _hide(nc: KernelBuilder, scores: View, block: _Block, start: int, triangle: 
     """Sets the scores of keys that a query does not see yet to -infinity; `start` is the first
     key."""
     # Of the last `count` keys that the block sees, the first query sees one, the last all.
-    diagonal = block.visible - block.count
+    diagonal = block.visible - block.size
     low, high = max(diagonal, start), start + scores.shape[0]
     if low < high:
         part = scores[low - start : high - start]
@@ -132,6 +133,16 @@ def _scores(
         )
 
 
+class _Workspace:
+    """What one block of queries is worked on with."""
+
+    def __init__(self, nc: KernelBuilder, queries: int, chunk: int, depth: int) -> None:
+        self.queries, self.weights = nc.sbuf.tile(queries), nc.sbuf.tile(chunk)
+        self.scores, self.turned = nc.psum.tile(chunk), nc.psum.tile(chunk)
+        self.result, self.sums = nc.sbuf.tile(depth), nc.psum.tile(depth)
+        self.small = [nc.sbuf.tile(1) for _ in range(5)]
+
+
 def _attend(
     nc: KernelBuilder,
     q: DramTensor,
@@ -164,109 +175,106 @@ def _attend(
     words = tiles * head.keys + -(-head.keys // n) * depth
     stays = words <= nc.config.sbuf_depth // 2
     span = head.keys if stays else chunk
-    key_ring = Ring(nc, Space.SBUF, tiles * span)
-    value_ring = Ring(nc, Space.SBUF, -(-span // n) * depth)
-    query_ring = Ring(nc, Space.SBUF, tiles * n)
-    score_ring = Ring(nc, Space.PSUM, chunk)
-    turned_ring = Ring(nc, Space.PSUM, chunk)
-    result_ring = Ring(nc, Space.PSUM, depth)
-    weight_ring = Ring(nc, Space.SBUF, chunk)
-    weight_turned_ring = Ring(nc, Space.SBUF, chunk)
-    small, running = Ring(nc, Space.SBUF, 1, 8), Ring(nc, Space.SBUF, 1, 4)
-    result_sbuf = Ring(nc, Space.SBUF, depth, 3)
+    rings = [Ring(nc, Space.SBUF, tiles * span), Ring(nc, Space.SBUF, -(-span // n) * depth)]
+    slots = [_Workspace(nc, tiles * n, chunk, depth) for _ in range(2)]
 
-    def fetch(head: _Head, first: int, count: int) -> tuple[Tile, Tile]:
-        keys, values = key_ring.take(), value_ring.take()
+    def fetch(head: _Head, first: int, count: int, keys: Tile, values: Tile) -> None:
         load_across(nc, keys, k, **_across(nc, head, first, count, True))
         load_across(nc, values, v, **_along(nc, head, first, count, True))
-        return keys, values
+
+    def job(
+        head: _Head, keys: Tile, values: Tile, block: _Block, slot: _Workspace
+    ) -> Iterator[None]:
+        """The results of one block of queries."""
+        lanes = block.size
+        load_across(nc, slot.queries, q, **_across(nc, head, block.first, lanes, False))
+        top, total, new, minus, part = (tile.view(lanes=lanes) for tile in slot.small)
+        result, sum_ = (tile.view(lanes=lanes) for tile in (slot.result, slot.sums))
+        for start, count in parts(block.visible, chunk):
+            if not stays:
+                fetch(head, start, count, keys, values)
+            apart, at = (head.keys, start) if stays else (count, 0)
+            scores = slot.scores.view(count, lanes=lanes)
+            _scores(nc, scores, slot.queries, keys, head, apart, at)
+            yield
+            if triangle is not None:
+                _hide(nc, scores, block, start, triangle)
+            # The running maximum.
+            nc.vector.reduce(new, scores, AluOp.MAX)
+            if start:
+                nc.vector.tensor_tensor(new, new, AluOp.MAX, top, AluOp.MUL, scale)
+            else:
+                nc.vector.tensor_scalar(new, new, AluOp.MUL, scale)
+            nc.vector.tensor_scalar(minus, new, AluOp.MUL, -1.0)
+            yield
+            # Rounded as the product takes them, so that weights add up to one.
+            weights = slot.weights.view(count, lanes=lanes)
+            nc.scalar.activate(weights.astype(_BF16), scores, Function.EXP, scale, minus)
+            yield
+            # Keys across partitions, by products with the identity.
+            for i, (key, used) in enumerate(parts(count, n)):
+                nc.tensor.load_stationary(weights[key : key + used].astype(_BF16))
+                nc.tensor.matmul(
+                    slot.turned.view(lanes, offset=i * lanes, lanes=used),
+                    identity[:lanes].with_lanes(lanes).astype(_BF16),
+                )
+            yield
+            nc.vector.reduce(part, weights, AluOp.ADD)
+            if start:
+                # What the sums so far shrink by.
+                nc.scalar.activate(top, top, Function.EXP, bias=minus)
+                nc.vector.tensor_tensor(total, total, AluOp.MUL, top)
+                nc.vector.tensor_tensor(total, total, AluOp.ADD, part)
+                nc.vector.tensor_tensor(result, result, AluOp.MUL, top)
+            else:
+                nc.vector.copy(total, part)
+            nc.vector.copy(top, new)
+            words = -(-count // n) * lanes
+            nc.scalar.activate(
+                slot.weights.view(words), slot.turned.view(words), Function.IDENTITY, bias=-0.0
+            )
+            yield
+            first_value = start // n if stays else 0
+            for i, (_, used) in enumerate(parts(count, n)):
+                nc.tensor.load_stationary(
+                    slot.weights.view(lanes, offset=i * lanes, lanes=used).astype(_BF16)
+                )
+                nc.tensor.matmul(
+                    sum_,
+                    values.view(depth, offset=(first_value + i) * depth, lanes=used).astype(_BF16),
+                    accumulate=i > 0,
+                )
+            yield
+            if start:
+                nc.vector.tensor_tensor(result, result, AluOp.ADD, sum_)
+            else:
+                nc.vector.copy(result, sum_)
+        nc.scalar.activate(part, total, Function.RECIPROCAL)
+        nc.vector.tensor_tensor(result, result, AluOp.MUL, part)
+        start, item = (head.q + block.first * head.pitch) * out.itemsize, out.itemsize
+        nc.dma.store(result, out, start, lane_stride=head.pitch * item)
+        if sums is not None:
+            nc.scalar.activate(total, total, Function.LOG)
+            nc.vector.tensor_tensor(total, total, AluOp.ADD, top)
+            place = head.sums + block.first * head.sums_pitch
+            nc.dma.store(total, sums, place * 4, lane_stride=head.sums_pitch * 4)
+
+    def streamed(
+        head: _Head, block: _Block, stream: tuple[_Workspace, Tile, Tile]
+    ) -> Iterator[None]:
+        slot, keys, values = stream
+        return job(head, keys, values, block, slot)
 
     for head in all_heads:
+        blocks = list(_blocks(head, n, causal))
         if stays:
-            keys, values = fetch(head, 0, head.keys)
-        for block in _blocks(head, n, causal):
-            lanes = block.count
-            queries = query_ring.take()
-            load_across(nc, queries, q, **_across(nc, head, block.first, lanes, False))
-            top, total = (running.take().view(lanes=lanes) for _ in range(2))
-            result = result_sbuf.take().view(lanes=lanes)
-            for start, count in parts(block.visible, chunk):
-                if not stays:
-                    keys, values = fetch(head, start, count)
-                apart, at = (head.keys, start) if stays else (count, 0)
-                scores = score_ring.take().view(count, lanes=lanes)
-                _scores(nc, scores, queries, keys, head, apart, at)
-                if triangle is not None:
-                    _hide(nc, scores, block, start, triangle)
-                # The running maximum, and what the sums so far shrink by.
-                new, minus, part = (small.take().view(lanes=lanes) for _ in range(3))
-                nc.vector.reduce(new, scores, AluOp.MAX)
-                if start:
-                    nc.vector.tensor_tensor(new, new, AluOp.MAX, top, AluOp.MUL, scale)
-                else:
-                    nc.vector.tensor_scalar(new, new, AluOp.MUL, scale)
-                nc.vector.tensor_scalar(minus, new, AluOp.MUL, -1.0)
-                # Rounded as the product takes them, so that weights add up to one.
-                weights = weight_ring.take()
-                nc.scalar.activate(
-                    weights.view(count, lanes=lanes).astype(_BF16),
-                    scores, Function.EXP, scale, minus,
-                )  # fmt: skip
-                nc.vector.reduce(part, weights.view(count, lanes=lanes), AluOp.ADD)
-                if start:
-                    shrink = small.take().view(lanes=lanes)
-                    nc.scalar.activate(shrink, top, Function.EXP, bias=minus)
-                    nc.vector.tensor_tensor(total, total, AluOp.MUL, shrink)
-                    nc.vector.tensor_tensor(total, total, AluOp.ADD, part)
-                    nc.vector.tensor_tensor(result, result, AluOp.MUL, shrink)
-                else:
-                    nc.vector.copy(total, part)
-                nc.vector.copy(top, new)
-                # Keys across partitions, by products with the identity.
-                turned, weights_turned = turned_ring.take(), weight_turned_ring.take()
-                for i, (key, used) in enumerate(parts(count, n)):
-                    nc.tensor.load_stationary(
-                        weights.view(used, offset=key, lanes=lanes).astype(_BF16)
-                    )
-                    nc.tensor.matmul(
-                        turned.view(lanes, offset=i * lanes, lanes=used),
-                        identity[:lanes].with_lanes(lanes).astype(_BF16),
-                    )
-                words = -(-count // n) * lanes
-                nc.scalar.activate(
-                    weights_turned.view(words), turned.view(words), Function.IDENTITY, bias=-0.0
-                )
-                sum_ = result_ring.take().view(lanes=lanes)
-                first_value = start // n if stays else 0
-                for i, (_, used) in enumerate(parts(count, n)):
-                    nc.tensor.load_stationary(
-                        weights_turned.view(lanes, offset=i * lanes, lanes=used).astype(_BF16)
-                    )
-                    nc.tensor.matmul(
-                        sum_,
-                        values.view(depth, offset=(first_value + i) * depth, lanes=used)
-                        .astype(_BF16),
-                        accumulate=i > 0,
-                    )  # fmt: skip
-                if start:
-                    nc.vector.tensor_tensor(result, result, AluOp.ADD, sum_)
-                else:
-                    nc.vector.copy(result, sum_)
-            share = small.take().view(lanes=lanes)
-            nc.scalar.activate(share, total, Function.RECIPROCAL)
-            nc.vector.tensor_tensor(result, result, AluOp.MUL, share)
-            item = out.itemsize
-            nc.dma.store(
-                result,
-                out,
-                (head.q + block.first * head.pitch) * item,
-                lane_stride=head.pitch * item,
-            )
-            if sums is not None:
-                nc.scalar.activate(total, total, Function.LOG)
-                nc.vector.tensor_tensor(total, total, AluOp.ADD, top)
-                place = head.sums + block.first * head.sums_pitch
-                nc.dma.store(total, sums, place * 4, lane_stride=head.sums_pitch * 4)
+            keys, values = (ring.take() for ring in rings)
+            fetch(head, 0, head.keys, keys, values)
+            in_turns(blocks, slots, functools.partial(job, head, keys, values))
+        else:
+            # Each of the two has keys and values of its own, a chunk at a time.
+            streams = [(slot, rings[0].take(), rings[1].take()) for slot in slots]
+            in_turns(blocks, streams, functools.partial(streamed, head))
     return (out,) if sums is None else (out, sums)
 
 
@@ -362,7 +370,7 @@ def attention_grad(
         nc.vector.memset(of_keys.view(), 0.0)
         nc.vector.memset(of_values.view(), 0.0)
         for block in _blocks(head, n, causal):
-            lanes = block.count
+            lanes = block.size
             q_across, g_across = query_across.take(), gradient_across.take()
             q_along, g_along, o_along = query_along.take(), gradient_along.take(), out_along.take()
             for tile, tensor, how in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from jax.extend.source_info_util import register_exclusion
@@ -9,14 +10,14 @@ from systolith_hdl.isa import AluOp, Function
 
 from ..kernel import DramTensor, KernelBuilder, View
 from ..kernel.function import kernel
-from .tiles import everywhere, is_shape, panel_rings, panels, rank, same, sum_of_lanes
+from .tiles import Panel, add, everywhere, is_shape, over_panels, rank, same, sum_of_lanes
 
 register_exclusion(__file__)
 
 
 def _normalize(
     nc: KernelBuilder, tile: View, product: View, mean: View | None, root: View, eps: float
-) -> None:
+) -> Iterator[None]:
     """tile = (tile - its mean) / sqrt(its variance + eps); root = 1 / that square root.
 
     Without `mean` nothing is subtracted, and the mean of squares stands for the variance.
@@ -24,11 +25,15 @@ def _normalize(
     share = 1.0 / tile.shape[-1]
     if mean is not None:
         nc.vector.reduce(mean, tile, AluOp.ADD)
-        nc.vector.tensor_scalar(mean, mean, AluOp.MUL, share)
-        nc.vector.tensor_tensor(tile, tile, AluOp.SUB, mean)
+        nc.vector.tensor_scalar(mean, mean, AluOp.MUL, -share)
+        yield
+        add(nc, tile, tile, mean)
+        yield
     nc.vector.tensor_tensor(product, tile, AluOp.MUL, tile)
     nc.vector.reduce(root, product, AluOp.ADD)
+    yield
     nc.scalar.activate(root, root, Function.RSQRT, share, eps)
+    yield
     nc.vector.tensor_tensor(tile, tile, AluOp.MUL, root)
 
 
@@ -44,18 +49,18 @@ def _forward(
     if bias is not None:
         is_shape(bias, columns)
         biases = everywhere(nc, bias)
-    tiles, small = panel_rings(nc, rows, columns, 2, 2)
-    for panel in panels(nc, rows, columns, 4):
-        tile, product = (panel.view(tiles.take(), columns) for _ in range(2))
-        mean, root = (panel.view(small.take(), 1) for _ in range(2))
+
+    def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
+        (tile, product), (mean, root) = tiles, small
         nc.dma.load(tile, x, **panel.place(nc, x))
-        _normalize(nc, tile, product, None if biases is None else mean, root, eps)
+        yield from _normalize(nc, tile, product, None if biases is None else mean, root, eps)
         nc.vector.tensor_tensor(tile, tile, AluOp.MUL, gains.with_lanes(panel.lanes))
         if biases is not None:
-            # The scalar engine adds as well as the vector engine, which has enough to do.
-            more = biases.with_lanes(panel.lanes)
-            nc.scalar.activate(tile, tile, Function.IDENTITY, bias=more)
+            yield
+            add(nc, tile, tile, biases.with_lanes(panel.lanes))
         nc.dma.store(tile, out, **panel.place(nc, out))
+
+    over_panels(nc, rows, columns, 2, 2, job)
     return out
 
 
@@ -87,30 +92,35 @@ def _backward(
     for total in sums:
         nc.vector.memset(total.view(), 0.0)
     share = 1.0 / columns
-    tiles, small = panel_rings(nc, rows, columns, 3, 3)
-    for panel in panels(nc, rows, columns, 6):
-        h, g, product = (panel.view(tiles.take(), columns) for _ in range(3))
-        mean, root, along = (panel.view(small.take(), 1) for _ in range(3))
+
+    def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
+        (h, g, product), (mean, root, along) = tiles, small
         nc.dma.load(h, x, **panel.place(nc, x))
         nc.dma.load(g, gradient, **panel.place(nc, gradient))
-        _normalize(nc, h, product, mean if centred else None, root, eps)
+        yield from _normalize(nc, h, product, mean if centred else None, root, eps)
         nc.vector.tensor_tensor(product, g, AluOp.MUL, h)
         for block in range(panel.blocks):
             for total, part in zip(sums, (product, g), strict=False):
                 view = total.view(columns, lanes=panel.lanes)
-                nc.vector.tensor_tensor(view, view, AluOp.ADD, part[block])
+                add(nc, view, part[block], view)
+        yield
         nc.vector.tensor_tensor(g, g, AluOp.MUL, gains.with_lanes(panel.lanes))
         nc.vector.tensor_tensor(product, g, AluOp.MUL, h)
         nc.vector.reduce(along, product, AluOp.ADD)
         nc.vector.tensor_scalar(along, along, AluOp.MUL, share)
         if centred:
             nc.vector.reduce(mean, g, AluOp.ADD)
-            nc.vector.tensor_scalar(mean, mean, AluOp.MUL, share)
-            nc.vector.tensor_tensor(g, g, AluOp.SUB, mean)
+            nc.vector.tensor_scalar(mean, mean, AluOp.MUL, -share)
+            yield
+            add(nc, g, g, mean)
         nc.vector.tensor_tensor(h, h, AluOp.MUL, along)
-        nc.vector.tensor_tensor(g, g, AluOp.SUB, h)
+        yield
+        add(nc, g, h, g, scale=-1.0)
+        yield
         nc.vector.tensor_tensor(g, g, AluOp.MUL, root)
         nc.dma.store(g, dx, **panel.place(nc, dx))
+
+    over_panels(nc, rows, columns, 3, 3, job)
     sum_of_lanes(nc, sums[0], d_gain)
     if d_bias is None:
         return dx, d_gain

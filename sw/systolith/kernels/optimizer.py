@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from jax.extend.source_info_util import register_exclusion
 from systolith_hdl.formats import NARROW_FLOATS
-from systolith_hdl.isa import AluOp, Function, Rounding, Space
+from systolith_hdl.isa import AluOp, Function, Rounding
 
-from ..kernel import DramTensor, KernelBuilder
+from ..kernel import DramTensor, KernelBuilder, Tile
 from ..kernel.function import kernel
 from ..kernel.source import refuse
-from .tiles import Ring, is_shape, parts, same
+from .tiles import add, in_turns, is_shape, parts, same
 
 register_exclusion(__file__)
 
@@ -53,32 +54,36 @@ def adamw(
     nc.dma.load(numbers, rates, lane_stride=0)
     total = math.prod(parameters.shape)
     columns = -(-total // n)
-    width = max(1, min(-(-columns // 4), nc.config.sbuf_depth // 24))
-    p_ring, g_ring, m_ring, v_ring = (Ring(nc, Space.SBUF, width, 3) for _ in range(4))
-    work_ring = Ring(nc, Space.SBUF, width, 4)
+    width = max(1, min(-(-columns // 8), nc.config.sbuf_depth // 24))
+    slots = [[nc.sbuf.tile(width) for _ in range(6)] for _ in range(3)]
 
-    def step(first: int, count: int, lanes: int) -> None:
+    def job(work: tuple[int, int, int], slot: list[Tile]) -> Iterator[None]:
         """Elements from `first` on, `count` columns of `lanes` each."""
+        first, count, lanes = work
         rate, c1, c2 = (numbers[i : i + 1].with_lanes(lanes) for i in range(3))
-        views = [r.take().view(count, lanes=lanes) for r in (p_ring, g_ring, m_ring, v_ring)]
-        p, g, m, v = views
-        for view, tensor in zip(views, (parameters, gradient, mean, square), strict=True):
+        p, g, m, v, a, b = (tile.view(count, lanes=lanes) for tile in slot)
+        loads = zip((g, m, v, p), (gradient, mean, square, parameters), strict=True)
+        for view, tensor in loads:
             item = tensor.itemsize
             nc.dma.load(view, tensor, first * item, (lanes * item,), item)
-        a, b = (work_ring.take().view(count, lanes=lanes) for _ in range(2))
         nc.scalar.activate(a, g, Function.IDENTITY, 1.0 - beta1)
-        nc.vector.tensor_tensor(m, m, AluOp.ADD, a, AluOp.MUL, beta1)
         nc.vector.tensor_tensor(g, g, AluOp.MUL, g, AluOp.MUL, 1.0 - beta2)
-        nc.vector.tensor_tensor(v, v, AluOp.ADD, g, AluOp.MUL, beta2)
+        yield
+        add(nc, v, v, g, scale=beta2)
+        add(nc, m, m, a, scale=beta1)
+        yield
         nc.vector.tensor_tensor(b, v, AluOp.MUL, c2)
+        nc.vector.tensor_tensor(a, m, AluOp.MUL, c1)
+        yield
         nc.scalar.activate(b, b, Function.SQRT)
         nc.scalar.activate(b, b, Function.RECIPROCAL, 1.0, eps)
-        nc.vector.tensor_tensor(a, m, AluOp.MUL, c1)
+        yield
         nc.vector.tensor_tensor(a, a, AluOp.MUL, b)
         if decay:
             nc.vector.tensor_tensor(a, p, AluOp.ADD, a, AluOp.MUL, decay)
         nc.vector.tensor_tensor(a, a, AluOp.MUL, rate)
-        nc.vector.tensor_tensor(p, p, AluOp.SUB, a)
+        yield
+        add(nc, p, a, p, scale=-1.0)
         for view, tensor in zip((p, m, v), results, strict=True):
             item = tensor.itemsize
             narrow = tensor.dtype in NARROW_FLOATS
@@ -87,8 +92,8 @@ def adamw(
                 rounding=rounding if narrow else Rounding.NEAREST,
             )  # fmt: skip
 
-    for start, count in parts(total // n, width):
-        step(start * n, count, n)
+    works = [(start * n, count, n) for start, count in parts(total // n, width)]
     if total % n:
-        step(total // n * n, 1, total % n)
+        works.append((total // n * n, 1, total % n))
+    in_turns(works, slots, job)
     return tuple(results)

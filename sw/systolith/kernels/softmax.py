@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from jax.extend.source_info_util import register_exclusion
@@ -10,17 +11,20 @@ from systolith_hdl.isa import AluOp, Function
 
 from ..kernel import DramTensor, KernelBuilder, View
 from ..kernel.function import kernel
-from .tiles import panel_rings, panels, rank, same
+from .tiles import Panel, add, over_panels, rank, same
 
 register_exclusion(__file__)
 
 
-def _exponentials(nc: KernelBuilder, tile: View, top: View, total: View) -> None:
+def _exponentials(nc: KernelBuilder, tile: View, top: View, total: View) -> Iterator[None]:
     """tile = exp(tile - maximum of its row); top = -maximum; total = sum of the row."""
     nc.vector.reduce(top, tile, AluOp.MAX)
     nc.vector.tensor_scalar(top, top, AluOp.MUL, -1.0)
+    yield
     nc.scalar.activate(tile, tile, Function.EXP, bias=top)
+    yield
     nc.vector.reduce(total, tile, AluOp.ADD)
+    yield
 
 
 @kernel
@@ -29,15 +33,17 @@ def softmax(nc: KernelBuilder, x: DramTensor) -> DramTensor:
     rank(x, 2)
     rows, columns = x.shape
     out = nc.output(x.shape, x.dtype)
-    tiles, small = panel_rings(nc, rows, columns, 1, 2)
-    for panel in panels(nc, rows, columns, 2):
-        tile = panel.view(tiles.take(), columns)
-        top, total = (panel.view(small.take(), 1) for _ in range(2))
+
+    def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
+        (tile,), (top, total) = tiles, small
         nc.dma.load(tile, x, **panel.place(nc, x))
-        _exponentials(nc, tile, top, total)
+        yield from _exponentials(nc, tile, top, total)
         nc.scalar.activate(total, total, Function.RECIPROCAL)
+        yield
         nc.vector.tensor_tensor(tile, tile, AluOp.MUL, total)
         nc.dma.store(tile, out, **panel.place(nc, out))
+
+    over_panels(nc, rows, columns, 1, 2, job)
     return out
 
 
@@ -48,17 +54,21 @@ def softmax_grad(nc: KernelBuilder, y: DramTensor, gradient: DramTensor) -> Dram
     same(y, gradient)
     rows, columns = y.shape
     out = nc.output(y.shape, y.dtype)
-    tiles, small = panel_rings(nc, rows, columns, 3, 1)
-    for panel in panels(nc, rows, columns, 6):
-        tile, other, product = (panel.view(tiles.take(), columns) for _ in range(3))
-        total = panel.view(small.take(), 1)
+
+    def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
+        (tile, other, product), (total,) = tiles, small
         nc.dma.load(tile, y, **panel.place(nc, y))
         nc.dma.load(other, gradient, **panel.place(nc, gradient))
         nc.vector.tensor_tensor(product, tile, AluOp.MUL, other)
         nc.vector.reduce(total, product, AluOp.ADD)
-        nc.vector.tensor_tensor(other, other, AluOp.SUB, total)
+        nc.vector.tensor_scalar(total, total, AluOp.MUL, -1.0)
+        yield
+        add(nc, other, other, total)
+        yield
         nc.vector.tensor_tensor(other, other, AluOp.MUL, tile)
         nc.dma.store(other, out, **panel.place(nc, out))
+
+    over_panels(nc, rows, columns, 3, 1, job)
     return out
 
 
@@ -80,23 +90,25 @@ def _losses(
     rows, columns = logits.shape
     out = nc.output((rows,), DType.FP32)
     sums = nc.output((rows,), DType.FP32) if keep else None
-    tiles, small = panel_rings(nc, rows, columns, 2, 4)
-    for panel in panels(nc, rows, columns, 4):
-        tile, label = (panel.view(tiles.take(), columns) for _ in range(2))
-        top, total, weight, dot = (panel.view(small.take(), 1) for _ in range(4))
+
+    def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
+        (tile, label), (top, total, weight, dot) = tiles, small
         nc.dma.load(tile, logits, **panel.place(nc, logits))
         nc.dma.load(label, labels, **panel.place(nc, labels))
         nc.vector.reduce(weight, label, AluOp.ADD)
         nc.vector.tensor_tensor(label, label, AluOp.MUL, tile)
         nc.vector.reduce(dot, label, AluOp.ADD)
-        _exponentials(nc, tile, top, total)
+        yield from _exponentials(nc, tile, top, total)
         nc.scalar.activate(total, total, Function.LOG)
+        yield
         nc.vector.tensor_tensor(total, total, AluOp.SUB, top)
         if sums is not None:
             nc.dma.store(total, sums, **panel.place(nc, sums))
         nc.vector.tensor_tensor(weight, weight, AluOp.MUL, total)
         nc.vector.tensor_tensor(weight, weight, AluOp.SUB, dot)
         nc.dma.store(weight, out, **panel.place(nc, out))
+
+    over_panels(nc, rows, columns, 2, 4, job)
     return (out,) if sums is None else (out, sums)
 
 
@@ -133,21 +145,26 @@ def cross_entropy_grad(
     same(sums, gradient)
     rows, columns = logits.shape
     out = nc.output(logits.shape, logits.dtype)
-    tiles, small = panel_rings(nc, rows, columns, 2, 3)
-    for panel in panels(nc, rows, columns, 4):
-        tile, label = (panel.view(tiles.take(), columns) for _ in range(2))
-        total, scale, weight = (panel.view(small.take(), 1) for _ in range(3))
+
+    def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
+        (tile, label), (total, scale, weight) = tiles, small
         nc.dma.load(total, sums, **panel.place(nc, sums))
         nc.dma.load(scale, gradient, **panel.place(nc, gradient))
         nc.dma.load(tile, logits, **panel.place(nc, logits))
         nc.dma.load(label, labels, **panel.place(nc, labels))
         nc.vector.tensor_scalar(total, total, AluOp.MUL, -1.0)
-        nc.scalar.activate(tile, tile, Function.EXP, bias=total)
         nc.vector.reduce(weight, label, AluOp.ADD)
+        yield
+        nc.scalar.activate(tile, tile, Function.EXP, bias=total)
+        yield
         nc.vector.tensor_tensor(tile, tile, AluOp.MUL, weight)
-        nc.vector.tensor_tensor(tile, tile, AluOp.SUB, label)
+        yield
+        add(nc, tile, label, tile, scale=-1.0)
+        yield
         nc.vector.tensor_tensor(tile, tile, AluOp.MUL, scale)
         nc.dma.store(tile, out, **panel.place(nc, out))
+
+    over_panels(nc, rows, columns, 2, 3, job)
     return out
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from systolith_hdl.formats import FLOATS, DType
-from systolith_hdl.isa import AluOp, Space
+from systolith_hdl.isa import AluOp, Function, Space
 
 from ..kernel import DramTensor, KernelBuilder, Tile, View
 from ..kernel.source import refuse
+
+_Work = TypeVar("_Work")
+_Slot = TypeVar("_Slot")
+_DONE = object()
 
 
 def parts(total: int, step: int) -> list[tuple[int, int]]:
@@ -91,15 +95,78 @@ def panels(nc: KernelBuilder, rows: int, columns: int, tiles: int) -> Iterator[P
         yield Panel(full * lanes, 1, rows % lanes)
 
 
-def panel_rings(nc: KernelBuilder, rows: int, columns: int, tiles: int, small: int) -> list[Ring]:
-    """Two rings for panels: of `tiles` matrices each, and of `small` columns each. Those of a panel
-    and of the next one, or where rows are too long for that, of one panel."""
-    blocks = max(panel.blocks for panel in panels(nc, rows, columns, 2 * tiles))
-    twice = 2 if 2 * tiles * blocks * columns <= nc.config.sbuf_depth * 5 // 8 else 1
-    return [
-        Ring(nc, Space.SBUF, blocks * columns, twice * tiles),
-        Ring(nc, Space.SBUF, blocks, 2 * small),
+class Buffers(NamedTuple):
+    """What one panel is worked on with."""
+
+    tiles: list[Tile]
+    small: list[Tile]
+
+
+def over_panels(
+    nc: KernelBuilder,
+    rows: int,
+    columns: int,
+    tiles: int,
+    small: int,
+    job: Callable[[Panel, list[View], list[View]], Iterator[None]],
+) -> None:
+    """Works on a matrix panel by panel, two of them in turns.
+
+    Parameters
+    ----------
+    tiles, small : views [blocks, columns] and [blocks, 1] that a panel needs
+    job : ``job(panel, tiles, small)``: makes the instructions of one panel, and yields where those
+        of another one may come between
+    """
+    # A third set of buffers is loaded while two are worked on.
+    works = list(panels(nc, rows, columns, 3 * tiles))
+    blocks = max(panel.blocks for panel in works)
+    words = tiles * blocks * columns + small * blocks
+    sets = max(1, min(3, len(works), nc.sbuf.largest_free // words))
+    slots = [
+        Buffers(
+            [nc.sbuf.tile(blocks * columns) for _ in range(tiles)],
+            [nc.sbuf.tile(blocks) for _ in range(small)],
+        )
+        for _ in range(sets)
     ]
+
+    def start(panel: Panel, slot: Buffers) -> Iterator[None]:
+        return job(
+            panel,
+            [panel.view(tile, columns) for tile in slot.tiles],
+            [panel.view(tile, 1) for tile in slot.small],
+        )
+
+    in_turns(works, slots, start)
+
+
+def in_turns(
+    works: Iterable[_Work], slots: Sequence[_Slot], job: Callable[[_Work, _Slot], Iterator[None]]
+) -> None:
+    """Makes the instructions of two pieces of work at a time, in turns, as an engine executes in
+    order: while one waits for another engine, there is the other. Each has a slot to itself; the
+    one free for the longest time is used next."""
+    waiting = iter(works)
+    free = list(slots)
+    active: list[tuple[Iterator[None], _Slot]] = []
+    more = True
+    while more or active:
+        while more and free and len(active) < 2:
+            work = next(waiting, None)
+            more = work is not None
+            if work is not None:
+                slot = free.pop(0)
+                active.append((job(work, slot), slot))
+        for entry in list(active):
+            if next(entry[0], _DONE) is _DONE:
+                active.remove(entry)
+                free.append(entry[1])
+
+
+def add(nc: KernelBuilder, dst: View, a: View, b: View, *, scale: float = 1.0) -> None:
+    """dst = a * scale + b on the scalar engine: where the vector engine has more to do."""
+    nc.scalar.activate(dst, a, Function.IDENTITY, scale, b)
 
 
 def everywhere(nc: KernelBuilder, tensor: DramTensor) -> View:
