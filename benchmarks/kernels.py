@@ -1,5 +1,5 @@
 """Cycles and utilization of the kernel library on the gates; writes the table of
-docs/kernel-library.md.
+docs/kernel-library.md, and the cycles of the kernels of docs/tutorial.md.
 
     python benchmarks/kernels.py [--device rtl-fast] [--config small] [--only NAME] [--print]
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from systolith.program import Program
 from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import Opcode, decode
 
-PAGE = Path(__file__).parents[1] / "docs" / "kernel-library.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "kernel-library.md"
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 BEGIN, END = "<!-- kernels -->\n", "<!-- end of kernels -->\n"
 
 Case = tuple[Kernel, dict[str, Any], tuple[np.ndarray, ...]]
@@ -130,6 +134,17 @@ def measure(kind: str, config: str, only: str | None) -> list[list[str]]:
     return rows
 
 
+def measure_tutorial(kind: str) -> dict[str, int]:
+    """Cycles of the tutorial's kernels, at nano."""
+    path = ROOT / "examples" / "tutorial.py"
+    steps: dict[str, int] = {}
+    with systolith.Device(kind, config="nano", progress=print) as device:
+        steps = runpy.run_path(str(path))["measure"](device)
+    for name, cycles in steps.items():
+        print(f"tutorial: {name}  {cycles:,}", flush=True)
+    return steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="rtl", choices=("rtl", "rtl-fast"))
@@ -138,8 +153,13 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="leave the page as it is")
     options = parser.parse_args()
     rows = measure(options.device, options.config, options.only)
+    steps = {} if options.only else measure_tutorial(options.device)
     if options.print or options.only:
         return
+    text = TUTORIAL.read_text()
+    for name, cycles in steps.items():
+        text = re.sub(rf"<!-- {name} -->[\d,]+", f"<!-- {name} -->{cycles:,}", text)
+    TUTORIAL.write_text(text)
     head = ["kernel", "cycles", "MACs", "tensor", "vector", "scalar", "DMA queue", "DRAM"]
     lines = [head, ["---"] * len(head), *rows]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -2,8 +2,10 @@
 bits."""
 
 import math
+import re
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -422,7 +424,14 @@ CASES = cases()
 
 
 def test_every_kernel_has_a_case() -> None:
+    """Here, in the page's table of kernels, and among those measured there."""
     assert set(CASES) == set(kernels.__all__)
+    page = (Path(__file__).parents[2] / "docs" / "kernel-library.md").read_text()
+    described, measured = page.split("## Measured")
+    assert set(re.findall(r"`(\w+)\(", described)) >= set(CASES)
+    table = measured.split("<!-- kernels -->")[1]
+    missing = set(CASES) - set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    assert not missing, f"not measured: {missing}"
 
 
 @pytest.fixture(scope="module", params=["rtl", "rtl-fast"])
