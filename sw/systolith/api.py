@@ -15,10 +15,11 @@ from systolith_hdl.formats import FORMATS, DType
 
 from .compiler import Binding, Compiled, argument_name, check_options, compile_step
 from .compiler.ir import ARRAY_TYPE_NAMES, ARRAY_TYPES, array_type
-from .errors import BackendError, DeviceError
+from .errors import BackendError, DeviceError, KernelError
 from .golden.debugger import Debugger
 from .golden.device import GoldenDevice
 from .kernel.function import Kernel
+from .kernel.source import caller
 from .program import Program
 from .runtime import Counters, DeviceTensor, Driver, LoadedProgram, open_backend
 
@@ -420,7 +421,10 @@ class KernelOnDevice(Jitted):
                 f"keyword arguments of kernel {self._kernel.name!r} are given to .on(device): "
                 f"{', '.join(kwargs)}"
             )
-        program = self._kernel.build(self._device.config, *args, **self._static)
+        try:
+            program = self._kernel.build(self._device.config, *args, **self._static)
+        except KernelError as error:
+            raise error.within(f"kernel {self._kernel.name!r}", caller()) from None
         outputs = [tensor for tensor in program.tensors if tensor.kind == "output"]
         tree = jax.tree.structure(0 if len(outputs) == 1 else (0,) * len(outputs))
         return Compiled(

@@ -245,6 +245,9 @@ def test_alone_on_a_device(device) -> None:
     np.testing.assert_allclose(result, (3 * x * y).sum((2, 3)), rtol=1e-4, atol=1e-5)
     assert run.stats()["instructions"]["dma0"] == 7
     assert "TENSOR_TENSOR" in run.disassemble()
+    called = line() + 2
+    with pytest.raises(KernelError, match=rf"'total', called at \S*_functions.py:{called}\b"):
+        run(array(3, 5000, 2, 5), array(3, 5000, 2, 5))
     with pytest.raises(TypeError, match=r"are given to \.on\(device\)"):
         run(x, y, scale=2.0)
 
@@ -255,6 +258,31 @@ def test_results_alone_are_a_tuple() -> None:
         high, low, total = split_sign.on(device)(x)
         np.testing.assert_array_equal(high, np.maximum(x, 0))
         assert low.dtype == ml_dtypes.bfloat16 and total.shape == (3,)
+
+
+def test_without_arrays_and_under_other_transformations(device) -> None:
+    """A kernel of no arguments; calls inlined by jax.jit and remat; vmap is refused."""
+
+    @systolith.kernel
+    def ones(nc, *, size):
+        out = nc.output((size,), DType.FP32)
+        tile = nc.sbuf.tile(size).view(lanes=1)
+        nc.vector.memset(tile, 1.0)
+        nc.dma.store(tile, out)
+        return out
+
+    x = array(3, 6)
+
+    def fn(x):
+        inner = jax.jit(lambda x: scaled(x, factor=3.0))
+        gradient = jax.grad(jax.checkpoint(lambda x: jnp.sum(squashed(x))))(x)
+        return jnp.sum(inner(x)) + ones(size=6), gradient
+
+    value, gradient = systolith.jit(fn, device=device)(x)
+    np.testing.assert_allclose(value, np.full(6, 1 + 3 * x.sum()), rtol=1e-4)
+    np.testing.assert_allclose(gradient, 1 - np.tanh(x) ** 2, rtol=1e-4, atol=1e-6)
+    error = _error(device, lambda x: jax.vmap(scaled)(x.reshape(1, 3, 6)[:, :, :]), x)
+    assert "cannot be batched by vmap" in str(error)
 
 
 def test_outside_of_jit_it_says_where_it_runs() -> None:

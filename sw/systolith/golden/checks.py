@@ -198,11 +198,12 @@ class _Words:
 
 
 class _Bytes:
-    """The same of DRAM, byte by byte; grows with the addresses used."""
+    """The same of DRAM, byte by byte, for the streams of the DMA queues; grows with the addresses
+    used."""
 
-    def __init__(self, streams: int) -> None:
-        self.read = np.zeros((streams, 0), np.int32)
-        self.written = np.zeros((streams, 0), np.int32)
+    def __init__(self, queues: int) -> None:
+        self.read = np.zeros((queues, 0), np.int32)
+        self.written = np.zeros((queues, 0), np.int32)
         self.undefined = np.zeros(0, bool)
 
     def reach(self, size: int) -> None:
@@ -251,7 +252,8 @@ class Checks:
             Space.SBUF: _Words(streams, config.lanes, config.sbuf_depth),
             Space.PSUM: _Words(streams, config.lanes, config.psum_depth),
         }
-        self._dram = _Bytes(streams)
+        self._first_queue = config.engines.index("dma0")
+        self._dram = _Bytes(config.dma_queues)
         for start, stop in undefined:
             self._dram.reach(stop)
             self._dram.undefined[start:stop] = True
@@ -383,22 +385,23 @@ class Checks:
         number: int,
         relied: np.ndarray,
     ) -> None:
-        dram = self._dram
+        dram, first = self._dram, self._first_queue
+        relied = relied[first : first + len(dram.read), None]
         dram.reach(int(touched.max()) + 1)
         store = opcode is Opcode.DMA_STORE
         for last, wrote in [(dram.written, True)] + ([(dram.read, False)] if store else []):
             found = last[:, touched]
-            late = found > relied[:, None]
+            late = found > relied
             if late.any():
                 other, at = (int(i) for i in np.argwhere(late)[0])
-                first = self.clocks.history[other][int(found[other, at]) - 1]
-                raise Race(first, "dram", f"byte {int(touched[at]):#x} of DRAM", wrote, store)
+                culprit = self.clocks.history[first + other][int(found[other, at]) - 1]
+                raise Race(culprit, "dram", f"byte {int(touched[at]):#x} of DRAM", wrote, store)
         if store:
-            dram.written[stream, touched] = number
+            dram.written[stream - first, touched] = number
             dram.undefined[touched] = False
             return
         undefined = dram.undefined[touched]
         if undefined.any() and self.used is None:
             at = int(touched[int(np.argmax(undefined))])
             self.used = Undefined(step, "dram", f"byte {at:#x} of DRAM", step)
-        dram.read[stream, touched] = number
+        dram.read[stream - first, touched] = number

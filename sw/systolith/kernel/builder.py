@@ -144,15 +144,24 @@ class _Memory:
         """Columns of the largest tile that can be made."""
         return self._free.largest
 
-    def tile(self, columns: int, name: str | None = None) -> Tile:
-        """Reserves `columns` consecutive words in every partition."""
+    def tile(self, columns: int, name: str | None = None, *, at: int | None = None) -> Tile:
+        """Reserves `columns` consecutive words in every partition, from word `at` on if given, else
+        at the lowest free address."""
         self._builder._check_open()
         columns = int(columns)
         if columns < 1:
             refuse(f"a tile must have at least one column, not {columns}")
-        base = self._free.allocate(columns)
+        base = self._place(columns, at)
         while base is None and self.reclaim is not None and self.reclaim():
-            base = self._free.allocate(columns)
+            base = self._place(columns, at)
+        if base is None and at is not None:
+            held = [
+                t for t in self._live.values() if at < t.base + t.columns and t.base < at + columns
+            ]
+            refuse(
+                f"words {at} to {at + columns - 1} of {self._space.name}, which has "
+                f"{self._free.size}, are not free" + "".join(f"; {t} is at {t.base}" for t in held)
+            )
         if base is None:
             biggest = sorted(self._live.values(), key=lambda tile: -tile.columns)[:4]
             names = ", ".join(f"{tile.name} ({tile.columns})" for tile in biggest)
@@ -167,6 +176,12 @@ class _Memory:
         self._live[base] = tile
         self.high_water = max(self.high_water, base + columns)
         return tile
+
+    def _place(self, columns: int, at: int | None) -> int | None:
+        """Base of a block taken from the free ones, None if it is not there."""
+        if at is None:
+            return self._free.allocate(columns)
+        return at if self._free.take(at, columns) else None
 
     @property
     def live(self) -> list[Tile]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.source_info_util import register_exclusion
-from jax.interpreters import ad
+from jax.interpreters import ad, batching
 from systolith_hdl.config import CoreConfig, get_config
 from systolith_hdl.formats import FORMATS, DType, dtype_of
 
@@ -317,9 +317,16 @@ def _no_gradient(primals: Any, tangents: Any, *, kernel: Kernel, static: Any) ->
     raise KernelError(f"kernel {kernel.name!r} has no gradient; give it one with its defvjp")
 
 
+def _no_batch(arrays: Any, axes: Any, *, kernel: Kernel, static: Any) -> Any:
+    raise KernelError(
+        f"kernel {kernel.name!r} cannot be batched by vmap: call it for each, or write it for all"
+    )
+
+
 kernel_p.def_abstract_eval(_abstract)
 kernel_p.def_impl(_evaluate)
 ad.primitive_jvps[kernel_p] = _no_gradient
+batching.primitive_batchers[kernel_p] = _no_batch
 
 
 def kernel(
