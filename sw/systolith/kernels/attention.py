@@ -143,6 +143,22 @@ class _Workspace:
         self.small = [nc.sbuf.tile(1) for _ in range(5)]
 
 
+class _GradientWorkspace:
+    """The same for the gradient."""
+
+    def __init__(self, nc: KernelBuilder, queries: int, chunk: int, depth: int) -> None:
+        self.q_across, self.g_across = nc.sbuf.tile(queries), nc.sbuf.tile(queries)
+        self.q_along, self.g_along, self.result = (nc.sbuf.tile(depth) for _ in range(3))
+        self.psums = [nc.psum.tile(chunk) for _ in range(2)]
+        self.turned = nc.psum.tile(chunk)
+        self.of_key, self.of_value = (
+            nc.psum.tile(chunk // nc.config.lanes * depth) for _ in range(2)
+        )
+        self.of_query = nc.psum.tile(depth)
+        self.weights = [nc.sbuf.tile(chunk) for _ in range(2)]
+        self.small = [nc.sbuf.tile(1) for _ in range(2)]
+
+
 def _attend(
     nc: KernelBuilder,
     q: DramTensor,
@@ -347,107 +363,94 @@ def attention_grad(
     tiles, key_blocks = -(-depth // n), -(-head.keys // n)
     identity = constant(nc, "identity", np.eye(n))
     triangle = _triangle(nc) if causal else None
-    room = (nc.config.psum_depth - depth) // (5 * n + 2 * depth)
+    room = (nc.config.psum_depth - 2 * depth) // (2 * (3 * n + 2 * depth))
     if room < 1:
         refuse(f"a depth of {depth} is more than PSUM holds")
     chunk = n * min(room, 16, key_blocks)
-    across = [nc.sbuf.tile(tiles * head.keys) for _ in range(2)]  # keys, values
-    along = nc.sbuf.tile(key_blocks * depth)  # keys
+    keys_across, values_across = (nc.sbuf.tile(tiles * head.keys) for _ in range(2))
+    keys_along = nc.sbuf.tile(key_blocks * depth)
     of_keys, of_values = (nc.sbuf.tile(key_blocks * depth) for _ in range(2))
-    query_across, gradient_across = (Ring(nc, Space.SBUF, tiles * n) for _ in range(2))
-    query_along, gradient_along, out_along = (Ring(nc, Space.SBUF, depth) for _ in range(3))
-    small = Ring(nc, Space.SBUF, 1, 6)
-    # PSUM: scores and gradients of weights, gradients turned, sums for keys and values, for q.
-    psums = [Ring(nc, Space.PSUM, chunk) for _ in range(2)]
-    turned_psum = nc.psum.tile(chunk)
-    key_psum, value_psum = (nc.psum.tile(chunk // n * depth) for _ in range(2))
-    query_psum = nc.psum.tile(depth)
-    weight_ring, gradient_ring, turned_ring = (Ring(nc, Space.SBUF, chunk) for _ in range(3))
-    for head in all_heads:
-        for tile, tensor in zip(across, (k, v), strict=True):
-            load_across(nc, tile, tensor, **_across(nc, head, 0, head.keys, True))
-        load_across(nc, along, k, **_along(nc, head, 0, head.keys, True))
-        nc.vector.memset(of_keys.view(), 0.0)
-        nc.vector.memset(of_values.view(), 0.0)
-        for block in _blocks(head, n, causal):
-            lanes = block.size
-            q_across, g_across = query_across.take(), gradient_across.take()
-            q_along, g_along, o_along = query_along.take(), gradient_along.take(), out_along.take()
-            for tile, tensor, how in (
-                (q_across, q, _across), (g_across, gradient, _across),
-                (q_along, q, _along), (g_along, gradient, _along), (o_along, out, _along),
-            ):  # fmt: skip
-                load_across(nc, tile, tensor, **how(nc, head, block.first, lanes, False))
-            minus, dot = (small.take().view(lanes=lanes) for _ in range(2))
-            place = head.sums + block.first * head.sums_pitch
-            nc.dma.load(minus, sums, place * 4, lane_stride=head.sums_pitch * 4)
-            nc.vector.tensor_scalar(minus, minus, AluOp.MUL, -1.0)
-            both = o_along.view(lanes=lanes)
-            nc.vector.tensor_tensor(both, both, AluOp.MUL, g_along.view(lanes=lanes))
-            nc.vector.reduce(dot, both, AluOp.ADD)
-            of_query = query_psum.view(lanes=lanes)
-            for start, count in parts(block.visible, chunk):
-                scores, slopes = (ring.take().view(count, lanes=lanes) for ring in psums)
-                _scores(nc, scores, q_across, across[0], head, head.keys, start)
-                _scores(nc, slopes, g_across, across[1], head, head.keys, start)
-                if triangle is not None:
-                    _hide(nc, scores, block, start, triangle)
-                weights, changes = weight_ring.take(), gradient_ring.take()
-                weight, change = (t.view(count, lanes=lanes) for t in (weights, changes))
-                nc.scalar.activate(weight, scores, Function.EXP, scale, minus)
-                # Gradient of the scores: weights * (slopes - dot) * scale.
-                nc.vector.tensor_tensor(change, slopes, AluOp.SUB, dot)
-                nc.vector.tensor_tensor(change, change, AluOp.MUL, weight, AluOp.MUL, scale)
-                for i, (key, used) in enumerate(parts(count, n)):
-                    nc.tensor.load_stationary(
-                        weights.view(used, offset=key, lanes=lanes).astype(_BF16)
-                    )
-                    nc.tensor.matmul(
-                        value_psum.view(depth, offset=i * depth, lanes=used),
-                        g_along.view(lanes=lanes).astype(_BF16),
-                    )
-                    nc.tensor.load_stationary(
-                        changes.view(used, offset=key, lanes=lanes).astype(_BF16)
-                    )
-                    nc.tensor.matmul(
-                        key_psum.view(depth, offset=i * depth, lanes=used),
-                        q_along.view(lanes=lanes).astype(_BF16),
-                    )
-                    nc.tensor.matmul(
-                        turned_psum.view(lanes, offset=i * lanes, lanes=used),
-                        identity[:lanes].with_lanes(lanes).astype(_BF16),
-                    )
-                turned = turned_ring.take()
-                words = -(-count // n) * lanes
-                nc.scalar.activate(
-                    turned.view(words), turned_psum.view(words), Function.IDENTITY, bias=-0.0
+    slots = [_GradientWorkspace(nc, tiles * n, chunk, depth) for _ in range(2)]
+
+    def job(head: _Head, block: _Block, slot: _GradientWorkspace) -> Iterator[None]:
+        """The gradient of one block of queries, and its part of those of keys and values."""
+        lanes = block.size
+        for tile, tensor, how in (
+            (slot.q_across, q, _across), (slot.g_across, gradient, _across),
+            (slot.q_along, q, _along), (slot.g_along, gradient, _along), (slot.result, out, _along),
+        ):  # fmt: skip
+            load_across(nc, tile, tensor, **how(nc, head, block.first, lanes, False))
+        queries, slope, result = (
+            tile.view(lanes=lanes) for tile in (slot.q_along, slot.g_along, slot.result)
+        )
+        minus, dot = (tile.view(lanes=lanes) for tile in slot.small)
+        place = head.sums + block.first * head.sums_pitch
+        nc.dma.load(minus, sums, place * 4, lane_stride=head.sums_pitch * 4)
+        nc.vector.tensor_scalar(minus, minus, AluOp.MUL, -1.0)
+        nc.vector.tensor_tensor(result, result, AluOp.MUL, slope)
+        nc.vector.reduce(dot, result, AluOp.ADD)
+        of_query = slot.of_query.view(lanes=lanes)
+        for start, count in parts(block.visible, chunk):
+            scores, slopes = (tile.view(count, lanes=lanes) for tile in slot.psums)
+            weights, changes = (tile.view(count, lanes=lanes) for tile in slot.weights)
+            _scores(nc, scores, slot.q_across, keys_across, head, head.keys, start)
+            _scores(nc, slopes, slot.g_across, values_across, head, head.keys, start)
+            yield
+            if triangle is not None:
+                _hide(nc, scores, block, start, triangle)
+            nc.scalar.activate(weights, scores, Function.EXP, scale, minus)
+            # Gradient of the scores: weights * (slopes - dot) * scale.
+            nc.vector.tensor_tensor(changes, slopes, AluOp.SUB, dot)
+            yield
+            nc.vector.tensor_tensor(changes, changes, AluOp.MUL, weights, AluOp.MUL, scale)
+            yield
+            for i, (key, used) in enumerate(parts(count, n)):
+                nc.tensor.load_stationary(weights[key : key + used].astype(_BF16))
+                nc.tensor.matmul(
+                    slot.of_value.view(depth, offset=i * depth, lanes=used), slope.astype(_BF16)
                 )
-                # Whole blocks of keys in one instruction, then what is left.
-                full, rest = divmod(count, n)
-                for first, size, used in ((0, full, n), (full, 1, rest)):
-                    if not (size and used):
-                        continue
-                    for total, psum in ((of_keys, key_psum), (of_values, value_psum)):
-                        view = total.view(
-                            size * depth, offset=(start // n + first) * depth, lanes=used
-                        )
+                nc.tensor.load_stationary(changes[key : key + used].astype(_BF16))
+                nc.tensor.matmul(
+                    slot.of_key.view(depth, offset=i * depth, lanes=used), queries.astype(_BF16)
+                )
+                nc.tensor.matmul(
+                    slot.turned.view(lanes, offset=i * lanes, lanes=used),
+                    identity[:lanes].with_lanes(lanes).astype(_BF16),
+                )
+            yield
+            turned, words = slot.weights[1], -(-count // n) * lanes
+            nc.scalar.activate(
+                turned.view(words), slot.turned.view(words), Function.IDENTITY, bias=-0.0
+            )
+            # Whole blocks of keys in one instruction, then what is left.
+            full, rest = divmod(count, n)
+            for first, size, used in ((0, full, n), (full, 1, rest)):
+                if size and used:
+                    at = (start // n + first) * depth
+                    for total, psum in ((of_values, slot.of_value), (of_keys, slot.of_key)):
+                        view = total.view(size * depth, offset=at, lanes=used)
                         part = psum.view(size * depth, offset=first * depth, lanes=used)
                         nc.vector.tensor_tensor(view, view, AluOp.ADD, part)
-                for i, (_, used) in enumerate(parts(count, n)):
-                    nc.tensor.load_stationary(
-                        turned.view(lanes, offset=i * lanes, lanes=used).astype(_BF16)
-                    )
-                    nc.tensor.matmul(
-                        of_query,
-                        along.view(depth, offset=(start // n + i) * depth, lanes=used)
-                        .astype(_BF16),
-                        accumulate=start + i > 0,
-                    )  # fmt: skip
-            # The product of gradient and result is not needed any more: its tile takes the result.
-            nc.vector.copy(both, of_query)
-            item = dq.itemsize
-            start = (head.q + block.first * head.pitch) * item
-            nc.dma.store(both, dq, start, lane_stride=head.pitch * item)
+            yield
+            for i, (_, used) in enumerate(parts(count, n)):
+                nc.tensor.load_stationary(
+                    turned.view(lanes, offset=i * lanes, lanes=used).astype(_BF16)
+                )
+                values = keys_along.view(depth, offset=(start // n + i) * depth, lanes=used)
+                nc.tensor.matmul(of_query, values.astype(_BF16), accumulate=start + i > 0)
+            yield
+        # The product of gradient and result is not needed any more: its tile takes the gradient.
+        nc.vector.copy(result, of_query)
+        start, item = (head.q + block.first * head.pitch) * dq.itemsize, dq.itemsize
+        nc.dma.store(result, dq, start, lane_stride=head.pitch * item)
+
+    for head in all_heads:
+        load_across(nc, keys_across, k, **_across(nc, head, 0, head.keys, True))
+        load_across(nc, values_across, v, **_across(nc, head, 0, head.keys, True))
+        load_across(nc, keys_along, k, **_along(nc, head, 0, head.keys, True))
+        nc.vector.memset(of_keys.view(), 0.0)
+        nc.vector.memset(of_values.view(), 0.0)
+        in_turns(list(_blocks(head, n, causal)), slots, functools.partial(job, head))
         for tile, tensor in ((of_keys, dk), (of_values, dv)):
             store_across(
                 nc, tile, tensor, offset=head.k, rows=head.keys, columns=depth,

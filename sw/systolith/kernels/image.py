@@ -16,6 +16,8 @@ from .tiles import Ring, is_shape, parts, rank
 
 register_exclusion(__file__)
 
+_PIECES = 4  #: parts of an image that are loaded, and convolved, one after the other
+
 
 class _Images(NamedTuple):
     """Sizes of a stack of images [batch, height, width, channels], as they lie in DRAM, and of the
@@ -52,16 +54,18 @@ class _Images(NamedTuple):
         item, p = x.itemsize, self.padding
         if p:
             nc.vector.memset(tile.view(lanes=lanes), 0.0)
-        nc.dma.load(
-            tile.view(
-                (self.height, self.width), (self.padded_width, 1),
-                offset=p * self.padded_width + p, lanes=lanes,
-            ),
-            x,
-            (image * self.height * self.width * self.channels + first) * item,
-            (self.width * self.channels * item, self.channels * item),
-            item,
-        )  # fmt: skip
+        # In pieces, so that work on the first rows begins before the last are there.
+        for row, rows in parts(self.height, -(-self.height // _PIECES)):
+            nc.dma.load(
+                tile.view(
+                    (rows, self.width), (self.padded_width, 1),
+                    offset=(p + row) * self.padded_width + p, lanes=lanes,
+                ),
+                x,
+                ((image * self.height + row) * self.width * self.channels + first) * item,
+                (self.width * self.channels * item, self.channels * item),
+                item,
+            )  # fmt: skip
 
     def tap(self, tile: Tile, i: int, j: int, row: int, rows: int, lanes: int) -> View:
         """What windows of `rows` rows of results, from `row` on, have at (i, j)."""
@@ -164,7 +168,7 @@ def conv2d(
     width = images.out_width
     if width > nc.config.psum_depth // 2:
         refuse(f"a row of {width} results is more than half of PSUM holds")
-    rows = min(images.out_height, nc.config.psum_depth // 2 // width)
+    rows = min(-(-images.out_height // _PIECES), nc.config.psum_depth // 2 // width)
     # Weights [channels of a group, taps * outputs] stay.
     kept = []
     for first, lanes in groups:

@@ -51,6 +51,8 @@ class _Layers:
         self._hidden_psum = Ring(nc, Space.PSUM, self.width, 2 * gates)
         self._hidden = Ring(nc, Space.SBUF, self.width, 2 * gates)
         self._results = Ring(nc, Space.SBUF, self.width, 3)
+        #: first hidden unit and their view
+        self._pending: tuple[int, View] | None = None
 
     def load(self, row: int, rows: int) -> Tile:
         """Rows of x, with the inputs across partitions."""
@@ -83,7 +85,17 @@ class _Layers:
         return self._hidden.take().view(rows, lanes=units)
 
     def add(self, weights: DramTensor, first: int, hidden: View) -> None:
-        """Adds what these hidden units, from `first` on, contribute to the results."""
+        """Adds what these hidden units, from `first` on, contribute to the results: after the
+        products of the next ones, so that the array need not wait for the function."""
+        self.finish(weights)
+        self._pending = first, hidden
+
+    def finish(self, weights: DramTensor) -> None:
+        """Adds what is left of `add`."""
+        if self._pending is None:
+            return
+        first, hidden = self._pending
+        self._pending = None
         rows, units = hidden.shape[0], hidden.lanes
         tile = self._down.take()
         self.nc.dma.load(
@@ -152,6 +164,7 @@ def gelu_mlp(
             bias = biases.view(1, offset=first // n, lanes=units)
             nc.scalar.activate(hidden, sums, Function.GELU, bias=bias)
             layers.add(down, first, hidden)
+        layers.finish(down)
         layers.store(row, rows, last)
     return layers.out
 
@@ -176,6 +189,7 @@ def swiglu_mlp(
             nc.vector.tensor_tensor(product, gates, AluOp.MUL, values)
             nc.vector.tensor_tensor(hidden, hidden, AluOp.MUL, product)
             layers.add(down, first, hidden)
+        layers.finish(down)
         layers.store(row, rows, None)
     return layers.out
 
