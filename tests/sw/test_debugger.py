@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import systolith
 from systolith.errors import BackendError, DeviceError, RaceError, UndefinedError
+from systolith.golden import GoldenDevice
 from systolith.golden.debugger import Moment
 from systolith.kernel import AluOp, DType, Function, KernelBuilder
 from systolith.program import Program
+from systolith.runtime import Driver
 from systolith.train import digits
 from systolith_hdl.isa import Opcode, Space, WaitMode, decode
+from systolith_tb.bench_chip import random_kernel, run_on
 
 FP32 = 4
 
@@ -309,6 +312,13 @@ def test_training_of_digits_is_clean_and_needs_its_waits() -> None:
                 found += 1
             loaded.unload()
     assert found >= 0.9 * len(tried) > 5
+
+
+def test_kernels_of_the_benches_are_clean() -> None:
+    """The random kernels that the chip is compared with golden on."""
+    driver = Driver(GoldenDevice("nano", check=True), seed=1)
+    for seed in range(20):
+        run_on(driver, random_kernel(seed), seed)
 
 
 # --- breakpoints --------------------------------------------------------------------------------
