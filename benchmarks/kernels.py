@@ -85,8 +85,23 @@ def cases() -> dict[str, Case]:
             {"window": (3, 3), "padding": 1},
             (image, array(72, 8)),
         ),
+        "conv2d_grad 16 x 16 x 8, 3 x 3 x 8": (
+            kernels.conv2d_grad,
+            {"window": (3, 3), "padding": 1},
+            (image, array(72, 8), image),
+        ),
         "max_pool 16 x 16 x 8, 2 x 2": (kernels.max_pool, {"window": (2, 2)}, (image,)),
         "avg_pool 16 x 16 x 8, 2 x 2": (kernels.avg_pool, {"window": (2, 2)}, (image,)),
+        "max_pool_grad 16 x 16 x 8, 2 x 2": (
+            kernels.max_pool_grad,
+            {"window": (2, 2)},
+            (image, array(1, 8, 8, 8)),
+        ),
+        "avg_pool_grad 16 x 16 x 8, 2 x 2": (
+            kernels.avg_pool_grad,
+            {"window": (2, 2)},
+            (image, array(1, 8, 8, 8)),
+        ),
     }
 
 

@@ -360,18 +360,54 @@ def test_conv2d(
     )(x.reshape(-1, channels), flat)
     assert np.asarray(matrix).tobytes() == np.asarray(got).tobytes()
 
+    def reference(x: Any, w: Any) -> Any:
+        return jax.lax.conv_general_dilated(
+            x, w, (stride, stride), [(padding, padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest",
+        )  # fmt: skip
+
+    g = bf16(array(rng, *want.shape))
+    wanted = jax.vjp(reference, x, weights)[1](g)
+    gradients = systolith.jit(
+        lambda x, w, g: jax.vjp(
+            lambda x, w: kernels.conv2d(x, w, size=(height, width), **options), x, w
+        )[1](g),
+        device=nano,
+    )(x.reshape(-1, channels), flat, g.reshape(-1, outputs))
+    for mine, theirs in zip(gradients, wanted, strict=True):
+        close(np.asarray(mine).reshape(theirs.shape), np.asarray(theirs))
+
 
 @pytest.mark.parametrize(
     "shape,window,stride",
     [((1, 4, 4, 4), (2, 2), None), ((2, 7, 5, 6), (3, 2), 2), ((1, 6, 6, 1), (3, 3), 1)],
 )
 def test_pooling(nano, rng, shape, window, stride) -> None:
-    x = array(rng, *shape)
+    x = array(rng, *shape).round(1)  # some are equal
     step = window[0] if stride is None else stride
     windows = np.lib.stride_tricks.sliding_window_view(x, window, axis=(1, 2))[:, ::step, ::step]
     options = {"window": window, "stride": stride}
     np.testing.assert_array_equal(kernels.max_pool.on(nano, **options)(x), windows.max((-2, -1)))
     close(kernels.avg_pool.on(nano, **options)(x), windows.mean((-2, -1)))
+    g = array(rng, *windows.shape[:-2])
+    taken = windows == windows.max((-2, -1), keepdims=True)
+    for kind in (kernels.avg_pool, kernels.max_pool):
+        want = np.zeros(shape, np.float64)
+        spread = np.full(taken.shape, 1.0 / math.prod(window))
+        if kind is kernels.max_pool:
+            first = taken.reshape(*taken.shape[:-2], -1).argmax(-1)
+            spread = np.eye(math.prod(window))[first].reshape(taken.shape)
+        for i in range(window[0]):
+            for j in range(window[1]):
+                for a in range(g.shape[1]):
+                    for b in range(g.shape[2]):
+                        part = spread[:, a, b, :, i, j] * g[:, a, b]
+                        want[:, a * step + i, b * step + j] += part
+        back = systolith.jit(
+            lambda x, g, kind=kind: jax.vjp(lambda x: kind(x, size=shape[1:3], **options), x)[1](g),
+            device=nano,
+        )(x.reshape(-1, shape[-1]), g.reshape(-1, shape[-1]))
+        close(np.asarray(back[0]).reshape(shape), want)
     flat = x.reshape(-1, shape[-1])
     got = kernels.max_pool.on(nano, size=shape[1:3], **options)(flat)
     np.testing.assert_array_equal(got, windows.max((-2, -1)).reshape(-1, shape[-1]))
@@ -402,6 +438,16 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], tuple[np.ndarray, ...]]]:
             kernels.attention_grad, {"causal": True}, (q, k, v, make(6, 5), make(6), make(6, 5))
         ),
         "avg_pool": (kernels.avg_pool, {"window": (2, 2)}, (image,)),
+        "avg_pool_grad": (
+            kernels.avg_pool_grad, {"window": (2, 2)}, (image, make(1, 3, 2, 5))
+        ),
+        "conv2d_grad": (
+            kernels.conv2d_grad, {"window": (3, 3), "padding": 1, "stride": 2},
+            (image, make(45, 6), make(1, 3, 3, 6)),
+        ),
+        "max_pool_grad": (
+            kernels.max_pool_grad, {"window": (3, 3), "stride": 1}, (image, make(1, 4, 3, 5))
+        ),
         "conv2d": (kernels.conv2d, {"window": (3, 3), "padding": 1}, (image, make(45, 6))),
         "cross_entropy": (kernels.cross_entropy, {}, (x, labels)),
         "cross_entropy_forward": (kernels.cross_entropy_forward, {}, (x, labels)),
@@ -472,6 +518,14 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], tuple[tuple[int, ...], ...], str]]
     ),
     "window": (kernels.max_pool, {"window": (5, 2)}, ((1, 4, 4, 2),), "larger than the image"),
     "image": (kernels.max_pool, {"window": (2, 2)}, ((1, 40, 40, 2),), "does not fit"),
+    "slope": (
+        kernels.max_pool_grad, {"window": (2, 2)}, ((1, 4, 4, 2), (1, 4, 2, 2)),
+        r"must have the shape \(1, 2, 2, 2\)",
+    ),
+    "gradient": (
+        kernels.conv2d_grad, {"window": (1, 1)}, ((1, 23, 23, 2), (2, 2), (1, 23, 23, 2)),
+        "does not fit: with padding it has 529 words per partition, PSUM 512",
+    ),
     "row": (kernels.softmax, {}, ((4, 3000),), "SBUF is full"),
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ See docs/kernel-library.md.
 """
 
 from .attention import attention, attention_forward, attention_grad
-from .image import avg_pool, conv2d, max_pool
+from .image import avg_pool, avg_pool_grad, conv2d, conv2d_grad, max_pool, max_pool_grad
 from .mlp import gelu_mlp, swiglu_mlp
 from .norm import layernorm, layernorm_grad, rmsnorm, rmsnorm_grad
 from .optimizer import adamw
@@ -23,7 +23,9 @@ __all__ = [
     "attention_forward",
     "attention_grad",
     "avg_pool",
+    "avg_pool_grad",
     "conv2d",
+    "conv2d_grad",
     "cross_entropy",
     "cross_entropy_forward",
     "cross_entropy_grad",
@@ -32,6 +34,7 @@ __all__ = [
     "layernorm_grad",
     "matmul",
     "max_pool",
+    "max_pool_grad",
     "rmsnorm",
     "rmsnorm_grad",
     "softmax",

@@ -49,13 +49,13 @@ class Ring:
 
     def __init__(self, nc: KernelBuilder, space: Space, columns: int, count: int = 2) -> None:
         memory = nc.psum if space is Space.PSUM else nc.sbuf
-        self._tiles = [memory.tile(columns) for _ in range(count)]
+        self.tiles = [memory.tile(columns) for _ in range(count)]
         self._next = 0
 
     def take(self) -> Tile:
         """The tile that was used longest ago."""
-        self._next = (self._next + 1) % len(self._tiles)
-        return self._tiles[self._next]
+        self._next = (self._next + 1) % len(self.tiles)
+        return self.tiles[self._next]
 
 
 class Panel(NamedTuple):
