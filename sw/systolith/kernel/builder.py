@@ -922,8 +922,13 @@ class KernelBuilder:
         """Declares a result: in a kernel function the next one it returns, else an output of the
         program."""
         self._check_open()
-        if self._scope is not None:
-            return self._scope.output(shape, dtype)
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            # It is made by whoever called the kernel function.
+            try:
+                return scope.output(shape, dtype)
+            finally:
+                self._scope = scope
         made = sum(tensor.kind == "output" for tensor in self.dram.tensors)
         return self.dram.tensor(name or f"out{made}", shape, dtype, kind="output")
 

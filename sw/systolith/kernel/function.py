@@ -168,18 +168,8 @@ class Kernel:
                 nc.dram.tensor(name, shape, _chip_type(dtype))
                 for name, (shape, dtype) in zip(self.names(len(arguments)), arguments, strict=True)
             ]
-            made: list[DramTensor] = []
-
-            def output(shape: Any, dtype: Any) -> DramTensor:
-                scope, nc._scope = nc._scope, None
-                try:
-                    made.append(nc.dram.tensor(f"out{len(made)}", shape, dtype, kind="output"))
-                finally:
-                    nc._scope = scope
-                return made[-1]
-
             call = Call(self, static, arguments, ())
-            self.emit(nc, tensors, call, prefix=self.name, output=output)
+            self.emit(nc, tensors, call, prefix=self.name, output=nc.output)
             self._programs[key] = nc.finish()
         return self._programs[key]
 
