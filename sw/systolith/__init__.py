@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     BackendError,
+    CheckError,
     CompileError,
     ConfigMismatch,
     DeviceError,
@@ -22,18 +23,23 @@ from .errors import (
     KernelError,
     OutOfMemory,
     ProgramError,
+    RaceError,
     SystolithError,
     TensorError,
+    UndefinedError,
     UnsupportedError,
 )
 from .program import Program
 
 if TYPE_CHECKING:
+    from . import kernel as kernel
+    from . import kernels as kernels
     from . import nn as nn
     from .api import Device, DeviceArray, jit
 
 __all__ = [
     "BackendError",
+    "CheckError",
     "CompileError",
     "ConfigMismatch",
     "Device",
@@ -45,10 +51,14 @@ __all__ = [
     "OutOfMemory",
     "Program",
     "ProgramError",
+    "RaceError",
     "SystolithError",
     "TensorError",
+    "UndefinedError",
     "UnsupportedError",
     "jit",
+    "kernel",
+    "kernels",
     "nn",
 ]
 
@@ -57,6 +67,8 @@ def __getattr__(name: str) -> Any:
     # What needs JAX is imported when it is first used: benches and kernels do without.
     if name == "nn":
         return importlib.import_module(".nn", __name__)
+    if name in ("kernel", "kernels"):
+        return importlib.import_module(f".{name}", __name__)
     if name in ("Device", "DeviceArray", "jit"):
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

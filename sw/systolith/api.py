@@ -11,11 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import FORMATS, DType
 
-from .compiler import Compiled, argument_name, check_options, compile_step
+from .compiler import Binding, Compiled, argument_name, check_options, compile_step
 from .compiler.ir import ARRAY_TYPE_NAMES, ARRAY_TYPES, array_type
-from .errors import DeviceError
+from .errors import BackendError, DeviceError, KernelError
+from .golden.debugger import Debugger
+from .golden.device import GoldenDevice
+from .kernel.function import Kernel
+from .kernel.source import caller
 from .program import Program
 from .runtime import Counters, DeviceTensor, Driver, LoadedProgram, open_backend
 
@@ -38,6 +42,8 @@ class Device:
     watchdog : cycles without progress after which a program faults; None keeps the chip's default
     seed : of stochastic rounding in the first program that runs; each run takes the next number,
         so that the same calls on two devices of one seed give the same bits
+    check : of "golden" only: report races between engines and the use of memory never written, see
+        docs/debugging.md
     progress : called with a line of text when a long step of opening the device begins
 
     A context manager: leaving it closes the device.
@@ -53,9 +59,14 @@ class Device:
         dram_bytes_per_cycle: int | None = None,
         watchdog: int | None = None,
         seed: int = 0,
+        check: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         options: dict[str, Any] = {"dram_bytes": dram_bytes}
+        if check:
+            if kind != "golden":
+                raise BackendError(f'check=True needs the device "golden", not {kind!r}')
+            options["check"] = True
         if kind in ("rtl", "rtl-fast"):
             options["dram_latency"] = dram_latency
             options["dram_bytes_per_cycle"] = dram_bytes_per_cycle
@@ -75,6 +86,14 @@ class Device:
         if self._driver is None:
             raise DeviceError(f"{self} is closed")
         return self._driver
+
+    @property
+    def debugger(self) -> Debugger:
+        """Breakpoints and a look at everything, on the device "golden"."""
+        backend = self.driver.backend
+        if not isinstance(backend, GoldenDevice):
+            raise DeviceError(f'{self} has no debugger; the device "golden" has one')
+        return backend.debugger
 
     @property
     def seed(self) -> int:
@@ -313,17 +332,18 @@ class Jitted:
                 for leaf, w in zip(leaves, weak, strict=True)
             ]
             spec_args, spec_kwargs = jax.tree.unflatten(tree, specs)
-            self._entries[key] = _Entry(
-                compile_step(
-                    self._fn,
-                    spec_args,
-                    self._device.config,
-                    kwargs=spec_kwargs,
-                    matmul=self._matmul,
-                    rounding=self._rounding,
-                )
-            )
+            self._entries[key] = _Entry(self._compile(spec_args, spec_kwargs))
         return leaves, self._entries[key]
+
+    def _compile(self, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+        return compile_step(
+            self._fn,
+            args,
+            self._device.config,
+            kwargs=kwargs,
+            matmul=self._matmul,
+            rounding=self._rounding,
+        )
 
     def _leaf(self, name: str, leaf: Any) -> np.ndarray | DeviceArray:
         if isinstance(leaf, DeviceArray):
@@ -385,6 +405,38 @@ class Jitted:
             "busy": dict(counters.busy) if clocked else None,
             "instructions": dict(counters.instructions),
         }
+
+
+class KernelOnDevice(Jitted):
+    """A kernel function alone on a device; made by `Kernel.on`."""
+
+    def __init__(self, kernel: Kernel, device: Device, static: dict[str, Any]) -> None:
+        super().__init__(kernel, device=device, matmul="bfloat16", rounding="nearest")
+        self._kernel = kernel
+        self._static = static
+
+    def _compile(self, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+        if kwargs:
+            raise TypeError(
+                f"keyword arguments of kernel {self._kernel.name!r} are given to .on(device): "
+                f"{', '.join(kwargs)}"
+            )
+        try:
+            program = self._kernel.build(self._device.config, *args, **self._static)
+        except KernelError as error:
+            raise error.within(f"kernel {self._kernel.name!r}", caller()) from None
+        outputs = [tensor for tensor in program.tensors if tensor.kind == "output"]
+        tree = jax.tree.structure(0 if len(outputs) == 1 else (0,) * len(outputs))
+        return Compiled(
+            program,
+            tuple(
+                Binding(name, arg.shape, np.dtype(arg.dtype))
+                for name, arg in zip(self._kernel.names(len(args)), args, strict=True)
+            ),
+            tuple(Binding(t.name, t.shape, FORMATS[t.dtype].numpy) for t in outputs),
+            tree,
+            {},
+        )
 
 
 def jit(

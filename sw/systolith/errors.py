@@ -21,6 +21,12 @@ class KernelError(SystolithError):
         super().__init__(f"{source}: {message}" if source else message)
         self.source = source
 
+    def within(self, what: str, called: str | None) -> KernelError:
+        """The same error, with the call that led to it: `what` was called at ``file:line``."""
+        error = KernelError(f"{self}\n  in {what}" + (f", called at {called}" if called else ""))
+        error.source = self.source
+        return error
+
 
 class ProgramError(SystolithError):
     """A program or program file is damaged, of another version, or inconsistent."""
@@ -122,3 +128,53 @@ class DeviceFault(DeviceError):
 
 class DeviceTimeout(DeviceError):
     """A program did not end within the cycles it was given. The device has been reset."""
+
+
+class CheckError(DeviceError):
+    """The golden device, asked to check, found a program wrong. The device has been reset."""
+
+
+class RaceError(CheckError):
+    """Two instructions of different engines touch the same words or DRAM bytes, one of them writes,
+    and no chain of semaphores orders them.
+
+    Attributes
+    ----------
+    first, second : ``engine[index] instruction`` of the two, in the order of execution here
+    first_source, second_source : ``file:line`` of their statements, or None
+    place : one word or byte that they share
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        first: str,
+        second: str,
+        first_source: str | None,
+        second_source: str | None,
+        place: str,
+    ) -> None:
+        super().__init__(message)
+        self.first = first
+        self.second = second
+        self.first_source = first_source
+        self.second_source = second_source
+        self.place = place
+
+
+class UndefinedError(CheckError):
+    """An instruction uses a word or DRAM byte that was never written.
+
+    Attributes
+    ----------
+    instruction : ``engine[index] instruction``
+    source : ``file:line`` of its statement, or None
+    place : the word or byte
+    """
+
+    def __init__(self, message: str, *, instruction: str, source: str | None, place: str) -> None:
+        super().__init__(message)
+        self.instruction = instruction
+        self.source = source
+        self.place = place

@@ -49,6 +49,18 @@ class FreeList:
                 return base
         return None
 
+    def take(self, base: int, size: int) -> bool:
+        """Hands out the block of `size` units at `base`, a multiple of the alignment; False if any
+        of it is not free."""
+        wanted = self._round(size)
+        for i, (start, available) in enumerate(self._free):
+            if start <= base and base + wanted <= start + available:
+                left = [(start, base - start), (base + wanted, start + available - base - wanted)]
+                self._free[i : i + 1] = [block for block in left if block[1]]
+                self._used[base] = wanted
+                return True
+        return False
+
     def free(self, base: int) -> None:
         """Takes back the block that starts at `base`; raises KeyError if there is none."""
         size = self._used.pop(base)

@@ -480,6 +480,21 @@ def test_memory_is_reused() -> None:
     assert nc.sbuf.high_water == nc.sbuf.free_columns == nc.sbuf.largest_free == 2048
 
 
+def test_explicit_addresses() -> None:
+    """A tile where the kernel wants it; others go around it."""
+    nc = KernelBuilder("nano")
+    high = nc.sbuf.tile(48, "high", at=100)
+    low = [nc.sbuf.tile(60), nc.sbuf.tile(60), nc.sbuf.tile(40)]
+    assert [tile.base for tile in (high, *low)] == [100, 0, 148, 60]
+    with pytest.raises(KernelError, match=r"words 140 to 149 .* SBUF tile 'high' \(48 .* at 100"):
+        nc.sbuf.tile(10, at=140)
+    with pytest.raises(KernelError, match="words 2040 to 2049 of SBUF, which has 2048, are not"):
+        nc.sbuf.tile(10, at=2040)
+    nc.sbuf.free(high)
+    assert nc.sbuf.tile(10, at=120).base == 120
+    assert nc.sbuf.tile(20).base == 100
+
+
 def test_ten_thousand_instructions_build_quickly() -> None:
     nc = KernelBuilder("nano")
     x = nc.dram.tensor("x", (4, 64), DType.FP32)

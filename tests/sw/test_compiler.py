@@ -15,7 +15,7 @@ from systolith_hdl.isa import Opcode, decode
 
 @pytest.fixture(scope="module", params=["nano", "small"])
 def device(request):
-    with systolith.Device("golden", config=request.param) as opened:
+    with systolith.Device("golden", config=request.param, check=True) as opened:
         yield opened
 
 
@@ -413,7 +413,7 @@ def test_garbage_lanes_do_not_leak(device, rng):
 
 
 def test_spills_to_dram_when_sbuf_is_full(rng):
-    with systolith.Device("golden", config="nano") as device:
+    with systolith.Device("golden", config="nano", check=True) as device:
         # Eight values of 400 columns live at once, in 2048.
         x = floats(rng, 4, 400)
 
@@ -499,7 +499,7 @@ def test_refusals(device, fn, words):
 
 
 def test_step_that_does_not_fit_names_what_is_large():
-    with systolith.Device("golden", config="nano") as device:
+    with systolith.Device("golden", config="nano", check=True) as device:
         x = np.ones((4, 1500), np.float32)
         with pytest.raises(systolith.CompileError) as caught:
             systolith.jit(lambda x, y: jnp.tanh(x) * y, device=device)(x, x)

@@ -78,7 +78,7 @@ def test_random_program(seed):
     want = program(choices, [jnp.asarray(value) for value in inputs], rounded_product)
     ran = 0
     for config in CORES:
-        with systolith.Device("golden", config=config, dram_bytes=1 << 20) as device:
+        with systolith.Device("golden", config=config, check=True, dram_bytes=1 << 20) as device:
             fn = systolith.jit(lambda *args: program(choices, args, jnp.matmul), device=device)
             try:
                 got = fn(*inputs)

@@ -13,7 +13,7 @@ LARGEST = np.float32(ml_dtypes.finfo(BF16).max)
 
 @pytest.fixture(scope="module", params=["nano", "small"])
 def device(request):
-    with systolith.Device("golden", config=request.param) as opened:
+    with systolith.Device("golden", config=request.param, check=True) as opened:
         yield opened
 
 
@@ -195,7 +195,7 @@ def test_precision_selects_it_for_one_product(device):
 @pytest.mark.parametrize("k", [64, 256, 1024, 4096])
 def test_error_is_no_larger_than_numpys(config, k):
     """Maximum and RMS over seeds, against float64, in [-1, 1] and normal."""
-    with systolith.Device("golden", config=config) as device:
+    with systolith.Device("golden", config=config, check=True) as device:
         fn = systolith.jit(matmul, device=device, matmul="float32")
         for normal in (False, True):
             mine, theirs = [], []

@@ -107,7 +107,7 @@ def test_special_numbers(device: systolith.Device) -> None:
 def test_other_types_as_on_a_core_without_pairs(device: systolith.Device) -> None:
     rng = np.random.default_rng(2)
     a, b = rng.standard_normal((9, 20)), rng.standard_normal((20, 9))
-    with systolith.Device("golden", config="nano") as plain:
+    with systolith.Device("golden", config="nano", check=True) as plain:
         for left, right in ((ml_dtypes.bfloat16, E4M3), (np.float16, np.float16)):
             x, y = a.astype(left), b.astype(right)
             product = systolith.jit(wide, device=device)

@@ -16,7 +16,7 @@ BF16 = ml_dtypes.bfloat16
 
 @pytest.fixture(scope="module", params=["nano", "small"])
 def device(request):
-    with systolith.Device("golden", config=request.param) as opened:
+    with systolith.Device("golden", config=request.param, check=True) as opened:
         yield opened
 
 
@@ -110,7 +110,7 @@ def test_results_go_on(device, rng):
 
 def test_products_larger_than_the_memories(rng):
     """Streamed through PSUM, and with operands and results that go through DRAM."""
-    with systolith.Device("golden", config="nano") as device:
+    with systolith.Device("golden", config="nano", check=True) as device:
         a, b, c = int8(rng, 30, 40), int8(rng, 40, 60), int8(rng, 60, 50)
         same(systolith.jit(wide, device=device)(a, b), product(a, b))
         chained = systolith.jit(lambda a, b, c: wide(a @ b, c), device=device)
@@ -136,7 +136,7 @@ def test_sums_wrap():
     rng = np.random.default_rng(3)
     a, b = np.full((1, k), -128, np.int8), int8(rng, k, 3)
     b[:, 0] = -128
-    with systolith.Device("golden", config="medium") as device:
+    with systolith.Device("golden", config="medium", check=True) as device:
         got = np.asarray(systolith.jit(wide, device=device)(a, b))
     np.testing.assert_array_equal(got, product(a, b))
     assert got[0, 0] == (k << 14) - (1 << 32)
@@ -172,7 +172,7 @@ def test_accumulation_wraps(start, near, seed):
         nc.tensor.matmul(sums, moving.astype(DType.INT8), accumulate=True)
     nc.vector.copy(words.astype(DType.INT32), sums)
     nc.dma.store(words, y_dram, lane_stride=20)
-    with systolith.Device("golden", config="nano") as device:
+    with systolith.Device("golden", config="nano", check=True) as device:
         driver = device.driver
         loaded = driver.load(nc.finish())
         for name, value in (("w", w), ("x", x), ("s", initial)):

@@ -37,6 +37,28 @@ def test_blocks_never_overlap_and_nothing_is_lost(align: int, calls: list[int]) 
     assert memory.largest == 64
 
 
+@given(
+    align=st.sampled_from([1, 8]),
+    calls=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 20)), max_size=30),
+)
+def test_a_block_at_an_address(align: int, calls: list[tuple[int, int]]) -> None:
+    """Given exactly if all of it is free."""
+    memory = FreeList(64, align=align)
+    free = set(range(64))
+    for base, size in calls:
+        base = base // align * align
+        wanted = set(range(base, base + -(-size // align) * align))
+        assert memory.take(base, size) == (wanted <= free)
+        if wanted <= free:
+            free -= wanted
+            if base % 3 == 0:
+                memory.free(base)
+                free |= wanted
+        assert memory.free_units == len(free)
+        runs = "".join(".x"[unit not in free] for unit in range(64)).split("x")
+        assert memory.largest == max(map(len, runs))
+
+
 def test_double_free() -> None:
     memory = FreeList(8)
     base = memory.allocate(4)

@@ -17,6 +17,7 @@ from systolith_hdl.formats import FORMATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import Rounding
 
 from ..errors import CompileError, UnsupportedError
+from ..kernel.function import compiling_for
 from ..program import Program
 from .codegen import Binding, Generator
 from .fuse import eliminate_dead, fuse
@@ -96,7 +97,8 @@ def compile_step(
     check_options(matmul, rounding)
     program_name = name or str(getattr(fn, "__name__", "step"))
     kwargs = dict(kwargs or {})
-    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
+    with compiling_for(config):
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
     leaves, out_tree = jax.tree.flatten_with_path(out_shape)[0], jax.tree.structure(out_shape)
     inputs = tuple(
         Binding(argument_name(path), leaf.shape, np.dtype(leaf.dtype))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, INTEGERS, DType
 from systolith_hdl.isa import Function, Rounding, Space
 
-from ..errors import CompileError
+from ..errors import CompileError, KernelError
 from ..kernel import DramTensor, KernelBuilder, Tile, View
+from ..kernel.call import Call
 from ..program import Program
 from .fuse import affine
-from .ir import ALIASES, ARRAY_TYPES, Form, Graph, Op, Shape, Use, Value, operand_form
+from .ir import ALIASES, ARRAY_TYPES, IN_DRAM, Form, Graph, Op, Shape, Use, Value, operand_form
 from .layout import columns, contraction_steps
 
 _INFINITY = 1 << 60  #: position of a need that never comes
@@ -110,6 +112,9 @@ class Generator:
         self._last_queue = config.dma_queues - 1
         #: value, form -> (start, length) of the pieces in which its first tile is loaded
         self._heads: dict[tuple[Value, Form], list[tuple[int, int]]] = {}
+        self._calls = 0
+        #: first result of a kernel, number of a result -> where that is
+        self._kernel_results: dict[tuple[Value, int], _DramCopy] = {}
 
     def run(self, metadata: dict[str, Any]) -> Program:
         """Generates everything."""
@@ -302,12 +307,7 @@ class Generator:
     def _psum(self, wanted: int, name: str) -> Tile:
         """A tile of PSUM; results that wait there are copied out if there is no room."""
         while self._nc.psum.largest_free < wanted:
-            for home in self._homes.values():
-                form = next((f for f, t in home.tiles.items() if t.space is Space.PSUM), None)
-                if form is not None and home.tiles[form] not in self._pinned:
-                    self._evacuate(home, form)
-                    break
-            else:
+            if not self._clear_psum():
                 self._does_not_fit("PSUM", wanted, name, self._config.psum_depth)
         tile = self._nc.psum.tile(wanted, name)
         self._pinned.add(tile)
@@ -499,7 +499,7 @@ class Generator:
         if (
             self._rounds(op.result) is Rounding.NEAREST
             or op.form is not Form.ALL
-            or op.kind in ALIASES
+            or op.kind in IN_DRAM
             or Form.ALL not in home.needs
         ):
             return
@@ -563,6 +563,8 @@ class Generator:
     def _operation(self, op: Op) -> None:
         if op.kind == "dot":
             self._dot(op)
+        elif op.kind == "kernel":
+            self._kernel(op)
         elif op.kind in ALIASES:
             self._alias(op)
         elif op.kind == "reduce":
@@ -785,6 +787,9 @@ class Generator:
             strides = (col, row) if use.transposed else (row, col)
             result.dram.append(_DramCopy(copy.tensor, copy.offset, strides))
             return
+        if op.kind == "result":
+            result.dram.append(self._kernel_results[use.value, op.attrs["index"]])
+            return
         copy = home.dram[0] if home.dram else self._to_dram(home)
         row, col = copy.strides[::-1] if use.transposed else copy.strides
         (row0, col0), (row_step, col_step) = op.attrs["start"], op.attrs["step"]
@@ -795,6 +800,85 @@ class Generator:
                 (row * row_step, col * col_step),
             )
         )
+
+    def _packed(self, use: Use, shape: tuple[int, ...]) -> DramTensor:
+        """A value whole in DRAM, in row-major order and its own type."""
+        home = self._home(use.value)
+        rows, cols = use.shape
+        wanted = (1, rows) if use.transposed else (cols, 1)
+        for copy in home.dram:
+            dims = zip(use.value.shape, copy.strides, wanted, strict=True)
+            if (
+                copy.offset == 0
+                and copy.tensor.dtype is use.value.dtype
+                and math.prod(copy.tensor.shape) == use.value.size
+                and all(n == 1 or have == want for n, have, want in dims)
+            ):
+                break
+        else:
+            copy = self._to_dram(home, transposed=use.transposed)
+        return copy.tensor.reshape(*shape)
+
+    def _kernel(self, op: Op) -> None:
+        """A call of a kernel function: its instructions, from DRAM to DRAM, with all of SBUF and
+        PSUM to itself; what lies there makes room when it has to."""
+        call: Call = op.attrs["call"]
+        arguments = [
+            self._packed(use, shape)
+            for use, (shape, _) in zip(op.operands, call.arguments, strict=True)
+        ]
+        self._pinned.clear()
+        values = {0: op.result} | {
+            other.attrs["index"]: other.result
+            for other in self._graph.ops
+            if other.kind == "result" and other.operands[0].value is op.result
+        }
+        results: list[DramTensor] = []
+
+        def output(shape: Any, dtype: Any) -> DramTensor:
+            results.append(self._kernel_output(call, values.get(len(results)), len(results)))
+            return results[-1]
+
+        number = self._calls = self._calls + 1
+        self._nc.sbuf.reclaim, self._nc.psum.reclaim = self._evict, self._clear_psum
+        try:
+            call.kernel.emit(
+                self._nc, arguments, call, prefix=f"{call.kernel.name}{number}", output=output
+            )
+        except KernelError as error:
+            raise error.within(f"kernel {call.kernel.name!r}", op.source) from None
+        finally:
+            self._nc.sbuf.reclaim = self._nc.psum.reclaim = None
+        for index, (tensor, (shape, _)) in enumerate(zip(results, call.results, strict=True)):
+            copy = _DramCopy(tensor, 0, ((1, *shape)[-1], 1))
+            self._kernel_results[op.result, index] = copy
+        self._home(op.result).dram.append(self._kernel_results[op.result, 0])
+
+    def _kernel_output(self, call: Call, value: Value | None, number: int) -> DramTensor:
+        """Where a kernel leaves a result: in the program's output itself if it is one."""
+        shape, dtype = call.results[number]
+        for index, use in enumerate(self._graph.outputs):
+            tensor = self._output_tensors[index]
+            plain = not use.transposed or 1 in use.shape
+            if (
+                use.value is value
+                and plain
+                and not self._stored[index]
+                and tensor.dtype is _dram_type(dtype)
+            ):
+                self._stored[index] = True
+                return tensor.reshape(*shape)
+        name = f"scratch{next(self._scratch)}"
+        return self._nc.dram.tensor(name, shape, _dram_type(dtype), kind="scratch")
+
+    def _clear_psum(self) -> bool:
+        """Moves one value from PSUM to SBUF; False if none is there."""
+        for home in self._homes.values():
+            form = next((f for f, t in home.tiles.items() if t.space is Space.PSUM), None)
+            if form is not None and home.tiles[form] not in self._pinned:
+                self._evacuate(home, form)
+                return True
+        return False
 
     def _arrives_in_pieces(self, op: Op) -> bool:
         """Whether a product should begin with what of its operands is there, rather than finish

@@ -30,6 +30,8 @@ cast                                   elements of ``a`` in another type: betwee
                                        their size; from INT8 to a float only until the passes
                                        begin, see `trace.refuse_casts`
 fill       value                       every element is ``value``
+kernel     call                        the first result of a kernel function, see `kernel.function`
+result     index                       another result of the kernel that made the operand
 ========== =========================== =========================================================
 """
 
@@ -37,7 +39,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,7 @@ from systolith_hdl.formats import FLOATS, FORMATS, INTEGERS, NARROW_FLOATS, DTyp
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function
 
 from ..errors import CompileError
+from ..kernel.call import Call
 
 Shape = tuple[int, int]
 
@@ -84,7 +87,9 @@ def product_order(parts: tuple[int, int], depth: int, lanes: int) -> list[tuple[
 
 
 #: kinds that are other strides or types over the same bytes in DRAM: no engine, no form
-ALIASES = ("reshape", "slice", "cast")
+ALIASES = ("reshape", "slice", "cast", "result")
+#: kinds that read their operands from DRAM and leave their result there
+IN_DRAM = (*ALIASES, "kernel")
 
 
 class Form(enum.Enum):
@@ -263,7 +268,7 @@ def op_forms(op: Op) -> tuple[Form, ...]:
     if op.kind == "reduce":
         along = Form.ROWS if op.attrs["axis"] == 1 else Form.COLS
         return (lane_form(op.operands[0].shape, along),)
-    if op.kind in ALIASES:
+    if op.kind in IN_DRAM:
         return ()
     if op.kind == "dot":
         # One row or column alone would lie in one partition: it is put across them.
@@ -276,7 +281,7 @@ def operand_form(op: Op, index: int) -> Form | None:
     """The form in which `op`, whose own form is set, reads the *value* of an operand; None if it
     reads it from DRAM."""
     use = op.operands[index]
-    if op.kind in ALIASES:
+    if op.kind in IN_DRAM:
         return None
     if op.kind == "dot":
         left = index < op.attrs["parts"][0]
@@ -359,6 +364,8 @@ def _integers_legal(op: Op) -> bool:
         return same and (made not in INTEGERS or set(types) == {DType.INT8})
     if op.kind == "cast":
         return made in INTEGERS and given[0] in INTEGERS
+    if op.kind in ("kernel", "result"):
+        return True
     if op.kind == "select":
         given = given[1:]
         moves = op.attrs["on_false"] is op.attrs["on_true"] is None
@@ -379,7 +386,7 @@ def _parts(value: Any) -> bool:
 class Rule:
     """What `verify_ir` demands of one kind: operand counts, attributes, the result's shape."""
 
-    operands: tuple[int, ...]
+    operands: Sequence[int]
     attrs: dict[str, Callable[[Any], bool]]
     shape: Callable[[Op], Shape | None]
 
@@ -413,6 +420,12 @@ RULES: dict[str, Rule] = {
     "slice": Rule((1,), {"start": _pair, "step": _pair}, _shape_slice),
     "cast": Rule((1,), {}, _shape_elementwise),
     "fill": Rule((0,), {"value": _number}, lambda op: op.result.shape),
+    "kernel": Rule(
+        range(1 << 16), {"call": lambda value: isinstance(value, Call)}, lambda op: op.result.shape
+    ),
+    "result": Rule(
+        (1,), {"index": lambda value: type(value) is int and value > 0}, lambda op: op.result.shape
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from systolith_hdl.config import CoreConfig
 
 from .fuse import affine
-from .ir import ALIASES, Graph, Op, Value, operand_form
+from .ir import IN_DRAM, Graph, Op, Value, operand_form
 from .layout import TRANSFER, columns, op_cycles
 
 
@@ -20,7 +20,7 @@ def _engines(op: Op) -> tuple[str, ...]:
         return ("tensor",)
     if op.kind in ("act", "actb"):
         return ("scalar",)
-    if op.kind in ALIASES:
+    if op.kind in IN_DRAM:
         return ("dma",)
     return ("vector", "scalar") if affine(op) is not None else ("vector",)
 

@@ -22,6 +22,8 @@ from systolith_hdl.formats import FORMATS, INTEGERS, DType
 from systolith_hdl.isa import AluOp, Function
 
 from ..errors import CompileError, UnsupportedError
+from ..kernel.call import Call
+from ..kernel.function import kernel_p
 from .ir import ARRAY_TYPE_NAMES, ARRAY_TYPES, Graph, Op, Shape, Use, Value, array_type, broadcast
 
 #: A traced tensor: the IR's value where the chip computes it, an array where it is known now.
@@ -56,7 +58,7 @@ INTEGER_PRIMITIVES = frozenset(
     {
         "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dot_general", "expand_dims",
         "optimization_barrier", "pvary", "reshape", "select_n", "slice", "split", "squeeze",
-        "stop_gradient", "transpose",
+        "stop_gradient", "systolith_kernel", "transpose",
     }
 )  # fmt: skip
 
@@ -225,6 +227,13 @@ class Tracer:
             return self._moved(use, shape, use.value.dtype)
         return self._ts(AluOp.BYPASS, use, 0.0, shape)
 
+    def array(self, ref: Ref, shape: Shape, dtype: DType) -> Use:
+        """The ref with all its elements, known ones packed in `dtype`."""
+        if isinstance(ref, np.ndarray):
+            numpy = FORMATS[dtype].numpy
+            return self._constant(np.broadcast_to(ref, ref.shape).astype(numpy), dtype)
+        return self.full(ref, shape)
+
     def _moved(self, use: Use, shape: Shape, dtype: DType, *, nearest: bool = False) -> Use:
         """A copy of another shape or type."""
         attrs = {"op0": AluOp.BYPASS, "imm0": 0.0, "op1": AluOp.BYPASS, "imm1": 0.0}
@@ -361,7 +370,7 @@ class Tracer:
             if inner is not None:
                 jaxpr, consts = inner
                 return self.run(jaxpr, consts, operands)
-            if not any(isinstance(ref, Use) for ref in operands):
+            if eqn.primitive is not kernel_p and not any(isinstance(ref, Use) for ref in operands):
                 return self._fold(eqn, operands)
             return self._lower(eqn, operands)
         finally:
@@ -906,6 +915,32 @@ def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
     result = _product(t, left, right, types, made)
     # A matrix times a vector is a vector: [M, 1] is its column.
     return result.t if len(a_shape) == 2 and len(b_shape) == 1 else result
+
+
+@_lowers("systolith_kernel")
+def _kernel(t: Tracer, eqn: Any, *operands: Ref) -> Sequence[Ref]:
+    given = [var.aval for var in eqn.invars]
+    made = [var.aval for var in eqn.outvars]
+    uses = []
+    for ref, aval in zip(operands, given, strict=True):
+        kept, shape = ARRAY_TYPES[np.dtype(aval.dtype).name], canonical(aval.shape)
+        # A kernel reads all elements, packed in the type of the array.
+        use = t.array(ref, shape, kept)
+        uses.append(use if use.value.dtype is kept else t._moved(use, shape, kept))
+    call = Call(
+        eqn.params["kernel"],
+        eqn.params["static"],
+        tuple((tuple(aval.shape), np.dtype(aval.dtype)) for aval in given),
+        tuple((tuple(aval.shape), np.dtype(aval.dtype)) for aval in made),
+    )
+    t._label = call.kernel.name
+    kinds = [(canonical(aval.shape), ARRAY_TYPES[np.dtype(aval.dtype).name]) for aval in made]
+    (shape, dtype), *others = kinds
+    first = t.emit("kernel", uses, shape, dtype, call=call)
+    return [
+        first,
+        *(t.emit("result", [first], *kind, index=i) for i, kind in enumerate(others, 1)),
+    ]
 
 
 def refuse_casts(graph: Graph) -> None:

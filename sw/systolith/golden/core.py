@@ -15,6 +15,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
@@ -46,6 +47,25 @@ MAX_WORDS = 1 << 28
 _CACHE_LIMIT = 1 << 18  #: prepared instructions kept
 
 
+class Observer(Protocol):
+    """What follows an execution; see `systolith.golden.debugger`. It may raise to stop it."""
+
+    def started(self) -> None:
+        """Every engine starts."""
+
+    def waited(self, engine: int, semaphore: int, value: int, acquire: bool) -> None:
+        """A wait of an engine's next instruction holds."""
+
+    def before(self, engine: int, pc: int, raw: bytes) -> None:
+        """All waits hold: the instruction executes next."""
+
+    def after(self, engine: int, pc: int, raw: bytes) -> None:
+        """It executed, and will now signal."""
+
+    def ended(self) -> None:
+        """Every engine has ended, none with a fault."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FaultRecord:
     """First fault since the start. `engine` is a number, `pc` an index into its stream."""
@@ -64,6 +84,7 @@ class _Prepared:
     """
 
     fault: Fault | None = None
+    raw: bytes = b""
     waits: tuple[tuple[int, WaitMode, int], ...] = ()
     signal: tuple[int, int] | None = None  #: (semaphore, amount)
     run: Callable[[], Fault | None] | None = None
@@ -175,6 +196,7 @@ class Core:
     semaphores, pc, instructions, macs : counts since the start
     seed : of stochastic rounding
     running, fault : state
+    observer : told of everything that executes, if there is one
     """
 
     def __init__(
@@ -188,6 +210,7 @@ class Core:
         self.stationary = Weights(config.lanes)
         self.weights = Weights(config.lanes)
         self.seed = 0
+        self.observer: Observer | None = None
         self._issued = (0, 0)  # engine and index of the instruction that executes
         self._kinds = [engine_kind(engine) for engine in config.engines]
         #: (engine kind, 64 bytes) -> what they do to this core
@@ -223,6 +246,8 @@ class Core:
         self._clear()
         self.fault = None
         self.running = True
+        if self.observer is not None:
+            self.observer.started()
 
     def run(self, max_steps: int | None = None, *, watchdog: bool = True) -> int:
         """Executes until every engine ended, one faulted, or `max_steps` instructions are done.
@@ -244,6 +269,8 @@ class Core:
                     steps += 1
             if all(self._ended):
                 self.running = False
+                if self.observer is not None:
+                    self.observer.ended()
             elif not moved and self.running:
                 if not watchdog:
                     break
@@ -284,12 +311,18 @@ class Core:
             if mode is WaitMode.ACQUIRE:
                 semaphores[sem] -= value
             self._slot[engine] += 1
+            if self.observer is not None:
+                self.observer.waited(engine, sem, value, mode is WaitMode.ACQUIRE)
+        if self.observer is not None:
+            self.observer.before(engine, self.pc[engine], prepared.raw)
         if prepared.run is not None:
             self._issued = (engine, self.pc[engine])
             fault = prepared.run()
             if fault is not None:
                 self._stop(engine, fault)
                 return True
+        if self.observer is not None:
+            self.observer.after(engine, self.pc[engine], prepared.raw)
         self.macs += prepared.macs
         self.instructions[engine] += 1
         if prepared.signal is not None:
@@ -333,7 +366,7 @@ class Core:
         if fault is not None:
             return _Prepared(fault=fault)
         opcode, fields = decode(raw)
-        prepared = _Prepared(end=opcode is Opcode.END)
+        prepared = _Prepared(raw=raw, end=opcode is Opcode.END)
         slots = (
             tuple(fields[f"wait.{i}.{part}"] for part in ("sem", "mode", "value"))
             for i in range(MAX_WAITS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 import numpy as np
 from systolith_hdl import regs
@@ -10,8 +11,10 @@ from systolith_hdl.config import CoreConfig, get_config
 from systolith_hdl.isa import ISA_VERSION
 
 from systolith.errors import BackendError, DeviceError
+from systolith.program import Program
 
 from .core import Core
+from .debugger import Debugger
 
 DEFAULT_DRAM_BYTES = 1 << 26
 DRAM_GRANULE = 4096  #: bytes; no burst of any core lies partly inside the DRAM
@@ -32,6 +35,11 @@ class GoldenDevice:
     dram_bytes : size of the device DRAM, a multiple of 4096; ignored when `dram` is given
     dram : uint8 array to use as DRAM
     scheduler : see `Core`
+    check : report races and the use of undefined memory; see `systolith.golden.checks`
+
+    Members
+    -------
+    debugger : `Debugger` of the core
     """
 
     def __init__(
@@ -41,6 +49,7 @@ class GoldenDevice:
         dram_bytes: int = DEFAULT_DRAM_BYTES,
         dram: np.ndarray | None = None,
         scheduler: random.Random | None = None,
+        check: bool = False,
     ) -> None:
         self.config = get_config(config)
         size = dram_bytes if dram is None else dram.size
@@ -50,6 +59,7 @@ class GoldenDevice:
             )
         self.dram = np.zeros(dram_bytes, np.uint8) if dram is None else dram
         self.core = Core(self.config, self.dram, scheduler=scheduler)
+        self.debugger = Debugger(self.core, check=check)
         self._kept = {
             name: regs.REGISTERS[name].reset for name in ("IRQ_ENABLE", "WATCHDOG", "SEED")
         }
@@ -132,6 +142,10 @@ class GoldenDevice:
             case "STREAM_BASE":
                 kept = self._bases[index] & ~(0xFFFFFFFF << (32 * word))
                 self._bases[index] = kept | value << (32 * word)
+
+    def describe(self, program: Program, addresses: Mapping[str, int]) -> None:
+        """Tells the debugger what is started next; see `Described`."""
+        self.debugger.describe(program, addresses)
 
     @property
     def interrupt(self) -> bool:

@@ -53,7 +53,7 @@ def _columns(fields: Mapping[str, int]) -> np.ndarray:
     return _walk(fields["local.base"], strides, _counts(fields))
 
 
-def _elements(fields: Mapping[str, int]) -> np.ndarray:
+def element_addresses(fields: Mapping[str, int]) -> np.ndarray:
     """Byte addresses of the elements [steps, lanes]."""
     strides = [*(fields[f"dram_strides.{d}"] for d in range(4)), fields["lane_stride"]]
     address = _walk(fields["dram_base"], strides, [*_counts(fields), fields["lanes"]])
@@ -91,7 +91,7 @@ def first_bad_burst(
     if low >= 0 and high + size <= dram_bytes:
         return None
 
-    element = _elements(fields)
+    element = element_addresses(fields)
     inner, inner_stride = counts[3], fields["dram_strides.3"]
     if lane_stride == size or used == 1:
         starts = element[:, 0]
@@ -134,7 +134,7 @@ def dma_load(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> N
     Raises DmaFault, having changed nothing, when an element lies past the end of DRAM.
     """
     _check(dram, sbuf, fields, store=False)
-    element = _elements(fields)
+    element = element_addresses(fields)
     size = _element_bytes(fields)
     packed = np.dtype(f"<u{size}")
     if (element % size).any():
@@ -153,7 +153,7 @@ def dma_store(
     With `random`, words [lanes, steps], it rounds stochastically, else to nearest.
     """
     _check(dram, sbuf, fields, store=True)
-    element = _elements(fields)
+    element = element_addresses(fields)
     size = _element_bytes(fields)
     words = np.ascontiguousarray(sbuf[: fields["lanes"], _columns(fields)].T)
     bits = pack(words, _dtype(fields), None if random is None else random.T)

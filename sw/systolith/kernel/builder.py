@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,8 @@ class _Memory:
         self._free = FreeList(depth)
         self._live: dict[int, Tile] = {}
         self._made = 0
+        #: frees a tile that a compiler can do without for a while; False if there is none
+        self.reclaim: Callable[[], bool] | None = None
         self.high_water = 0  #: highest address ever handed out, plus one
 
     @property
@@ -142,13 +144,24 @@ class _Memory:
         """Columns of the largest tile that can be made."""
         return self._free.largest
 
-    def tile(self, columns: int, name: str | None = None) -> Tile:
-        """Reserves `columns` consecutive words in every partition."""
+    def tile(self, columns: int, name: str | None = None, *, at: int | None = None) -> Tile:
+        """Reserves `columns` consecutive words in every partition, from word `at` on if given, else
+        at the lowest free address."""
         self._builder._check_open()
         columns = int(columns)
         if columns < 1:
             refuse(f"a tile must have at least one column, not {columns}")
-        base = self._free.allocate(columns)
+        base = self._place(columns, at)
+        while base is None and self.reclaim is not None and self.reclaim():
+            base = self._place(columns, at)
+        if base is None and at is not None:
+            held = [
+                t for t in self._live.values() if at < t.base + t.columns and t.base < at + columns
+            ]
+            refuse(
+                f"words {at} to {at + columns - 1} of {self._space.name}, which has "
+                f"{self._free.size}, are not free" + "".join(f"; {t} is at {t.base}" for t in held)
+            )
         if base is None:
             biggest = sorted(self._live.values(), key=lambda tile: -tile.columns)[:4]
             names = ", ".join(f"{tile.name} ({tile.columns})" for tile in biggest)
@@ -163,6 +176,17 @@ class _Memory:
         self._live[base] = tile
         self.high_water = max(self.high_water, base + columns)
         return tile
+
+    def _place(self, columns: int, at: int | None) -> int | None:
+        """Base of a block taken from the free ones, None if it is not there."""
+        if at is None:
+            return self._free.allocate(columns)
+        return at if self._free.take(at, columns) else None
+
+    @property
+    def live(self) -> list[Tile]:
+        """All tiles made and not freed."""
+        return list(self._live.values())
 
     def owns(self, tile: Tile) -> bool:
         """Whether a tile was made here and not freed."""
@@ -203,6 +227,14 @@ class _Dram:
         kind : "input", "output", "scratch", or "constant", which needs `data`
         """
         self._builder._check_open()
+        scope = self._builder._scope
+        if scope is not None:
+            if kind in ("input", "output"):
+                refuse(
+                    f"tensor {name!r}: the inputs of a kernel function are its arguments, its "
+                    "outputs are made with nc.output"
+                )
+            name = f"{scope.prefix}.{name}"
         if kind not in TENSOR_KINDS:
             refuse(f"tensor {name!r}: kind must be one of {', '.join(TENSOR_KINDS)}, not {kind!r}")
         if (kind == "constant") != (data is not None):
@@ -744,10 +776,11 @@ class _Dma(_Engine):
         self._operand("the local operand", view, (Space.SBUF,), FORMATS)
         if not isinstance(dram, DramTensor):
             refuse(f"dram must be a DRAM tensor, not {type(dram).__name__}")
-        if store and dram.kind == "constant":
-            refuse(f"{dram} is a constant and cannot be stored to")
+        if store and (dram.kind == "constant" or dram.readonly):
+            what = "an argument of the kernel" if dram.readonly else "a constant"
+            refuse(f"{dram} is {what} and cannot be stored to")
         tensors = self._builder.dram.tensors
-        if dram.index >= len(tensors) or tensors[dram.index] is not dram:
+        if dram.index >= len(tensors) or tensors[dram.index] is not (dram.base or dram):
             refuse(f"{dram} belongs to another builder")
         how = _rounding(rounding, dram.dtype, str(dram))
         item = dram.itemsize
@@ -801,6 +834,22 @@ class _Dma(_Engine):
         )
 
 
+@dataclasses.dataclass
+class Scope:
+    """One call of a kernel function within a program.
+
+    Parameters
+    ----------
+    prefix : of the names of its tensors
+    label : of its instructions
+    output : makes the tensor of its next result, given shape and type
+    """
+
+    prefix: str
+    label: str
+    output: Callable[[Sequence[int] | int, DType | Any], DramTensor]
+
+
 class KernelBuilder:
     """Builds a program call by call, in the order a single engine would run it.
 
@@ -843,6 +892,7 @@ class KernelBuilder:
         self._label: str | None = None
         self._source: str | None = None
         self._finished = False
+        self._scope: Scope | None = None
 
         self.sbuf = _Memory(self, Space.SBUF, self.config.sbuf_depth)
         self.psum = _Memory(self, Space.PSUM, self.config.psum_depth)
@@ -865,6 +915,38 @@ class KernelBuilder:
             yield
         finally:
             self._label, self._source = saved
+
+    def output(
+        self, shape: Sequence[int] | int, dtype: DType | Any, name: str | None = None
+    ) -> DramTensor:
+        """Declares a result: in a kernel function the next one it returns, else an output of the
+        program."""
+        self._check_open()
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            # It is made by whoever called the kernel function.
+            try:
+                return scope.output(shape, dtype)
+            finally:
+                self._scope = scope
+        made = sum(tensor.kind == "output" for tensor in self.dram.tensors)
+        return self.dram.tensor(name or f"out{made}", shape, dtype, kind="output")
+
+    @contextlib.contextmanager
+    def scope(self, scope: Scope) -> Iterator[None]:
+        """What a kernel function does inside belongs to it: statements are its own, names of
+        tensors are kept apart, and tiles it leaves are freed."""
+        before = {*self.sbuf.live, *self.psum.live}
+        saved = self._scope, self._source, self._label
+        self._scope, self._source, self._label = scope, None, scope.label
+        try:
+            yield
+            for memory in (self.sbuf, self.psum):
+                for tile in memory.live:
+                    if tile not in before:
+                        memory.free(tile)
+        finally:
+            self._scope, self._source, self._label = saved
 
     def _memory(self, space: Space) -> _Memory:
         return self.sbuf if space is Space.SBUF else self.psum
@@ -930,6 +1012,8 @@ class KernelBuilder:
     def finish(self, metadata: Mapping[str, Any] | None = None) -> Program:
         """Ends every stream and returns the program; the builder takes no more calls."""
         self._check_open()
+        if self._scope is not None:
+            refuse("a kernel function returns its outputs; whoever calls it finishes the program")
         values = self._semaphore_values()
         self._finished = True
 

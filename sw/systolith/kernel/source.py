@@ -10,6 +10,7 @@ from typing import NoReturn
 from systolith.errors import KernelError
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_SOFTWARE = os.path.dirname(os.path.dirname(_PACKAGE)) + os.sep
 
 
 @functools.cache
@@ -31,6 +32,14 @@ def user_source() -> str:
     """Returns ``file:line`` of the innermost statement outside this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_builder(frame.f_code.co_filename):
+        frame = frame.f_back
+    return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def caller() -> str:
+    """Returns ``file:line`` of the innermost statement outside all of Systolith."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_SOFTWARE):
         frame = frame.f_back
     return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
 

@@ -274,6 +274,8 @@ class DramTensor:
         "constant" carries its data. An input that is also stored to is updated in place.
     index : in the tensor table
     data : of a constant
+    base : the tensor whose bytes these are, if it is not this one
+    readonly : must not be stored to: an argument of a `systolith.kernel` function
     """
 
     name: str
@@ -282,6 +284,8 @@ class DramTensor:
     kind: TensorKind
     index: int
     data: np.ndarray | None = None
+    base: DramTensor | None = None
+    readonly: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -297,6 +301,12 @@ class DramTensor:
     def strides(self) -> tuple[int, ...]:
         """Bytes from one element to the next along each dimension."""
         return tuple(step * self.itemsize for step in c_strides(self.shape))
+
+    def reshape(self, *shape: int) -> DramTensor:
+        """Returns the same bytes under another shape."""
+        if math.prod(shape) != math.prod(self.shape):
+            refuse(f"cannot reshape {self} to {shape}")
+        return dataclasses.replace(self, shape=tuple(shape), base=self.base or self)
 
     def __str__(self) -> str:
         return f"DRAM tensor {self.name!r} ({self.dtype.name} {self.shape})"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
 
 from systolith.errors import BackendError
+from systolith.program import Program
 
 
 @runtime_checkable
@@ -36,6 +38,14 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Releases the device."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A device that wants to know what it executes, for its messages."""
+
+    def describe(self, program: Program, addresses: Mapping[str, int]) -> None:
+        """Called before a start: the program, and the byte address of each of its tensors."""
 
 
 #: name -> "module:class"; the class takes (config, **options)

@@ -26,7 +26,7 @@ from systolith.errors import (
 from systolith.memory import FreeList
 from systolith.program import DRAM_ALIGN, Program, patch_dram_base
 
-from .backend import Backend
+from .backend import Backend, Described
 
 DEFAULT_TIMEOUT = 1 << 32  #: cycles
 DEFAULT_CHUNK = 1 << 16  #: cycles between two calls of a progress callback
@@ -338,6 +338,9 @@ class Driver:
         for name, tensor in loaded.tensors.items():
             if tensor.freed:
                 raise TensorError(f"{name!r} is bound to {tensor}, which was freed")
+        if isinstance(self.backend, Described):
+            addresses = {name: tensor.address for name, tensor in loaded.tensors.items()}
+            self.backend.describe(loaded.program, addresses)
         self._write("IRQ_STATUS", 1)
         for index, engine in enumerate(self.config.engines):
             self._write("STREAM_BASE", loaded._stream_address[engine], index)

@@ -1,0 +1,407 @@
+"""Races and uninitialised memory: what the golden device watches when it is asked to.
+
+Two accesses to one word of SBUF or PSUM, or to one byte of DRAM, at least one of them a write, are
+a *race* when neither happens before the other. An instruction happens before another one
+
+- of its own engine that follows it: the hardware keeps those in order;
+- that waited for a semaphore to reach a count it could not have reached without the former's
+  signal;
+- that something which it happens before happens before.
+
+A signal says that its instruction is complete, and with it all earlier ones of its progress stream
+(see `systolith.kernel.dependencies`). The order is known in vector clocks: how many instructions of
+each stream are known to be complete. What is judged is the order that the semaphores force, not the
+one in which this device happened to execute; where several streams signal one semaphore, the
+signals made so far in this execution count.
+
+A word never written since the start of the program is *undefined*, and so is what the vector and
+scalar engines make of it, lane by lane: whole-tile instructions may compute lanes that nobody
+reads. It is an error when the tensor engine takes it or DMA stores it; of other opcodes, at once.
+A race may be the cause, so the first use of undefined memory is kept until the program has ended
+without one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from systolith_hdl.config import CoreConfig
+from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.isa import LOADS, SPECS, Opcode, Space
+
+from . import dma
+from .arithmetic import nonzero
+from .checker import operand_counts, operand_strides
+
+#: opcodes whose result in a lane depends on nothing but that lane: undefined words pass through
+_LANEWISE = frozenset(
+    {
+        Opcode.TENSOR_TENSOR,
+        Opcode.TENSOR_SCALAR,
+        Opcode.REDUCE,
+        Opcode.COPY_PREDICATED,
+        Opcode.ACTIVATE,
+        Opcode.ACTIVATE_TENSOR_BIAS,
+    }
+)
+_DMA = (Opcode.DMA_LOAD, Opcode.DMA_STORE)
+_NEVER = 1  #: mark of a word never written; higher ones number the instruction that read such a one
+_EVER = np.iinfo(np.int64).max
+_CHUNK = 1 << 20  #: bytes by which what is known of DRAM grows, at least
+
+
+class Access(NamedTuple):
+    """The words that one operand of an instruction visits: [lanes, *counts]."""
+
+    operand: str
+    space: Space
+    base: int
+    lanes: int
+    counts: tuple[int, ...]
+    strides: tuple[int, ...]
+    reads: bool
+    writes: bool
+
+
+class Step(NamedTuple):
+    """One executed instruction: engine number and index in its stream."""
+
+    engine: int
+    pc: int
+
+
+class Race(Exception):
+    """Two accesses that nothing orders. `place` names the first word or byte they share."""
+
+    def __init__(self, first: Step, operand: str, place: str, wrote: bool, writes: bool) -> None:
+        super().__init__(place)
+        self.first = first
+        self.operand = operand
+        self.place = place
+        self.wrote = wrote
+        self.writes = writes
+
+
+class Undefined(NamedTuple):
+    """An instruction, `user`, uses a word or byte never written, or what `reader` made of it."""
+
+    user: Step
+    operand: str
+    place: str
+    reader: Step
+
+
+def accesses(opcode: Opcode, fields: dict[str, int]) -> Iterator[Access]:
+    """The words of SBUF and PSUM that an instruction reads and writes, operand by operand, sources
+    first. One that writes only some elements counts as writing all."""
+    for name in sorted(SPECS[opcode].operands, key=lambda name: name == "dst"):
+        writes = name == "dst" or (name == "local" and opcode is Opcode.DMA_LOAD)
+        reads = not writes or bool(fields.get("accumulate"))
+        lanes = fields["columns"] if writes and "columns" in fields else fields["lanes"]
+        yield Access(
+            name,
+            Space(fields[f"{name}.space"]),
+            fields[f"{name}.base"],
+            lanes,
+            tuple(operand_counts(opcode, name, fields)),
+            tuple(operand_strides(name, fields)),
+            reads,
+            writes,
+        )
+
+
+class Clocks:
+    """Which instructions are known to be complete, as vector clocks over the progress streams.
+
+    Stream e is engine e, without the LOAD_STATIONARYs of the tensor engine, which are the last one.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        engines = len(config.engines)
+        self.streams = engines + 1
+        self._tensor = config.engines.index("tensor")
+        self._loads = engines
+        #: engine -> how many instructions of each stream are complete when it issues the next
+        self._known = np.zeros((engines, self.streams), np.int64)
+        #: stream -> its instructions
+        self.history: list[list[Step]] = [[] for _ in range(self.streams)]
+        #: semaphore -> stream -> (sum of its signals up to this one, what is complete then)
+        self._signals: dict[int, dict[int, list[tuple[int, np.ndarray]]]] = {}
+        self._acquired: dict[int, int] = {}
+
+    def waited(self, engine: int, semaphore: int, value: int, acquire: bool) -> None:
+        """An engine saw a semaphore at `value` or above, and took that many if it acquired."""
+        streams = self._signals.get(semaphore, {})
+        # What had to be signalled in all: what others took was there before, too.
+        level = value + self._acquired.get(semaphore, 0)
+        total = sum(signals[-1][0] for signals in streams.values())
+        for signals in streams.values():
+            needed = level - (total - signals[-1][0])
+            if needed > 0:
+                at = bisect.bisect_left(signals, needed, key=operator.itemgetter(0))
+                np.maximum(self._known[engine], signals[at][1], out=self._known[engine])
+        if acquire:
+            self._acquired[semaphore] = self._acquired.get(semaphore, 0) + value
+
+    def issue(self, step: Step, opcode: Opcode) -> tuple[int, np.ndarray, np.ndarray]:
+        """The next instruction of an engine: (its stream, what it may rely on, what is complete
+        when it is)."""
+        engine = step.engine
+        stream = self._loads if opcode in LOADS else engine
+        self.history[stream].append(step)
+        complete = self._known[engine].copy()
+        mine = [engine, self._loads] if engine == self._tensor else [engine]
+        relied = complete.copy()
+        relied[mine] = _EVER
+        # A MATMUL starts after the loads before it; NOP and END end after everything before them.
+        ends = mine if opcode not in LOADS else [self._loads]
+        complete[ends] = [len(self.history[other]) for other in ends]
+        return stream, relied, complete
+
+    def signal(self, semaphore: int, amount: int, stream: int, complete: np.ndarray) -> None:
+        """An instruction of a stream signals."""
+        signals = self._signals.setdefault(semaphore, {}).setdefault(stream, [])
+        before = signals[-1][0] if signals else 0
+        signals.append((before + amount, complete))
+
+
+class _Words:
+    """Who read and wrote the words of SBUF or PSUM last, and which are undefined.
+
+    Members
+    -------
+    read, written : int32 [streams, lanes, depth]: number of the last instruction, from 1
+    undefined : uint32 [lanes, depth]: 0 where a word is defined
+    """
+
+    def __init__(self, streams: int, lanes: int, depth: int) -> None:
+        self.read = np.zeros((streams, lanes, depth), np.int32)
+        self.written = np.zeros((streams, lanes, depth), np.int32)
+        self.undefined = np.full((lanes, depth), _NEVER, np.uint32)
+
+    @staticmethod
+    def window(array: np.ndarray, access: Access) -> np.ndarray:
+        """The elements of `array`, [..., lanes, depth], that an access visits."""
+        used = [4 * s if n > 1 else 0 for s, n in zip(access.strides, access.counts, strict=True)]
+        outer = array.shape[:-2]
+        return np.ndarray(
+            (*outer, access.lanes, *access.counts),
+            array.dtype,
+            buffer=array.data,
+            offset=4 * access.base,
+            strides=(*array.strides[:-1], *used),
+        )
+
+
+class _Bytes:
+    """The same of DRAM, byte by byte, for the streams of the DMA queues; grows with the addresses
+    used."""
+
+    def __init__(self, queues: int) -> None:
+        self.read = np.zeros((queues, 0), np.int32)
+        self.written = np.zeros((queues, 0), np.int32)
+        self.undefined = np.zeros(0, bool)
+
+    def reach(self, size: int) -> None:
+        """Makes room for addresses below `size`."""
+        have = self.undefined.size
+        if size <= have:
+            return
+        size = max(size, 2 * have, _CHUNK)
+        for name in ("read", "written", "undefined"):
+            old = getattr(self, name)
+            new = np.zeros((*old.shape[:-1], size), old.dtype)
+            new[..., :have] = old
+            setattr(self, name, new)
+
+
+def _place(space: Space, access: Access, index: tuple[int, ...]) -> str:
+    word = access.base + sum(i * s for i, s in zip(index[1:], access.strides, strict=True))
+    return f"word {word} of partition {index[0]} of {space.name}"
+
+
+class Checks:
+    """Follows one execution from its start; raises `Race`.
+
+    Parameters
+    ----------
+    config : of the core
+    memories : what SBUF and PSUM hold, uint32 [lanes, depth]; only looked at
+    undefined : byte ranges of DRAM that hold nothing when the program starts
+
+    Members
+    -------
+    used : the first use of undefined memory, if there was one
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        memories: Mapping[Space, np.ndarray],
+        undefined: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._memories = memories
+        self.used: Undefined | None = None
+        self.clocks = Clocks(config)
+        streams = self.clocks.streams
+        self._words = {
+            Space.SBUF: _Words(streams, config.lanes, config.sbuf_depth),
+            Space.PSUM: _Words(streams, config.lanes, config.psum_depth),
+        }
+        self._first_queue = config.engines.index("dma0")
+        self._dram = _Bytes(config.dma_queues)
+        for start, stop in undefined:
+            self._dram.reach(stop)
+            self._dram.undefined[start:stop] = True
+        #: instructions that read undefined words first, and the words' places
+        self._origins: list[tuple[Step, str]] = []
+        self._origin: int | None = None
+        self._issued: tuple[int, np.ndarray] | None = None
+
+    def before(self, step: Step, opcode: Opcode, fields: dict[str, int], dram_bytes: int) -> None:
+        """An instruction executes: everything it waited for has been given to `clocks`."""
+        stream, relied, complete = self.clocks.issue(step, opcode)
+        self._issued = stream, complete
+        number = len(self.clocks.history[stream])
+        self._origin = None
+        marks: dict[str, np.ndarray] = {}
+        mask: np.ndarray | None = None
+        elements = self._dram_elements(opcode, fields, dram_bytes)
+        for access in accesses(opcode, fields):
+            words = self._words[access.space]
+            self._order(words, access, relied)
+            if access.reads:
+                found = words.window(words.undefined, access)
+                if found.any():
+                    if opcode not in _LANEWISE:
+                        self._use(step, access, found)
+                    never = found == _NEVER
+                    if never.any():
+                        found = np.where(never, self._mark(step, access, never), found)
+                marks[access.operand] = found
+                if opcode is Opcode.COPY_PREDICATED and access.operand == "src0":
+                    mask = nonzero(words.window(self._memories[access.space], access))
+                words.window(words.read, access)[stream] = number
+            if access.writes:
+                words.window(words.written, access)[stream] = number
+                self._define(words, access, opcode, marks, mask)
+        if elements is not None:
+            self._transfer(step, opcode, elements, stream, number, relied)
+
+    def define_everything(self) -> None:
+        """Takes whatever the memories hold now as written, by the host perhaps."""
+        for words in self._words.values():
+            words.undefined[:] = 0
+        self._dram.undefined[:] = False
+
+    def after(self, fields: dict[str, int]) -> None:
+        """The instruction last given to `before` is complete."""
+        assert self._issued is not None
+        if fields["signal.amount"]:
+            self.clocks.signal(fields["signal.sem"], fields["signal.amount"], *self._issued)
+
+    # -- words ---------------------------------------------------------------------------------
+
+    def _order(self, words: _Words, access: Access, relied: np.ndarray) -> None:
+        clock = relied.reshape(-1, *(1,) * (1 + len(access.counts)))
+        kinds = [(words.written, True)] + ([(words.read, False)] if access.writes else [])
+        for last, wrote in kinds:
+            window = words.window(last, access)
+            late = window > clock
+            if late.any():
+                index = tuple(int(i) for i in np.argwhere(late)[0])
+                first = self.clocks.history[index[0]][int(window[index]) - 1]
+                place = _place(access.space, access, index[1:])
+                raise Race(first, access.operand, place, wrote, access.writes)
+
+    def _mark(self, step: Step, access: Access, found: np.ndarray) -> int:
+        """The mark of words that this instruction makes of undefined ones."""
+        if self._origin is None:
+            index = np.argwhere(found)[0]
+            self._origins.append((step, _place(access.space, access, tuple(map(int, index)))))
+            self._origin = len(self._origins) + _NEVER
+        return self._origin
+
+    def _use(self, step: Step, access: Access, found: np.ndarray) -> None:
+        if self.used is None:
+            index = tuple(int(i) for i in np.argwhere(found)[0])
+            mark = int(found[index])
+            origin = step, _place(access.space, access, index)
+            if mark != _NEVER:
+                origin = self._origins[mark - _NEVER - 1]
+            self.used = Undefined(step, access.operand, origin[1], origin[0])
+
+    @staticmethod
+    def _define(
+        words: _Words,
+        access: Access,
+        opcode: Opcode,
+        marks: dict[str, np.ndarray],
+        mask: np.ndarray | None,
+    ) -> None:
+        """What a destination is after the instruction, from the marks of its sources."""
+        dst = words.window(words.undefined, access)
+        if opcode not in _LANEWISE:
+            dst[...] = 0
+            return
+        result = np.zeros_like(dst)
+        if mask is not None:
+            # The mask decides everything, and the source counts where it is chosen.
+            result[...] = marks["src0"]
+            chosen = np.where(mask, marks["src1"], dst)
+            np.maximum(result, chosen, out=result)
+        else:
+            for found in marks.values():
+                if opcode is Opcode.REDUCE:
+                    found = found.max(axis=-1, keepdims=True)
+                np.maximum(result, found, out=result)
+        dst[...] = result
+
+    # -- DRAM ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _dram_elements(
+        opcode: Opcode, fields: dict[str, int], dram_bytes: int
+    ) -> np.ndarray | None:
+        """The bytes a transfer touches; None if there are none, or some do not exist."""
+        if opcode not in _DMA:
+            return None
+        size = FORMATS[DType(fields["dram_dtype"])].bytes
+        found = dma.element_addresses(fields).ravel()
+        if int(found.max()) + size > dram_bytes:
+            return None  # the bus refuses it
+        return (found[:, None] + np.arange(size)).ravel()
+
+    def _transfer(
+        self,
+        step: Step,
+        opcode: Opcode,
+        touched: np.ndarray,
+        stream: int,
+        number: int,
+        relied: np.ndarray,
+    ) -> None:
+        dram, first = self._dram, self._first_queue
+        relied = relied[first : first + len(dram.read), None]
+        dram.reach(int(touched.max()) + 1)
+        store = opcode is Opcode.DMA_STORE
+        for last, wrote in [(dram.written, True)] + ([(dram.read, False)] if store else []):
+            found = last[:, touched]
+            late = found > relied
+            if late.any():
+                other, at = (int(i) for i in np.argwhere(late)[0])
+                culprit = self.clocks.history[first + other][int(found[other, at]) - 1]
+                raise Race(culprit, "dram", f"byte {int(touched[at]):#x} of DRAM", wrote, store)
+        if store:
+            dram.written[stream - first, touched] = number
+            dram.undefined[touched] = False
+            return
+        undefined = dram.undefined[touched]
+        if undefined.any() and self.used is None:
+            at = int(touched[int(np.argmax(undefined))])
+            self.used = Undefined(step, "dram", f"byte {at:#x} of DRAM", step)
+        dram.read[stream - first, touched] = number

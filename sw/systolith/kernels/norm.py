@@ -1,0 +1,175 @@
+"""Layer and root-mean-square normalization along rows, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.source_info_util import register_exclusion
+from systolith_hdl.isa import AluOp, Function
+
+from ..kernel import DramTensor, KernelBuilder, View
+from ..kernel.function import kernel
+from .tiles import Panel, add, everywhere, is_shape, over_panels, rank, same, sum_of_lanes
+
+register_exclusion(__file__)
+
+
+def _normalize(
+    nc: KernelBuilder, tile: View, product: View, mean: View | None, root: View, eps: float
+) -> Iterator[None]:
+    """tile = (tile - its mean) / sqrt(its variance + eps); root = 1 / that square root.
+
+    Without `mean` nothing is subtracted, and the mean of squares stands for the variance.
+    """
+    share = 1.0 / tile.shape[-1]
+    if mean is not None:
+        nc.vector.reduce(mean, tile, AluOp.ADD)
+        nc.vector.tensor_scalar(mean, mean, AluOp.MUL, -share)
+        yield
+        add(nc, tile, tile, mean)
+        yield
+    nc.vector.tensor_tensor(product, tile, AluOp.MUL, tile)
+    nc.vector.reduce(root, product, AluOp.ADD)
+    yield
+    nc.scalar.activate(root, root, Function.RSQRT, share, eps)
+    yield
+    nc.vector.tensor_tensor(tile, tile, AluOp.MUL, root)
+
+
+def _forward(
+    nc: KernelBuilder, x: DramTensor, gain: DramTensor, bias: DramTensor | None, eps: float
+) -> DramTensor:
+    rank(x, 2)
+    rows, columns = x.shape
+    is_shape(gain, columns)
+    out = nc.output(x.shape, x.dtype)
+    gains = everywhere(nc, gain)
+    biases = None
+    if bias is not None:
+        is_shape(bias, columns)
+        biases = everywhere(nc, bias)
+
+    def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
+        (tile, product), (mean, root) = tiles, small
+        nc.dma.load(tile, x, **panel.place(nc, x))
+        yield from _normalize(nc, tile, product, None if biases is None else mean, root, eps)
+        nc.vector.tensor_tensor(tile, tile, AluOp.MUL, gains.with_lanes(panel.lanes))
+        if biases is not None:
+            yield
+            add(nc, tile, tile, biases.with_lanes(panel.lanes))
+        nc.dma.store(tile, out, **panel.place(nc, out))
+
+    over_panels(nc, rows, columns, 2, 2, job)
+    return out
+
+
+def _backward(
+    nc: KernelBuilder,
+    x: DramTensor,
+    gain: DramTensor,
+    gradient: DramTensor,
+    eps: float,
+    *,
+    centred: bool,
+) -> tuple[DramTensor, ...]:
+    """Gradients of x, the gain, and if `centred` the bias.
+
+    With h = x normalized and u = g * gain, that of x is ``(u - mean(u) - h * mean(u * h)) * root``;
+    without `centred`, mean(u) is left out. Those of gain and bias are sums over rows of g * h and
+    g: each partition adds up its rows, and the partitions are added at the end, all in FP32.
+    """
+    rank(x, 2)
+    rank(gradient, 2)
+    same(x, gradient)
+    rows, columns = x.shape
+    is_shape(gain, columns)
+    dx = nc.output(x.shape, x.dtype)
+    d_gain = nc.output(gain.shape, gain.dtype)
+    d_bias = nc.output(gain.shape, gain.dtype) if centred else None
+    gains = everywhere(nc, gain)
+    sums = [nc.sbuf.tile(columns) for _ in range(2 if centred else 1)]
+    for total in sums:
+        nc.vector.memset(total.view(), 0.0)
+    share = 1.0 / columns
+
+    def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
+        (h, g, product), (mean, root, along) = tiles, small
+        nc.dma.load(h, x, **panel.place(nc, x))
+        nc.dma.load(g, gradient, **panel.place(nc, gradient))
+        yield from _normalize(nc, h, product, mean if centred else None, root, eps)
+        nc.vector.tensor_tensor(product, g, AluOp.MUL, h)
+        for block in range(panel.blocks):
+            for total, part in zip(sums, (product, g), strict=False):
+                view = total.view(columns, lanes=panel.lanes)
+                add(nc, view, part[block], view)
+        yield
+        nc.vector.tensor_tensor(g, g, AluOp.MUL, gains.with_lanes(panel.lanes))
+        nc.vector.tensor_tensor(product, g, AluOp.MUL, h)
+        nc.vector.reduce(along, product, AluOp.ADD)
+        nc.vector.tensor_scalar(along, along, AluOp.MUL, share)
+        if centred:
+            nc.vector.reduce(mean, g, AluOp.ADD)
+            nc.vector.tensor_scalar(mean, mean, AluOp.MUL, -share)
+            yield
+            add(nc, g, g, mean)
+        nc.vector.tensor_tensor(h, h, AluOp.MUL, along)
+        yield
+        add(nc, g, h, g, scale=-1.0)
+        yield
+        nc.vector.tensor_tensor(g, g, AluOp.MUL, root)
+        nc.dma.store(g, dx, **panel.place(nc, dx))
+
+    over_panels(nc, rows, columns, 3, 3, job)
+    sum_of_lanes(nc, sums[0], d_gain)
+    if d_bias is None:
+        return dx, d_gain
+    sum_of_lanes(nc, sums[1], d_bias)
+    return dx, d_gain, d_bias
+
+
+@kernel
+def layernorm(
+    nc: KernelBuilder, x: DramTensor, gain: DramTensor, bias: DramTensor, *, eps: float = 1e-5
+) -> DramTensor:
+    """``(x - mean) / sqrt(variance + eps) * gain + bias`` along the rows of x [R, C]; gain and bias
+    [C]."""
+    return _forward(nc, x, gain, bias, eps)
+
+
+@kernel
+def layernorm_grad(
+    nc: KernelBuilder, x: DramTensor, gain: DramTensor, gradient: DramTensor, *, eps: float = 1e-5
+) -> Any:
+    """Gradients of `layernorm` with respect to x, gain and bias."""
+    return _backward(nc, x, gain, gradient, eps, centred=True)
+
+
+@kernel
+def rmsnorm(nc: KernelBuilder, x: DramTensor, gain: DramTensor, *, eps: float = 1e-5) -> DramTensor:
+    """``x / sqrt(mean(x**2) + eps) * gain`` along the rows of x [R, C]; gain [C]."""
+    return _forward(nc, x, gain, None, eps)
+
+
+@kernel
+def rmsnorm_grad(
+    nc: KernelBuilder, x: DramTensor, gain: DramTensor, gradient: DramTensor, *, eps: float = 1e-5
+) -> Any:
+    """Gradients of `rmsnorm` with respect to x and gain."""
+    return _backward(nc, x, gain, gradient, eps, centred=False)
+
+
+def _layernorm_backward(kept: Any, gradient: Any, *, eps: float = 1e-5) -> Any:
+    x, gain, bias = kept
+    dx, d_gain, d_bias = layernorm_grad(x, gain, gradient, eps=eps)
+    return dx, d_gain, d_bias.astype(bias.dtype)
+
+
+layernorm.defvjp(
+    lambda x, gain, bias, eps=1e-5: (layernorm(x, gain, bias, eps=eps), (x, gain, bias)),
+    _layernorm_backward,
+)
+rmsnorm.defvjp(
+    lambda x, gain, eps=1e-5: (rmsnorm(x, gain, eps=eps), (x, gain)),
+    lambda kept, gradient, eps=1e-5: rmsnorm_grad(*kept, gradient, eps=eps),
+)
