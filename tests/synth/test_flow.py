@@ -141,9 +141,12 @@ def test_moved_lines_change_nothing() -> None:
 
 def test_equal_units_are_one() -> None:
     design = Design.of_chip(get_config("nano"))
-    keys = {unit.name: unit.key for unit in design.units()}
-    assert keys["core.dma0"] == keys["core.dma1"]
-    assert keys["core.dma0"] != keys["core.tensor"]
+    units = {unit.name: unit for unit in design.units()}
+    keys = {name: unit.key for name, unit in units.items()}
+    assert keys["core.dma0_sequencer"] == keys["core.dma1_sequencer"]
+    assert keys["core.dma0_sequencer"] != keys["core.vector_sequencer"]
+    # Emitted once, though each has a key of its own at an input.
+    assert units["core"].children[units["dma_queue"].module] == 2
 
 
 def test_every_block_is_there() -> None:
