@@ -27,6 +27,7 @@ from systolith_hdl.toolchain import (
 )
 
 from ..errors import BackendError, DeviceError, DeviceTimeout
+from .backend import SharedDram
 from .lanes import with_loops
 from .verilog import (
     FAST_CELLS,
@@ -200,7 +201,7 @@ def build(
     )
 
 
-class RtlBackend:
+class RtlBackend(SharedDram):
     """The Verilated chip behind the device interface.
 
     Parameters
