@@ -142,7 +142,10 @@ class Core(wiring.Component):
         for index, sequencer in enumerate(sequencers):
             for slot in range(3):
                 wiring.connect(m, sequencer.update[slot], semaphores.update[3 * index + slot])
-            m.d.comb += sequencer.overflow.eq(semaphores.overflow[3 * index : 3 * index + 3])
+            m.d.comb += [
+                semaphores.allowed[3 * index].eq(sequencer.allowed),
+                sequencer.overflow.eq(semaphores.overflow[3 * index : 3 * index + 3]),
+            ]
             m.d.comb += [
                 sequencer.values[sem].eq(semaphores.values[sem]) for sem in range(config.semaphores)
             ]
