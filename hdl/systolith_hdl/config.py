@@ -32,7 +32,7 @@ class CoreConfig:
     Parameters
     ----------
     name : preset name, informative only
-    lanes : N; a power of two, 4 to 128
+    lanes : N; a power of two, 2 to 128
     sbuf_depth : 32-bit words of SBUF per partition; a multiple of 8
     psum_bank_depth : FP32 words per partition in each of the 8 PSUM banks; a power of two
     dma_queues : DMA queues, each with a sequencer of its own; 1 to 4
@@ -56,7 +56,7 @@ class CoreConfig:
                     f"config {self.name!r}: {field} must be {wanted}, not {getattr(self, field)!r}"
                 )
 
-        require(self.lanes in (4, 8, 16, 32, 64, 128), "lanes", "a power of two from 4 to 128")
+        require(self.lanes in (2, 4, 8, 16, 32, 64, 128), "lanes", "a power of two from 2 to 128")
         require(
             self.sbuf_depth % SBUF_BANKS == 0 and 64 <= self.sbuf_depth <= 1 << 20,
             "sbuf_depth",
@@ -113,7 +113,16 @@ class CoreConfig:
 PRESETS: dict[str, CoreConfig] = {
     preset.name: preset
     for preset in (
-        # Unit tests and the smallest FPGA: 32 KiB SBUF, 8 KiB PSUM.
+        # An FPGA of 84,000 LUTs with DRAM and host bridge beside it: 8 KiB SBUF, 2 KiB PSUM.
+        CoreConfig(
+            name="tiny",
+            lanes=2,
+            sbuf_depth=1024,
+            psum_bank_depth=32,
+            dma_queues=1,
+            semaphores=16,
+        ),
+        # Unit tests: 32 KiB SBUF, 8 KiB PSUM.
         CoreConfig(name="nano", lanes=4, sbuf_depth=2048, psum_bank_depth=64),
         # The default: 128 KiB SBUF, 32 KiB PSUM.
         CoreConfig(name="small", lanes=8, sbuf_depth=4096, psum_bank_depth=128),

@@ -4,6 +4,7 @@ from amaranth.hdl import Cat, Module, ResetSignal, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from .arith import engine_key
 from .axi import AxiReadArbiter, AxiWriteArbiter, axi4_pins, axi_id_width, connect_pins
 from .banked import BankedMemory
 from .config import CoreConfig
@@ -79,9 +80,8 @@ class Core(wiring.Component):
         m.submodules.scalar = scalar = ScalarEngine(config, number=scalar_number)
         queues = []
         for index in range(config.dma_queues):
-            m.submodules[f"dma{index}"] = queue = DmaQueue(
-                config, number=config.engines.index(f"dma{index}")
-            )
+            m.submodules[f"dma{index}"] = queue = Once(DmaQueue(config), "dma_queue")
+            m.d.comb += queue.key.eq(engine_key(config.engines.index(f"dma{index}")))
             queues.append(queue)
         m.submodules.semaphores = semaphores = SemaphoreFile(config, requesters=3 * count)
         sbuf_reads = [
@@ -142,7 +142,10 @@ class Core(wiring.Component):
         for index, sequencer in enumerate(sequencers):
             for slot in range(3):
                 wiring.connect(m, sequencer.update[slot], semaphores.update[3 * index + slot])
-            m.d.comb += sequencer.overflow.eq(semaphores.overflow[3 * index : 3 * index + 3])
+            m.d.comb += [
+                semaphores.allowed[3 * index].eq(sequencer.allowed),
+                sequencer.overflow.eq(semaphores.overflow[3 * index : 3 * index + 3]),
+            ]
             m.d.comb += [
                 sequencer.values[sem].eq(semaphores.values[sem]) for sem in range(config.semaphores)
             ]

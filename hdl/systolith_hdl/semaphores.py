@@ -11,7 +11,7 @@ MAX_COUNT = 0xFFFF
 
 
 class Update(data.Struct):
-    """Adds `value` to a semaphore, or subtracts it."""
+    """Adds `value` to a semaphore, or subtracts it. Only those that wait subtract."""
 
     sem: unsigned(6)
     value: unsigned(16)
@@ -24,8 +24,10 @@ class SemaphoreFile(wiring.Component):
     Members
     -------
     update : In(stream of Update) x requesters. An update is applied in the cycle it is taken and
-        seen in `values` the cycle after. A subtraction is taken only while the count is large
-        enough, so two requesters can never take the same units.
+        seen in `values` the cycle after. A subtraction is taken only while it is `allowed`.
+    allowed : In(requesters), the requester finds the count in `values` large enough for what it
+        wants to subtract. As one update is applied a cycle, two requesters can never take the same
+        units.
     values : Out(16) x semaphores
     overflow : Out(requesters): high in the cycle an addition of that requester is taken that would
         pass 65535; it is not applied.
@@ -37,6 +39,7 @@ class SemaphoreFile(wiring.Component):
         super().__init__(
             {
                 "update": In(stream.Signature(Update)).array(requesters),
+                "allowed": In(requesters),
                 "values": Out(16).array(config.semaphores),
                 "overflow": Out(requesters),
                 "clear": In(1),
@@ -46,13 +49,13 @@ class SemaphoreFile(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         values = Array(self.values)
-        ready = []
-        for update in self.update:
-            request = update.payload
-            enough = values[request.sem] >= request.value
-            ready.append(update.valid & (~request.subtract | enough))
         m.submodules.arbiter = arbiter = RoundRobin(self._requesters)
-        m.d.comb += arbiter.requests.eq(Cat(ready))
+        m.d.comb += arbiter.requests.eq(
+            Cat(
+                update.valid & (~update.payload.subtract | allowed)
+                for update, allowed in zip(self.update, self.allowed, strict=True)
+            )
+        )
 
         chosen = Signal(Update)
         for index, update in enumerate(self.update):

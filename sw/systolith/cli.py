@@ -271,6 +271,10 @@ def synth(
         str, typer.Option(help="Device: ecp5-25k, -45k, -85k, xilinx7.")
     ] = "ecp5-85k",
     block: Annotated[str, typer.Option(help="A block of the chip alone, as tensor.mac.")] = "chip",
+    board: Annotated[
+        str | None,
+        typer.Option(help="Bitstream for a board (ulx3s), in place of --target and --block."),
+    ] = None,
     pnr: Annotated[bool, typer.Option("--pnr", help="Place and route, for Fmax.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Place-and-route runs.")] = 3,
     mhz: Annotated[float, typer.Option(min=1, help="Clock to reach for.")] = 100.0,
@@ -288,12 +292,17 @@ def synth(
     ] = None,
 ) -> None:
     """Synthesize the chip or a block; writes report.html, report.md, report.json and the logs."""
+    from systolith_synth.board import get_board
     from systolith_synth.report import totals_text
     from systolith_synth.run import run
     from systolith_synth.targets import get_target
 
-    device = get_target(target)
-    name = f"{config.name}-{target}" if block == "chip" else f"{config.name}-{block}-{target}"
+    on_board = None if board is None else get_board(board)
+    device = get_target(target) if on_board is None else on_board.target
+    if on_board is not None:
+        block, target = on_board.name, on_board.name
+    name = target if block in ("chip", target) else f"{block}-{target}"
+    name = f"{config.name}-{name}"
     folder = out or Path("reports") / f"synth-{name}"
     with console.status("starting") as status:
         report = run(
@@ -301,7 +310,8 @@ def synth(
             device,
             folder,
             block=block,
-            seeds=seeds if pnr else 0,
+            board=on_board,
+            seeds=seeds if pnr or on_board else 0,
             mhz=mhz,
             gates=gates,
             liberty=liberty,
@@ -312,6 +322,8 @@ def synth(
     for row in totals_text(report):
         table.add_row(*row)
     table.add_row("report", str(folder / "report.html"))
+    if on_board is not None and not report["error"]:
+        table.add_row("bitstream", str(folder / "board.bit"))
     console.print(table)
     for line in [*report["violations"], *report["over_capacity"]]:
         console.print(f"warning: {line}", style="yellow", markup=False, highlight=False)

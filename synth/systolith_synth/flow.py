@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, nextpnr_ecp5, yosys
+from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, ecppack, nextpnr_ecp5, yosys
 
 from .netlist import Design, Memory, Unit
 from .targets import Kind, Target, TargetError
@@ -367,6 +367,9 @@ class Synthesis:
             (folder / f"part{number}.il").unlink()
 
 
+#: What nextpnr writes for ecppack.
+_CONFIGURATION = "design.config"
+
 #: A few pins instead of hundreds: the inputs come from a chain of registers, the outputs go into
 #: registers that another chain carries out. So every path of the block is between registers.
 _HARNESS = """
@@ -387,8 +390,19 @@ endmodule
 """
 
 
-def _harness(synthesis: Synthesis) -> Path:
-    """Netlist of the design's top with the registers around it, in module ``harness``."""
+#: The ports as they are.
+_PADS = """
+module harness({ports});
+  {module} dut(.*);
+endmodule
+(* blackbox *) module {module}({ports});
+endmodule
+"""
+
+
+def _harness(synthesis: Synthesis, *, pads: bool) -> Path:
+    """Netlist of module ``harness`` around the design's top: with its ports if `pads`, else with
+    registers and four pins."""
     ports = synthesis.design.ports()
     position = {True: 0, False: 0}
     connections, declarations = [], []
@@ -400,7 +414,7 @@ def _harness(synthesis: Synthesis) -> Path:
         bus, low = ("source" if is_input else "result"), position[is_input]
         connections.append(f".\\{port} ({bus}[{low + width - 1}:{low}])")
         position[is_input] = low + width
-    text = _HARNESS.format(
+    text = (_PADS if pads else _HARNESS).format(
         inputs=max(position[True], 1),
         outputs=max(position[False], 1),
         module=synthesis.top.module,
@@ -410,7 +424,7 @@ def _harness(synthesis: Synthesis) -> Path:
     target = synthesis.target
     script = "\n".join(
         [
-            "read_verilog harness.v",
+            "read_verilog -sv harness.v",
             target.before.replace("unit", "harness"),
             "abc -lut 4",
             target.after,
@@ -431,10 +445,15 @@ def place_and_route(
     *,
     seeds: int,
     mhz: float,
+    pins: str | None = None,
     progress: Progress = lambda text: None,
 ) -> list[Route]:
-    """Places and routes the design inside registers, once for each seed from 1 to `seeds`, for a
-    clock of `mhz`. A run that fails is returned with its `error`.
+    """Places and routes the design, once for each seed from 1 to `seeds`, for a clock of `mhz`. A
+    run that fails is returned with its `error`.
+
+    Parameters
+    ----------
+    pins : constraints (LPF) that place its ports on pins; without, it is put inside registers
 
     Raises TargetError when the target has no place-and-route, ToolError without nextpnr."""
     target = synthesis.target
@@ -443,7 +462,7 @@ def place_and_route(
             f"target {target.name} has no open place-and-route; leave --pnr out, or use an ECP5"
         )
     nextpnr = nextpnr_ecp5()
-    harness = _harness(synthesis)
+    harness = _harness(synthesis, pads=pins is not None)
     parts = [mapped.folder.name for mapped in synthesis.mapped.values()]
     parts += [harness.parent.name, target.name, version(yosys())]
     with _Build("linked", *parts) as linked:
@@ -453,14 +472,19 @@ def place_and_route(
                 linked.folder, name="harness", extra=[harness], output="write_json netlist.json"
             )
     arguments = [*target.nextpnr, "--freq", str(mhz), "--timing-allow-fail"]
-    arguments += ["--lpf-allow-unconstrained", "--report", "report.json", "--top", "harness"]
+    arguments += ["--report", "report.json", "--top", "harness"]
+    if pins is None:
+        arguments += ["--lpf-allow-unconstrained"]
+    else:
+        arguments += ["--lpf", "pins.lpf", "--textcfg", _CONFIGURATION]
     routes = []
     for seed in range(1, seeds + 1):
         progress(f"placing and routing, seed {seed} of {seeds}")
         options = [*arguments, "--seed", str(seed)]
-        with _Build("pnr", linked.folder.name, *options, version(nextpnr)) as build:
+        with _Build("pnr", linked.folder.name, *options, pins or "", version(nextpnr)) as build:
             if build.fresh:
                 shutil.copy(linked.folder / "netlist.json", build.folder / "netlist.json")
+                (build.folder / "pins.lpf").write_text(pins or "")
                 began = time.perf_counter()
                 with open(build.folder / "nextpnr.log", "w") as log:
                     status = subprocess.run(
@@ -475,6 +499,22 @@ def place_and_route(
                 (build.folder / "done.json").write_text(json.dumps(done))
         routes.append(_route(seed, build.folder, linked.folder / "netlist.json"))
     return routes
+
+
+def pack(route: Route, bitstream: Path) -> None:
+    """Makes the bitstream of a design that was placed on `pins`.
+
+    Raises ToolError without ecppack, FlowError when it fails."""
+    done = subprocess.run(
+        [ecppack(), "--compress", _CONFIGURATION, "design.bit"],
+        cwd=route.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise FlowError(f"ecppack fails: {done.stderr.strip()}")
+    (route.folder / "design.bit").replace(bitstream)
 
 
 def _route(seed: int, folder: Path, netlist: Path) -> Route:
@@ -508,5 +548,6 @@ __all__ = [
     "Synthesis",
     "ToolError",
     "map_unit",
+    "pack",
     "place_and_route",
 ]

@@ -2,7 +2,7 @@
 
 A unit is a module that is emitted once, or one directly below it; what is deeper is flattened
 into its unit, and so are modules that only wrap an instance. Units of the same contents are one,
-whatever they are called: the second DMA queue costs no run.
+whatever they are called: the sequencer of the second DMA queue costs no run.
 
 Source locations go through the tools as numbers, in order of appearance: an edit that only moves
 lines leaves a unit's text as it is.
@@ -56,7 +56,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "arith.add": ("fp32_add",),
     "arith.mul": ("fp32_mul",),
     "arith.round": ("round_narrow",),
-    "dma": ("core.dma0",),
+    "dma": ("dma_queue",),
     "sequencer": ("core.tensor_sequencer",),
     "semaphores": ("core.semaphores",),
     "sbuf": ("core.sbuf",),

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from systolith_hdl.board import PoweredBoard
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.toolchain import ToolError, nextpnr_ecp5, yosys
 
 from . import report as reports
-from .flow import FlowError, Progress, Synthesis, place_and_route, version
+from .board import BoardTarget
+from .flow import FlowError, Progress, Route, Synthesis, pack, place_and_route, version
 from .netlist import Design
 from .targets import Target, TargetError
 
@@ -21,6 +23,7 @@ def run(
     folder: Path,
     *,
     block: str = "chip",
+    board: BoardTarget | None = None,
     seeds: int = 0,
     mhz: float = 100.0,
     gates: bool = True,
@@ -32,6 +35,8 @@ def run(
 
     Parameters
     ----------
+    board : the chip with its bridge goes onto the pins of a board, whose FPGA is `target`; of the
+        runs that reach the board's clock the fastest becomes ``board.bit``
     seeds : place-and-route runs; 0 leaves it out
     mhz : the clock that place-and-route tries to reach
     gates : also map to gates, for an estimate of transistors
@@ -51,7 +56,12 @@ def run(
     tools = [version(yosys())]
     old = _old(compare or folder / "report.json", needed=compare is not None)
     progress("elaborating")
-    design = Design.of_chip(config).block(block)
+    if board is None:
+        design = Design.of_chip(config).block(block)
+    else:
+        block = board.name
+        top = PoweredBoard(config, clock_hz=board.clock_hz)
+        design = Design.of_component(top, "powered_board")
     synthesis = Synthesis(design, target, gates=gates, liberty=liberty, progress=progress)
     routes, error = None, ""
     partial = reports.collect(synthesis, config, block, tools=tools)
@@ -60,16 +70,31 @@ def run(
     elif seeds:
         try:
             tools.append(version(nextpnr_ecp5()))
-            routes = place_and_route(synthesis, seeds=seeds, mhz=mhz, progress=progress)
-        except (FlowError, ToolError) as problem:
-            error = str(problem)
-        else:
+            pins = board.constraints() if board else None
+            routes = place_and_route(synthesis, seeds=seeds, mhz=mhz, pins=pins, progress=progress)
             failed = [route for route in routes if route.error]
             if failed:
                 error = f"seed {failed[0].seed} of {seeds}: {failed[0].error}"
+            if board:
+                error = _pack(board, routes, folder) or error
+        except (FlowError, ToolError) as problem:
+            error = str(problem)
     report = reports.collect(synthesis, config, block, routes=routes, error=error, tools=tools)
     reports.write(folder, report, synthesis=synthesis, routes=routes, old=old)
     return report
+
+
+def _pack(board: BoardTarget, routes: list[Route], folder: Path) -> str:
+    """Makes the bitstream of the fastest run; returns what went wrong."""
+    best = max(routes, key=lambda route: route.fmax or 0)
+    if not best.fmax or best.fmax * 1e6 < board.clock_hz:
+        return (
+            f"no bitstream: {best.fmax or 0:.1f} MHz at most, the board's clock has "
+            f"{board.clock_hz / 1e6:g} MHz"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    pack(best, folder / "board.bit")
+    return ""
 
 
 def _old(path: Path, *, needed: bool) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from cocotb.clock import Clock
 from cocotb.task import bridge, resume
 from cocotb.triggers import ClockCycles, First, RisingEdge
 from cocotbext.axi import AxiBus, AxiLiteBus, AxiLiteMaster, AxiSlave
+from systolith.runtime.backend import SharedDram
 from systolith_hdl.config import CoreConfig
 
 
@@ -31,7 +32,7 @@ class Dram:
         self.words[address : address + len(data)] = np.frombuffer(data, np.uint8)
 
 
-class CocotbBackend:
+class CocotbBackend(SharedDram):
     """The chip under cocotb behind the device interface (`systolith.runtime.backend.Backend`).
 
     Parameters

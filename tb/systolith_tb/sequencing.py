@@ -77,6 +77,7 @@ class Sequencing(wiring.Component):
                 self.counter[index].eq(sequencer.issue.counter),
                 sequencer.issue.done.eq(self.finished[index]),
                 sequencer.done_load.eq(self.done_load[index]),
+                semaphores.allowed[3 * index].eq(sequencer.allowed),
                 sequencer.overflow.eq(semaphores.overflow[3 * index : 3 * index + 3]),
                 self.fault[index].eq(fault.valid),
                 self.cause[index].eq(Value.cast(fault.fault.cause)),

@@ -107,8 +107,8 @@ def test_a_broken_program_faults_as_golden_and_the_device_stays_usable(
 def test_illegal_bytes_in_dram(driver: Driver, damage: Any, cause: str) -> None:
     """What the host could write over a program while it is loaded."""
     loaded = driver.load(increment())
-    stream = loaded._stream("vector")
-    stream[:64] = np.frombuffer(damage(stream[:64].tobytes()), np.uint8)
+    place = loaded._stream_address["vector"]
+    driver.backend.write_dram(place, damage(driver.backend.read_dram(place, 64).tobytes()))
     with pytest.raises(DeviceFault, match=cause):
         driver.run(loaded)
     loaded.unload()

@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from amaranth.hdl import Module, Signal, unsigned
+from amaranth.hdl import ClockDomain, ClockSignal, Module, Signal, unsigned
 from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 from systolith import cli
+from systolith_hdl.board import PoweredBoard
 from systolith_hdl.config import get_config
 from systolith_hdl.emit import Once
 from systolith_hdl.toolchain import ToolError, nextpnr_ecp5, yosys
 from systolith_synth import flow, report
+from systolith_synth import run as run_module
+from systolith_synth.board import BOARDS, get_board
 from systolith_synth.netlist import BLOCKS, BlockError, Design
 from systolith_synth.run import run
 from systolith_synth.targets import TARGETS, TargetError, get_target
@@ -141,9 +144,12 @@ def test_moved_lines_change_nothing() -> None:
 
 def test_equal_units_are_one() -> None:
     design = Design.of_chip(get_config("nano"))
-    keys = {unit.name: unit.key for unit in design.units()}
-    assert keys["core.dma0"] == keys["core.dma1"]
-    assert keys["core.dma0"] != keys["core.tensor"]
+    units = {unit.name: unit for unit in design.units()}
+    keys = {name: unit.key for name, unit in units.items()}
+    assert keys["core.dma0_sequencer"] == keys["core.dma1_sequencer"]
+    assert keys["core.dma0_sequencer"] != keys["core.vector_sequencer"]
+    # Emitted once, though each has a key of its own at an input.
+    assert units["core"].children[units["dma_queue"].module] == 2
 
 
 def test_every_block_is_there() -> None:
@@ -181,6 +187,41 @@ def test_place_and_route() -> None:
     with pytest.raises(TargetError, match="no open place-and-route"):
         xilinx = flow.Synthesis(design, get_target("xilinx7"))
         flow.place_and_route(xilinx, seeds=1, mhz=100)
+
+
+class Echo(wiring.Component):
+    """The pins of a board, and next to nothing between them."""
+
+    clk: In(1)
+    rx: In(1)
+    tx: Out(1)
+    irq: Out(1)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.domains.sync = ClockDomain("sync", reset_less=True)
+        m.d.comb += ClockSignal().eq(self.clk)
+        m.d.sync += [self.tx.eq(self.rx), self.irq.eq(~self.irq)]
+        return m
+
+
+@pytest.mark.parametrize("name", list(BOARDS))
+def test_board(name: str, tmp_path: Path) -> None:
+    board = get_board(name)
+    design = Design.of_component(Echo(), "echo")
+    whole = PoweredBoard(get_config("tiny"), clock_hz=board.clock_hz)
+    ports = {".".join(map(str, path)) for path, _, _ in whole.signature.flatten(whole)}
+    assert set(board.pins) == ports == {port for port, _, _ in design.ports()}
+    whole._MustUse__used = True  # only its ports are of interest
+    constraints = board.constraints()
+    assert len(set(re.findall(r'SITE "(\w+)"', constraints))) == len(ports)
+    synthesis = flow.Synthesis(design, board.target)
+    (route,) = flow.place_and_route(synthesis, seeds=1, mhz=50, pins=constraints)
+    assert route.error == "" and route.fmax is not None
+    assert run_module._pack(board, [route], tmp_path) == ""
+    assert b"Part: LFE5U-85F" in (tmp_path / "board.bit").read_bytes()[:200]
+    slow = dataclasses.replace(route, fmax=board.clock_hz / 2e6)
+    assert "no bitstream: 12.5 MHz at most" in run_module._pack(board, [slow], tmp_path)
 
 
 def test_report_files(tmp_path: Path) -> None:
@@ -272,6 +313,7 @@ def test_synthesis_fails() -> None:
     ("arguments", "message"),
     [
         (["--target", "ice40"], "unknown target 'ice40'"),
+        (["--board", "ulx4s"], "unknown board 'ulx4s'; the boards are ulx3s"),
         (["--block", "tensor.mca"], "unknown block 'tensor.mca'"),
         (["--target", "xilinx7", "--pnr"], "no open place-and-route"),
         (["--liberty", "none.lib"], "no Liberty file"),

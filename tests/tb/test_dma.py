@@ -4,6 +4,7 @@ import pytest
 from amaranth.hdl import Module, unsigned
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
+from systolith_hdl.arith import engine_key
 from systolith_hdl.axi import AxiReadArbiter, AxiWriteArbiter, axi4_pins, connect_pins
 from systolith_hdl.config import CoreConfig, get_config
 from systolith_hdl.dma import DmaQueue, FaultPort
@@ -39,14 +40,13 @@ class DmaBench(wiring.Component):
         m.submodules.reads = reads = AxiReadArbiter(self._config, requesters=QUEUES + 1)
         m.submodules.writes = writes = AxiWriteArbiter(self._config, requesters=QUEUES, id_width=2)
         for index in range(QUEUES):
-            m.submodules[f"queue{index}"] = queue = DmaQueue(
-                self._config, number=FIRST_ENGINE + index
-            )
+            m.submodules[f"queue{index}"] = queue = DmaQueue(self._config)
             for name in ("issue", "read", "write", "fault"):
                 wiring.connect(m, wiring.flipped(getattr(self, name)[index]), getattr(queue, name))
             wiring.connect(m, queue.axi_read, reads.requester[index])
             wiring.connect(m, queue.axi_write, writes.requester[index])
             m.d.comb += [
+                queue.key.eq(engine_key(FIRST_ENGINE + index)),
                 queue.stop.eq(self.stop[index]),
                 self.active[index].eq(queue.active),
             ]

@@ -4,7 +4,7 @@ One circuit serves all types of `formats.NARROW_FLOATS`, and INT8 where it says 
 come from `formats.FORMATS`.
 """
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
@@ -29,6 +29,10 @@ class RoundNarrow(wiring.Component):
     What rounds past the type's largest number becomes infinity, in a type without infinities NaN;
     every NaN becomes 0x7FC00000. A `dtype` that is no narrow float passes the word as it is.
 
+    Parameters
+    ----------
+    chance : whether it can round stochastically; if not, `stochastic` and `random` are missing
+
     Members
     -------
     word : In(32)
@@ -40,19 +44,19 @@ class RoundNarrow(wiring.Component):
     o : Out(32)
     """
 
-    word: In(32)
-    dtype: In(DType)
-    stochastic: In(1)
-    random: In(32)
-    o: Out(32)
+    def __init__(self, *, chance: bool = True) -> None:
+        self._chance = chance
+        ports = {"stochastic": In(1), "random": In(32)} if chance else {}
+        super().__init__({"word": In(32), "dtype": In(DType), **ports, "o": Out(32)})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         word = self.word
         fraction, field = word[:23], word[23:31]
 
+        always = 23 - max(FORMATS[t].fraction for t in NARROW_FLOATS)  # low bits that all types cut
         narrow, infinite = Signal(), Signal()
-        dropped = Signal(5)  # bits of a normal number's fraction that the type does not have
+        dropped = Signal(4)  # bits more that a normal number's fraction loses in the type
         least = Signal(8)
         smallest = Signal(8)  # FP32's exponent field of the smallest number of the type
         largest = Signal(31)
@@ -62,18 +66,18 @@ class RoundNarrow(wiring.Component):
                 with m.Case(dtype):
                     m.d.comb += [
                         narrow.eq(1),
-                        dropped.eq(23 - form.fraction),
+                        dropped.eq(23 - form.fraction - always),
                         least.eq(_least(dtype)),
                         smallest.eq(max(_least(dtype) - form.fraction, 0)),
                         largest.eq(form.largest),
                         infinite.eq(form.infinite),
                     ]
 
-        # `cut` lowest bits of the significand go: more of them below the type's normal range. The
-        # unit of what is kept is bit `cut`: 23 is the leading one's place, and of a number that
-        # is below one unit (24) or below half a unit (25 and more) nothing is kept: it becomes
-        # zero or the smallest number. The numbers of BF16 reach as far down as FP32's exponents
-        # do, so there `cut` is 16 at most.
+        # The `always + cut` lowest bits of the significand go: more of them below the type's normal
+        # range. The unit of what is kept is the bit above them: 23 is the leading one's place, and
+        # of a number that is below one unit (24) or below half a unit (25 and more) nothing is
+        # kept: it becomes zero or the smallest number. The numbers of BF16 reach as far down as
+        # FP32's exponents do, so there it is 16 at most.
         exponent = Signal(8)
         cut = Signal(9)
         m.d.comb += [
@@ -81,33 +85,38 @@ class RoundNarrow(wiring.Component):
             cut.eq(dropped + Mux(exponent < least, least - exponent, 0)),
         ]
         cuts = Signal(33)  # bit i: bit i of the significand goes
-        ones = Const(-1, 33)
-        unit = Signal(24)  # the bit that rounding up adds to
-        m.d.comb += [
-            cuts.eq(Mux(cut[6:].any(), ones, ~(ones << cut[:6]))),
-            unit.eq(Cat(~cuts[0], cuts[:22] & ~cuts[1:23], cuts[22])),
-        ]
+        ones = Const(-1, 33 - always)
+        m.d.comb += cuts.eq(
+            Cat(
+                Const(-1, always),
+                Mux(cut[5:].any(), ones, ~(ones << cut[:5])[: 33 - always]),
+            )
+        )
+        # One sum rounds: what is added reaches the unit if the number is to go up. To nearest that
+        # is just below half a unit, and the last bit that is kept, so that a tie goes to even.
         significand = Cat(fraction, field != 0)
-        odd = (significand & ~cuts[:24] & unit).any()
-        half = (significand & cuts[:24] & ~cuts[1:25]).any()
-        rest = (significand & cuts[1:25]).any()
-        # Ones above the bits that go let the carry out of them run to the top.
-        noisy = Signal(33)
-        m.d.comb += noisy.eq((significand | ~cuts[:32])[:32] + (self.random & cuts[:32]))
-        up = Signal()
-        rounded = Signal(31)
-        m.d.comb += [
-            up.eq(Mux(self.stochastic, noisy[32] & ~cuts[32], half & (rest | odd))),
-            rounded.eq(Cat(fraction & ~cuts[:23], field) + Mux(up, unit, 0)),
-        ]
-        nan = (word[:31] > _INFINITY) | ((rounded > largest) & ~infinite)
+        odd = (significand[always:] & ~cuts[always:24] & cuts[always - 1 : 23]).any()
+        addend: Value = cuts[1:]
+        if self._chance:
+            addend = Mux(self.stochastic, self.random & cuts[:32], addend)
+            odd = odd & ~self.stochastic
+        total = Signal(31)
+        m.d.comb += total.eq(Cat(fraction, field) + addend[:23] + odd)
+        kept = Signal(31)
+        m.d.comb += kept.eq(Cat(total[:23] & ~cuts[:23], total[23:]))
+        # Without anything kept: does the sum with the leading one reach bit 24, and run on to the
+        # unit?
+        carry = total[23] ^ field[0]
+        one = significand[23]
+        reaches = Mux(addend[23], one | carry, one & carry)
+        up = reaches & (addend[24:] | ~cuts[24:32]).all() & ~cuts[32]
+        # No type has bits as low as those that all types cut.
+        over = Signal()
+        m.d.comb += over.eq(kept[always:] > largest[always:])
+        nan = (field.all() & fraction.any()) | (over & ~infinite)
         value = Signal(31)
         m.d.comb += value.eq(
-            Mux(
-                rounded > largest,
-                _INFINITY,
-                Mux(cuts[23], Mux(up, smallest << 23, 0), rounded),
-            ),
+            Mux(over, _INFINITY, Mux(cuts[23], Mux(up, smallest << 23, 0), kept)),
         )
         m.d.comb += self.o.eq(
             Mux(narrow, Mux(nan, CANONICAL_NAN, Cat(value, word[31])), word),

@@ -4,7 +4,7 @@ from amaranth.hdl import Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith import DitherStream, engine_key
+from ..arith import DitherStream
 from ..config import CoreConfig
 from ..emit import Once
 from .runs import Nest
@@ -14,24 +14,20 @@ class ColumnDraws(wiring.Component):
     """Draws the random words of stores that round stochastically, column after column, ahead of
     the columns themselves.
 
-    Parameters
-    ----------
-    number : of the engine in `config.engines`
-
     Members
     -------
     start : In(stream of {counts, counter}), one for each such store: the counts of its columns,
         at least 1, and the number of instructions before it in its stream
     seed : In(32), steady while a program runs
+    key : In(32), `engine_key` of the engine's number, constant
     words : Out(stream of a 32-bit word for each lane), one for each column
 
     Latency: ``1 + DITHER_LATENCY`` cycles from `start` to the first words. Throughput: one column
     per cycle, also from one store to the next.
     """
 
-    def __init__(self, config: CoreConfig, *, number: int) -> None:
+    def __init__(self, config: CoreConfig) -> None:
         self._lanes = config.lanes
-        self._number = number
         super().__init__(
             {
                 "start": In(
@@ -45,6 +41,7 @@ class ColumnDraws(wiring.Component):
                     )
                 ),
                 "seed": In(32),
+                "key": In(32),
                 "words": Out(stream.Signature(data.ArrayLayout(unsigned(32), config.lanes))),
             }
         )
@@ -61,7 +58,7 @@ class ColumnDraws(wiring.Component):
             nest.start.payload.counts.eq(self.start.payload.counts),
             self.start.ready.eq(nest.start.ready),
             dither.seed.eq(self.seed),
-            dither.key.eq(engine_key(self._number)),
+            dither.key.eq(self.key),
             dither.element.valid.eq(nest.point.valid),
             dither.element.payload.counter.eq(counter),
             dither.element.payload.element.eq(element),

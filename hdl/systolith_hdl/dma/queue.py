@@ -98,14 +98,14 @@ class DmaQueue(wiring.Component):
 
     Parameters
     ----------
-    number : of the engine in `config.engines`, of which the random words of stochastic rounding
-        depend
     outstanding : bursts in flight at most, a power of two
 
     Members
     -------
     issue : In(IssuePort); `done` means that all columns of a load have been written, or that every
         burst of a store has been answered
+    key : In(32), `arith.engine_key` of the queue's number in `config.engines`, constant: by it the
+        random words of stochastic rounding differ from those of other engines
     read, write : Out(ReadPort), Out(WritePort) of SBUF
     axi_read, axi_write : Out(axi4_read), Out(axi4_write) with IDs of no bits. Addresses of bursts
         are multiples of a beat; bursts have up to 16 beats and end at multiples of 16 beats. Write
@@ -118,15 +118,15 @@ class DmaQueue(wiring.Component):
         after one that failed write nothing; stores after one that failed may have written.
     """
 
-    def __init__(self, config: CoreConfig, *, number: int, outstanding: int = 64) -> None:
+    def __init__(self, config: CoreConfig, *, outstanding: int = 64) -> None:
         if outstanding < 8 or outstanding & (outstanding - 1):
             raise ValueError(f"outstanding must be a power of two from 8 up, not {outstanding!r}")
         self._config = config
-        self._number = number
         self._outstanding = outstanding
         super().__init__(
             {
                 "issue": In(IssuePort()),
+                "key": In(32),
                 "read": Out(ReadPort(config, config.sbuf_depth)),
                 "write": Out(WritePort(config, config.sbuf_depth)),
                 "axi_read": Out(axi4_read(config, id_width=0)),
@@ -151,7 +151,7 @@ class DmaQueue(wiring.Component):
         m.submodules.splitter = splitter = BurstSplitter(beat_bytes=config.axi_bytes)
         m.submodules.read_aligner = read_aligner = ReadAligner(config)
         m.submodules.write_aligner = write_aligner = WriteAligner(config)
-        m.submodules.draws = draws = ColumnDraws(config, number=self._number)
+        m.submodules.draws = draws = ColumnDraws(config)
         m.submodules.turner = turner = CornerTurn(
             lanes=lanes,
             info=tile_layout(lanes),
@@ -306,6 +306,7 @@ class DmaQueue(wiring.Component):
             draws.start.payload.eq(to_draw.r_data),
             to_draw.r_en.eq(draws.start.ready),
             draws.seed.eq(self.issue.seed),
+            draws.key.eq(self.key),
             self.issue.busy.eq(held | (pending != 0)),
         ]
         m.d.sync += pending.eq(pending + launch - self.issue.done)

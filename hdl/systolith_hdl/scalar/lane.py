@@ -169,6 +169,9 @@ class FunctionUnit(wiring.Component):
                 m.d.comb += scaling.eq(k >> 1)
             with m.Case(T.Scaling.MINUS_HALF):
                 m.d.comb += scaling.eq(-(k >> 1))
+        # An FPGA's multiplier takes 18 bits with the sign: the top one of these 18 is added apart.
+        c3, t18 = segment.c3, s4["t"][5:]
+        cubic = c3 * t18[:17] + (Mux(t18[17], c3, 0) << 17)
         flags = {"exp2": 1, "negate": 1, "nan": 1, "unit": signed(_UNIT)}
         s5 = stage(
             5,
@@ -182,7 +185,7 @@ class FunctionUnit(wiring.Component):
         step(
             s4,
             s5,
-            p=segment.c2 + ((segment.c3 * s4["t"][5:]) >> 18),
+            p=segment.c2 + (cubic >> 18),
             c1=segment.c1,
             c0=segment.c0,
             log=Mux(segment.log, k * Const(T.LN2), 0),

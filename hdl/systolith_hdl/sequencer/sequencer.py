@@ -90,6 +90,7 @@ class Sequencer(wiring.Component):
     done_load : In(1), as IssuePort.done for LOAD_STATIONARY (tensor only, else unused)
     values : In(16) x semaphores
     update : Out(stream of Update) x 3: own (ACQUIRE, NOP), retire, retire of loads
+    allowed : Out(1), of an ACQUIRE: `values` has as much as it takes
     overflow : In(3), the update of that index overflowed its semaphore
     fault : Out({valid, pc, fault}), valid stays high once the engine stopped
     pc : Out(32), index of the oldest instruction that is not complete
@@ -116,6 +117,7 @@ class Sequencer(wiring.Component):
                 "done_load": In(1),
                 "values": In(16).array(config.semaphores),
                 "update": Out(stream.Signature(Update)).array(3),
+                "allowed": Out(1),
                 "overflow": In(3),
                 "fault": Out(
                     data.StructLayout({"valid": unsigned(1), "pc": unsigned(32), "fault": Fault})
@@ -238,6 +240,7 @@ class Sequencer(wiring.Component):
             own.payload.sem.eq(Mux(pending.any(), wait.sem, header.signal.sem)),
             own.payload.value.eq(Mux(pending.any(), wait.value, header.signal.amount)),
             own.payload.subtract.eq(pending.any()),
+            self.allowed.eq(holds),
         ]
         settled = Mux(signals, drained & own.ready, drained | (is_nop & ~signals))
         m.d.comb += leave.eq(

@@ -341,7 +341,7 @@ def _rounded(m: Module, column: data.View, dtype: ValueLike, *, name: str) -> li
     """The words of a column, each as a number of a type, as operands of the array."""
     words = split_words(m, column, name=name)
     m.submodules[f"round_{name}"] = floats = side_by_side(
-        RoundNarrow(), "round_narrow", len(words), shared=("dtype", "stochastic")
+        RoundNarrow(chance=False), "round_nearest", len(words), shared=("dtype",)
     )
     m.submodules[f"widen_{name}"] = integers = side_by_side(WidenInt8(), "widen_int8", len(words))
     m.d.comb += floats.dtype.eq(dtype)

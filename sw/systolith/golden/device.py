@@ -12,6 +12,7 @@ from systolith_hdl.isa import ISA_VERSION
 
 from systolith.errors import BackendError, DeviceError
 from systolith.program import Program
+from systolith.runtime.backend import SharedDram
 
 from .core import Core
 from .debugger import Debugger
@@ -23,7 +24,7 @@ _START = 1 << regs.field("CONTROL", "START").offset
 _RESET = 1 << regs.field("CONTROL", "RESET").offset
 
 
-class GoldenDevice:
+class GoldenDevice(SharedDram):
     """A device backend that executes instructions in numpy.
 
     It has no clock: CYCLES and BUSY read 0, a cycle of `run` is one instruction, and WATCHDOG

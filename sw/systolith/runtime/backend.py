@@ -20,17 +20,25 @@ class Backend(Protocol):
     Members
     -------
     config : of its core
-    dram : uint8, the whole DRAM, shared with the device without copies
+    dram_bytes : size of the DRAM
     """
 
     config: CoreConfig
-    dram: np.ndarray
+
+    @property
+    def dram_bytes(self) -> int: ...
 
     def read_register(self, address: int) -> int:
         """Reads the 32-bit register at a byte address."""
 
     def write_register(self, address: int, value: int) -> None:
         """Writes the 32-bit register at a byte address."""
+
+    def read_dram(self, address: int, count: int) -> np.ndarray:
+        """Returns a copy of `count` bytes of DRAM from a byte address, uint8."""
+
+    def write_dram(self, address: int, data: np.ndarray | bytes | bytearray) -> None:
+        """Writes bytes (uint8) to DRAM from a byte address on."""
 
     def run(self, max_cycles: int | None) -> bool:
         """Lets the device run until its interrupt line is high, at most `max_cycles` cycles;
@@ -48,11 +56,37 @@ class Described(Protocol):
         """Called before a start: the program, and the byte address of each of its tensors."""
 
 
+class SharedDram:
+    """The DRAM of a device in the host's memory, for a `Backend`.
+
+    Members
+    -------
+    dram : uint8, the whole DRAM; the device works on it
+    """
+
+    dram: np.ndarray
+
+    @property
+    def dram_bytes(self) -> int:
+        """Size of the DRAM."""
+        return len(self.dram)
+
+    def read_dram(self, address: int, count: int) -> np.ndarray:
+        """Returns a copy of `count` bytes from a byte address."""
+        return self.dram[address : address + count].copy()
+
+    def write_dram(self, address: int, data: np.ndarray | bytes | bytearray) -> None:
+        """Writes bytes from a byte address on."""
+        self.dram[address : address + len(data)] = np.frombuffer(data, np.uint8)
+
+
 #: name -> "module:class"; the class takes (config, **options)
 BACKENDS: dict[str, str] = {
     "golden": "systolith.golden.device:GoldenDevice",
     "rtl": "systolith.runtime.rtl:RtlBackend",
     "rtl-fast": "systolith.runtime.rtl:FastRtlBackend",
+    "board": "systolith.runtime.board:SimulatedBoard",
+    "uart": "systolith.runtime.serial:SerialBackend",
 }
 
 

@@ -92,6 +92,8 @@ class LoadedProgram:
         self.tensors: dict[str, DeviceTensor] = {}
         self._owned: list[DeviceTensor] = []
         self._stream_address: dict[str, int] = {}
+        #: the streams as they lie in DRAM
+        self._streams = {name: bytearray(stream) for name, stream in program.streams.items()}
         #: addresses that the streams in DRAM are linked for now
         self._linked = [tensor.address for tensor in program.tensors]
         self._uses: list[list[tuple[str, int]]] = [[] for _ in program.tensors]
@@ -99,11 +101,6 @@ class LoadedProgram:
             self._uses[relocation.tensor].append((relocation.engine, relocation.index))
         self._written = program.written_tensors()
         self.unloaded = False
-
-    def _stream(self, engine: str) -> np.ndarray:
-        """The bytes of a stream where they lie in DRAM."""
-        address = self._stream_address[engine]
-        return self._driver.backend.dram[address : address + len(self.program.streams[engine])]
 
     def bind(self, bindings: Mapping[str, DeviceTensor]) -> None:
         """Makes the program use these tensors under these names from now on."""
@@ -124,7 +121,13 @@ class LoadedProgram:
             address = bindings[info.name].address
             if address != self._linked[index]:
                 for engine, position in self._uses[index]:
-                    patch_dram_base(self._stream(engine), position, address - self._linked[index])
+                    stream = self._streams[engine]
+                    patch_dram_base(stream, position, address - self._linked[index])
+                    start = position * INSTRUCTION_BYTES
+                    self._driver.backend.write_dram(
+                        self._stream_address[engine] + start,
+                        stream[start : start + INSTRUCTION_BYTES],
+                    )
                 self._linked[index] = address
         self.tensors = after
 
@@ -174,7 +177,7 @@ class Driver:
     def __init__(self, backend: Backend, *, watchdog: int | None = None, seed: int = 0) -> None:
         self.backend = backend
         self.seed = seed
-        self._memory = FreeList(len(backend.dram), align=DRAM_ALIGN)
+        self._memory = FreeList(backend.dram_bytes, align=DRAM_ALIGN)
         self._running: LoadedProgram | None = None
         self.identify()
         self.reset()
@@ -268,10 +271,10 @@ class Driver:
         self.write(tensor, array)
         return tensor
 
-    def _bytes(self, tensor: DeviceTensor) -> np.ndarray:
+    def _address(self, tensor: DeviceTensor) -> int:
         if tensor.freed:
             raise TensorError(f"{tensor} was freed")
-        return self.backend.dram[tensor.address : tensor.address + tensor.nbytes]
+        return tensor.address
 
     def write(self, tensor: DeviceTensor, array: np.ndarray) -> None:
         """Copies an array of the tensor's shape and type to the device."""
@@ -281,13 +284,12 @@ class Driver:
             raise TensorError(
                 f"cannot write a {array.dtype.name} array of shape {array.shape} to {tensor}"
             )
-        raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
-        self._bytes(tensor)[:] = raw
+        self.backend.write_dram(self._address(tensor), array.tobytes())
 
     def read(self, tensor: DeviceTensor) -> np.ndarray:
         """Copies a tensor from the device."""
-        raw = self._bytes(tensor).tobytes()
-        return np.frombuffer(raw, FORMATS[tensor.dtype].numpy).reshape(tensor.shape).copy()
+        raw = self.backend.read_dram(self._address(tensor), tensor.nbytes)
+        return raw.view(FORMATS[tensor.dtype].numpy).reshape(tensor.shape)
 
     # -- programs ------------------------------------------------------------------------------
 
@@ -311,7 +313,7 @@ class Driver:
                     f"the {engine} stream of program {program.name!r}", len(stream)
                 )
                 loaded._stream_address[engine] = address
-                loaded._stream(engine)[:] = np.frombuffer(stream, np.uint8)
+                self.backend.write_dram(address, stream)
             tensors = dict(bindings or {})
             for info in program.tensors:
                 if info.name not in tensors:
@@ -319,7 +321,9 @@ class Driver:
                     loaded._owned.append(tensor)
                     tensors[info.name] = tensor
                     data = program.constants.get(info.name)
-                    self._bytes(tensor)[:] = 0 if data is None else np.frombuffer(data, np.uint8)
+                    self.backend.write_dram(
+                        tensor.address, bytes(tensor.nbytes) if data is None else data
+                    )
             loaded.bind(tensors)
         except Exception:
             loaded.unload()
@@ -438,7 +442,8 @@ class Driver:
         debug = loaded.program.debug_info(engine, pc)
         if engine in loaded.program.streams and pc < loaded.program.count(engine):
             # As it lies in DRAM: that is what was executed.
-            raw = loaded._stream(engine)[pc * INSTRUCTION_BYTES : (pc + 1) * INSTRUCTION_BYTES]
+            place = loaded._stream_address[engine] + pc * INSTRUCTION_BYTES
+            raw = self.backend.read_dram(place, INSTRUCTION_BYTES)
             instruction = disassemble_instruction(raw.tobytes())
         return DeviceFault(
             engine=engine,

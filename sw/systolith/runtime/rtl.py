@@ -28,6 +28,7 @@ from systolith_hdl.toolchain import (
 )
 
 from ..errors import BackendError, DeviceError, DeviceTimeout
+from .backend import SharedDram
 from .lanes import with_loops
 from .verilog import (
     FAST_CELLS,
@@ -203,7 +204,7 @@ def build(
     )
 
 
-class RtlBackend:
+class RtlBackend(SharedDram):
     """The Verilated chip behind the device interface.
 
     Parameters

@@ -1,0 +1,80 @@
+"""Boards that a bitstream can be made for: their device, and where the pins are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from amaranth_boards.ulx3s import ULX3S_85F_Platform
+
+from .targets import Target, TargetError, get_target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoardTarget:
+    """A board.
+
+    Parameters
+    ----------
+    name : on the command line
+    platform : of amaranth-boards, which knows the pins
+    target : the FPGA on it
+    pins : port of `systolith_hdl.board.PoweredBoard` -> (resource, number, subsignal or "")
+    """
+
+    name: str
+    platform: Any
+    target: Target
+    pins: dict[str, tuple[str, int, str]]
+
+    @property
+    def clock_hz(self) -> int:
+        """Of the board's clock."""
+        return round(self.platform.default_clk_frequency)
+
+    def constraints(self) -> str:
+        """The pins of the ports, as LPF."""
+        lines = []
+        for port, (name, number, part) in self.pins.items():
+            resource = self.platform.lookup(name, number)
+            attributes = dict(resource.attrs)
+            (pins,) = (io for io in resource.ios if not part or io.name == part)
+            if part:
+                attributes |= pins.attrs
+                (pins,) = pins.ios
+            (pin,) = pins.names
+            settings = " ".join(f"{key}={value}" for key, value in attributes.items())
+            lines += [f'LOCATE COMP "{port}" SITE "{pin}";', f'IOBUF PORT "{port}" {settings};']
+        lines.append(f'FREQUENCY PORT "clk" {self.clock_hz / 1e6} MHZ;')
+        return "\n".join(lines) + "\n"
+
+
+def _ulx3s() -> BoardTarget:
+    chip = get_target("ecp5-85k")
+    options = list(chip.nextpnr)
+    options[options.index("--speed") + 1] = ULX3S_85F_Platform.speed
+    return BoardTarget(
+        name="ulx3s",
+        platform=ULX3S_85F_Platform(),
+        target=dataclasses.replace(
+            chip,
+            device=f"ULX3S, Lattice LFE5U-85F, speed grade {ULX3S_85F_Platform.speed}",
+            nextpnr=tuple(options),
+        ),
+        pins={
+            "clk": (ULX3S_85F_Platform.default_clk, 0, ""),
+            "rx": ("uart", 0, "rx"),
+            "tx": ("uart", 0, "tx"),
+            "irq": ("led", 0, ""),
+        },
+    )
+
+
+BOARDS = {"ulx3s": _ulx3s}
+
+
+def get_board(name: str) -> BoardTarget:
+    """Returns the board of that name."""
+    if name not in BOARDS:
+        raise TargetError(f"unknown board {name!r}; the boards are {', '.join(BOARDS)}")
+    return BOARDS[name]()
