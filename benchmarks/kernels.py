@@ -10,6 +10,7 @@ model's, bit for bit.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
 import runpy
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import systolith
 from systolith import kernels
@@ -28,7 +30,6 @@ from systolith_hdl.isa import Opcode, decode
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernel-library.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-BEGIN, END = "<!-- kernels -->\n", "<!-- end of kernels -->\n"
 
 Case = tuple[Kernel, dict[str, Any], tuple[np.ndarray, ...]]
 
@@ -149,6 +150,67 @@ def measure(kind: str, config: str, only: str | None) -> list[list[str]]:
     return rows
 
 
+def compare(kind: str, config: str) -> list[list[str]]:
+    """Cycles of the same functions compiled and by kernels, alone and with all gradients."""
+    rng = np.random.default_rng(0)
+
+    def array(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        scores = jnp.where(np.tri(64, dtype=bool), q @ k.T / 4.0, -np.inf)
+        return jax.nn.softmax(scores, axis=-1) @ v
+
+    def layernorm(x: Any, gain: Any, bias: Any) -> Any:
+        x = x - x.mean(-1, keepdims=True)
+        return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * gain + bias
+
+    def mlp(x: Any, up: Any, a: Any, down: Any, b: Any) -> Any:
+        return systolith.nn.gelu(x @ up + a) @ down + b
+
+    x, gain = array(64, 64), array(64)
+    causal = functools.partial(kernels.attention, causal=True)
+    functions = {
+        "attention causal 64 x 64 x 16": (attention, causal, [array(64, 16) for _ in range(3)]),
+        "softmax 64 x 64": (functools.partial(jax.nn.softmax, axis=-1), kernels.softmax, [x]),
+        "layernorm 64 x 64": (layernorm, kernels.layernorm, [x, gain, gain]),
+        "gelu_mlp 64 x 32 x 64 x 32": (
+            mlp,
+            kernels.gelu_mlp,
+            [array(64, 32), array(32, 64), array(64), array(64, 32), array(32)],
+        ),
+        "matmul 64 x 64 x 64": (jnp.matmul, kernels.matmul, [x, x]),
+    }
+    rows = []
+    with systolith.Device(kind, config=config, progress=print) as device:
+        for name, (compiled, kernel, arrays) in functions.items():
+            cycles = []
+            for function in (compiled, kernel):
+
+                def loss(*arrays: Any, function: Any = function) -> Any:
+                    return jnp.sum(function(*arrays) ** 2)
+
+                gradient = jax.grad(loss, argnums=tuple(range(len(arrays))))
+                for run in (function, gradient):
+                    # A partial has no name of its own.
+                    step = systolith.jit(lambda *a, run=run: run(*a), device=device)
+                    step(*arrays)
+                    cycles.append(f"{step.stats()['cycles']:,}")
+            first, rest = name.split(" ", 1)
+            rows.append([f"`{first}` {rest}", *cycles])
+            print("  ".join(rows[-1]), flush=True)
+    return rows
+
+
+def write(begin: str, end: str, head: list[str], rows: list[list[str]]) -> None:
+    """Puts a table between two marks of the page."""
+    lines = [head, ["---"] * len(head), *rows]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    before, rest = PAGE.read_text().split(begin)
+    _, after = rest.split(end)
+    PAGE.write_text(before + begin + table + end + after)
+
+
 def measure_tutorial(kind: str) -> dict[str, int]:
     """Cycles of the tutorial's kernels, at nano."""
     path = ROOT / "examples" / "tutorial.py"
@@ -168,6 +230,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="leave the page as it is")
     options = parser.parse_args()
     rows = measure(options.device, options.config, options.only)
+    compared = [] if options.only else compare(options.device, options.config)
     steps = {} if options.only else measure_tutorial(options.device)
     if options.print or options.only:
         return
@@ -176,12 +239,9 @@ def main() -> None:
         text = re.sub(rf"<!-- {name} -->[\d,]+", f"<!-- {name} -->{cycles:,}", text)
     TUTORIAL.write_text(text)
     head = ["kernel", "cycles", "MACs", "tensor", "vector", "scalar", "DMA queue", "DRAM"]
-    lines = [head, ["---"] * len(head), *rows]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(before + BEGIN + table + END + after)
+    write("<!-- kernels -->\n", "<!-- end of kernels -->\n", head, rows)
+    head = ["function", "compiled", "with gradients", "kernel", "with gradients"]
+    write("<!-- compared -->\n", "<!-- end of compared -->\n", head, compared)
 
 
 if __name__ == "__main__":
