@@ -268,7 +268,7 @@ def disasm(
 def synth(
     config: ConfigOption = "nano",  # type: ignore[assignment]
     target: Annotated[
-        str, typer.Option(help="Device: ecp5-25k, -45k, -85k, xilinx7.")
+        str, typer.Option(help="Device: ecp5-25k, -45k, -85k, each also -speed; xilinx7.")
     ] = "ecp5-85k",
     block: Annotated[str, typer.Option(help="A block of the chip alone, as tensor.mac.")] = "chip",
     board: Annotated[

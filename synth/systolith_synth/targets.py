@@ -83,10 +83,10 @@ _ECP5_CELLS = {
 }
 
 
-def _ecp5(size: int, *, luts: int, brams: int, dsps: int) -> Target:
+def _ecp5(size: int, *, luts: int, brams: int, dsps: int, speed: bool = False) -> Target:
     return Target(
-        name=f"ecp5-{size}k",
-        device=f"Lattice LFE5U-{size}F, speed grade 8",
+        name=f"ecp5-{size}k{'-speed' if speed else ''}",
+        device=f"Lattice LFE5U-{size}F, speed grade 8{', mapped for speed' if speed else ''}",
         cells=_ECP5_CELLS,
         capacity={Kind.lut: luts, Kind.ff: luts, Kind.bram: brams, Kind.dsp: dsps},
         bram_bits=18432,
@@ -94,7 +94,7 @@ def _ecp5(size: int, *, luts: int, brams: int, dsps: int) -> Target:
         after="synth_ecp5 -latches warn -run map_cells:check\nautoname",
         # ABC9 knows the delay of carry chains, but ends without a word on some modules. LUTs wider
         # than 4, made of multiplexers, are faster and cost more area: docs/synthesis.md.
-        mappers=("abc9 -maxlut 4 -W 300", "abc -lut 4"),
+        mappers=(f"abc9 {'' if speed else '-maxlut 4 '}-W 300", "abc -lut 4"),
         library="read_verilog -lib +/lattice/cells_sim_ecp5.v +/lattice/cells_bb_ecp5.v",
         nextpnr=(f"--{size}k", "--package", "CABGA381", "--speed", "8"),
         simulation=("lattice/cells_sim_ecp5.v",),
@@ -131,9 +131,15 @@ _XILINX_CELLS = {
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        _ecp5(25, luts=24288, brams=56, dsps=28),
-        _ecp5(45, luts=43848, brams=108, dsps=72),
-        _ecp5(85, luts=83640, brams=208, dsps=156),
+        *(
+            _ecp5(size, luts=luts, brams=brams, dsps=dsps, speed=speed)
+            for size, luts, brams, dsps in (
+                (25, 24288, 56, 28),
+                (45, 43848, 108, 72),
+                (85, 83640, 208, 156),
+            )
+            for speed in (False, True)
+        ),
         Target(
             name="xilinx7",
             device="AMD Artix-7 XC7A200T",
