@@ -1,7 +1,9 @@
 """Speed of the simulated chip: builds, cycles and MACs per second, a GEMM at N = 16 on one core.
 
 Every product is held against the golden formula's bits elsewhere (gemm.py); here only time counts.
-Times vary with the machine, so each is the median of several runs, with the range beside it. Writes
+Simulation is measured in processor time, which other work on the machine disturbs less than the
+clock on the wall; it still varies, so each figure is the median of several runs, with the range
+beside it. Writes
 docs/simulation.md and docs/simulation.json; part of ``make bench``.
 """
 
@@ -48,7 +50,7 @@ def build_seconds(kind: str, config: str) -> float:
 
 
 def speed(kind: str, config: str) -> tuple[int, int, list[float]]:
-    """Cycles and MACs of one product, and the seconds that each run of it took in the simulator."""
+    """Cycles and MACs of one product, and the processor seconds of each run in the simulator."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((SIZE, SIZE)).astype(ml_dtypes.bfloat16) for _ in range(2))
 
@@ -62,9 +64,9 @@ def speed(kind: str, config: str) -> tuple[int, int, list[float]]:
         run, seconds = backend.run, []
 
         def timed(max_cycles: int | None) -> bool:
-            began = time.perf_counter()
+            began = time.process_time()
             ended = run(max_cycles)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
             return ended
 
         backend.run = timed
@@ -99,9 +101,10 @@ def main() -> None:
         "# Simulation speed",
         "",
         f"Made by `make bench`: {SIZE} cubed of BF16, config `{options.config}` (N = {lanes}),",
-        "from DRAM to DRAM, the whole chip on one core; median of "
+        "from DRAM to DRAM, the whole chip on one core, in processor time; median of "
         f"{RUNS} runs, their range in brackets.",
-        f"Builds from an empty cache, two jobs. {platform.machine()}, {os.cpu_count()} cores that",
+        "Builds from an empty cache, two jobs, in wall time. "
+        f"{platform.machine()}, {os.cpu_count()} cores that",
         "may be shared with other work: figures of one page compare with each other, less with",
         "those of another day.",
         "",

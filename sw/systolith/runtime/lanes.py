@@ -46,6 +46,11 @@ opt_clean -purge
 write_json {name}.json
 """
 
+#: Contents of a memory, one word a line, of enough words to be worth it.
+_CONTENTS = re.compile(
+    r"^  initial begin\n((?:    \S+\[\d+\] = \d+'h[0-9a-f]+;\n){64,})  end\n", re.MULTILINE
+)
+
 _CPP_HEAD = """\
 #include <cstdint>
 #include <cstring>
@@ -80,6 +85,35 @@ def _parts(modules: dict[str, str], name: str) -> str:
     return "".join(modules[part] for part in sorted(found))
 
 
+def _without_contents(text: str, taken: list[list[int]]) -> str:
+    """Returns the text with large contents of memories moved to `taken`: Yosys takes a millisecond
+    for each word of them. Word 0 is their place in `taken` then, the others are undefined."""
+
+    def take(found: re.Match[str]) -> str:
+        lines = found[1].splitlines(keepends=True)
+        head = lines[0].split("'h")[0]
+        width = int(head.rsplit(" ", 1)[1])
+        if not head.strip().split(" ")[0].endswith("[0]") or len(taken) >> width:
+            return found[0]
+        taken.append([int(line.split("'h")[1].rstrip(";\n"), 16) for line in lines])
+        return f"  initial begin\n{head}'h{len(taken) - 1:x};\n  end\n"
+
+    return _CONTENTS.sub(take, text)
+
+
+def _put_contents(netlist: dict[str, Any], taken: list[list[int]]) -> None:
+    """Puts back into the memories of a netlist what `_without_contents` took."""
+    for cell in netlist["cells"].values():
+        if cell["type"] != "$mem_v2":
+            continue
+        parameters = cell["parameters"]
+        width, init = int(parameters["WIDTH"], 2), parameters["INIT"]
+        if set(init[:-width]) == {"x"} and "x" not in init[-width:]:
+            words = taken[int(init[-width:], 2)]
+            rest = "x" * (len(init) - width * len(words))
+            parameters["INIT"] = rest + "".join(f"{word:0{width}b}" for word in reversed(words))
+
+
 def _flatten(sources: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Flat netlists of components, each from the text of the modules it is made of; cached."""
     paths = {
@@ -91,8 +125,9 @@ def _flatten(sources: dict[str, str]) -> dict[str, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             script = []
+            contents: dict[str, list[list[int]]] = {name: [] for name in missing}
             for name in missing:
-                (folder / f"{name}.v").write_text(sources[name])
+                (folder / f"{name}.v").write_text(_without_contents(sources[name], contents[name]))
                 script += ["design -reset", f"read_verilog {name}.v"]
                 script += [f"blackbox {function}" for function in _CALL.findall(sources[name])]
                 script.append(_FLATTEN.format(name=name))
@@ -105,7 +140,9 @@ def _flatten(sources: dict[str, str]) -> dict[str, dict[str, Any]]:
                 raise ToolError(f"Yosys failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
             for name in missing:
                 unfinished = paths[name].with_suffix(f".{os.getpid()}.tmp")
-                unfinished.write_text((folder / f"{name}.json").read_text())
+                design = json.loads((folder / f"{name}.json").read_text())
+                _put_contents(design["modules"][name], contents[name])
+                unfinished.write_text(json.dumps(design))
                 unfinished.replace(paths[name])
     return {name: json.loads(path.read_text())["modules"][name] for name, path in paths.items()}
 
