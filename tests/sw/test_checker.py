@@ -16,6 +16,7 @@ from systolith_hdl.isa import (
     USED_BITS,
     EngineKind,
     FaultCause,
+    Function,
     Opcode,
     decode,
     encode,
@@ -100,7 +101,7 @@ def test_causes() -> None:
     assert c(op.TENSOR_TENSOR, op0=20) is FaultCause.ILLEGAL_OPERATION
     assert c(op.TENSOR_TENSOR, op1=63) is FaultCause.ILLEGAL_OPERATION
     assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION
-    assert c(op.ACTIVATE, op0=11) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.ACTIVATE, op0=len(Function)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.NOP, wait__1__mode=3) is FaultCause.ILLEGAL_OPERATION
     assert c(op.TENSOR_TENSOR, dst__dtype=5) is FaultCause.BAD_TYPE
     assert c(op.TENSOR_TENSOR, src1__dtype=1) is FaultCause.BAD_TYPE

@@ -162,7 +162,7 @@ def test_bad_options(options: dict[str, int]) -> None:
 
 
 def test_unknown_config() -> None:
-    with pytest.raises(ValueError, match="unknown config 'huge'; the presets are nano"):
+    with pytest.raises(ValueError, match="unknown config 'huge'; the presets are tiny, nano"):
         systolith.Device("rtl", config="huge")
 
 
