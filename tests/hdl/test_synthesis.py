@@ -29,8 +29,8 @@ def yosys(script: str, cwd: Path) -> str:
     return done.stdout
 
 
-#: Multiple drivers, undriven wires in use, combinational loops; latches by their cells. Names of what
-#: has another one are dropped before 256 MACs are written out: WebAssembly has 4 GB.
+#: Multiple drivers, undriven wires in use, combinational loops; latches by their cells. Names of
+#: what has another one are dropped before 256 MACs are written out: WebAssembly has 4 GB.
 CHECK = """
 read_verilog {name}.v
 hierarchy -check -top chip
