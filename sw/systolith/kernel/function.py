@@ -88,7 +88,7 @@ class Kernel:
         self._outputs = outputs
         self._rule: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self._parameters = list(inspect.signature(body).parameters.values())[1:]
-        self._programs: dict[Any, Program] = {}
+        self._results: dict[Any, tuple[Spec, ...]] = {}
         self._differentiable: dict[Any, Callable[..., Any]] = {}
         functools.update_wrapper(self, body)
 
@@ -156,22 +156,20 @@ class Kernel:
         The program's inputs have the names of the parameters, its outputs are out0, out1, ...
         """
         specs = tuple(_spec(array) for array in arrays)
-        return self._program(get_config(config), specs, tuple(sorted(static.items())))
+        return self._run(get_config(config), specs, tuple(sorted(static.items()))).finish()
 
-    def _program(
+    def _run(
         self, config: CoreConfig, arguments: tuple[Spec, ...], static: tuple[tuple[str, Any], ...]
-    ) -> Program:
-        key = config, arguments, static
-        if key not in self._programs:
-            nc = KernelBuilder(config, name=self.name)
-            tensors = [
-                nc.dram.tensor(name, shape, _chip_type(dtype))
-                for name, (shape, dtype) in zip(self.names(len(arguments)), arguments, strict=True)
-            ]
-            call = Call(self, static, arguments, ())
-            self.emit(nc, tensors, call, prefix=self.name, output=nc.output)
-            self._programs[key] = nc.finish()
-        return self._programs[key]
+    ) -> KernelBuilder:
+        """A builder of the kernel alone, not finished."""
+        nc = KernelBuilder(config, name=self.name)
+        tensors = [
+            nc.dram.tensor(name, shape, _chip_type(dtype))
+            for name, (shape, dtype) in zip(self.names(len(arguments)), arguments, strict=True)
+        ]
+        call = Call(self, static, arguments, ())
+        self.emit(nc, tensors, call, prefix=self.name, output=nc.output)
+        return nc
 
     def names(self, count: int) -> list[str]:
         """Names of the first `count` arguments."""
@@ -197,12 +195,15 @@ class Kernel:
                 f"kernel {self.name!r} runs on a device: call it in a function of systolith.jit, "
                 "or with .on(device)"
             )
-        program = self._program(config, arguments, static)
-        return tuple(
-            (tensor.shape, FORMATS[tensor.dtype].numpy)
-            for tensor in program.tensors
-            if tensor.kind == "output"
-        )
+        key = config, arguments, static
+        if key not in self._results:
+            tensors = self._run(config, arguments, static).dram.tensors
+            self._results[key] = tuple(
+                (tensor.shape, FORMATS[tensor.dtype].numpy)
+                for tensor in tensors
+                if tensor.kind == "output"
+            )
+        return self._results[key]
 
     def emit(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from systolith.errors import KernelError
@@ -28,20 +29,22 @@ def _shown(filename: str) -> str:
     return filename if relative.startswith(os.pardir) else relative
 
 
-def user_source() -> str:
-    """Returns ``file:line`` of the innermost statement outside this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _is_builder(frame.f_code.co_filename):
+def _source(inside: Callable[[str], bool]) -> str:
+    """``file:line`` of the innermost statement that is not inside."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and inside(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def user_source() -> str:
+    """Returns ``file:line`` of the innermost statement outside this package."""
+    return _source(_is_builder)
 
 
 def caller() -> str:
     """Returns ``file:line`` of the innermost statement outside all of Systolith."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_SOFTWARE):
-        frame = frame.f_back
-    return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return _source(lambda filename: filename.startswith(_SOFTWARE))
 
 
 def refuse(message: str) -> NoReturn:

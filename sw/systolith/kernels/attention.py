@@ -99,7 +99,7 @@ def _triangle(nc: KernelBuilder) -> View:
     return constant(nc, "triangle", np.where(np.tri(n, dtype=bool), 0.0, -np.inf))
 
 
-def _across(nc: KernelBuilder, head: _Head, first: int, count: int, k: bool) -> dict[str, int]:
+def _across(head: _Head, first: int, count: int, k: bool) -> dict[str, int]:
     """Where `count` queries or keys lie with their depth across partitions."""
     start = (head.k if k else head.q) + first * head.pitch
     return {
@@ -108,7 +108,7 @@ def _across(nc: KernelBuilder, head: _Head, first: int, count: int, k: bool) -> 
     }  # fmt: skip
 
 
-def _along(nc: KernelBuilder, head: _Head, first: int, count: int, k: bool) -> dict[str, int]:
+def _along(head: _Head, first: int, count: int, k: bool) -> dict[str, int]:
     """Where `count` queries or keys lie with themselves across partitions."""
     start = (head.k if k else head.q) + first * head.pitch
     return {
@@ -195,15 +195,15 @@ def _attend(
     slots = [_Workspace(nc, tiles * n, chunk, depth) for _ in range(2)]
 
     def fetch(head: _Head, first: int, count: int, keys: Tile, values: Tile) -> None:
-        load_across(nc, keys, k, **_across(nc, head, first, count, True))
-        load_across(nc, values, v, **_along(nc, head, first, count, True))
+        load_across(nc, keys, k, **_across(head, first, count, True))
+        load_across(nc, values, v, **_along(head, first, count, True))
 
     def job(
         head: _Head, keys: Tile, values: Tile, block: _Block, slot: _Workspace
     ) -> Iterator[None]:
         """The results of one block of queries."""
         lanes = block.size
-        load_across(nc, slot.queries, q, **_across(nc, head, block.first, lanes, False))
+        load_across(nc, slot.queries, q, **_across(head, block.first, lanes, False))
         top, total, new, minus, part = (tile.view(lanes=lanes) for tile in slot.small)
         result, sum_ = (tile.view(lanes=lanes) for tile in (slot.result, slot.sums))
         for start, count in parts(block.visible, chunk):
@@ -379,7 +379,7 @@ def attention_grad(
             (slot.q_across, q, _across), (slot.g_across, gradient, _across),
             (slot.q_along, q, _along), (slot.g_along, gradient, _along), (slot.result, out, _along),
         ):  # fmt: skip
-            load_across(nc, tile, tensor, **how(nc, head, block.first, lanes, False))
+            load_across(nc, tile, tensor, **how(head, block.first, lanes, False))
         queries, slope, result = (
             tile.view(lanes=lanes) for tile in (slot.q_along, slot.g_along, slot.result)
         )
@@ -445,9 +445,9 @@ def attention_grad(
         nc.dma.store(result, dq, start, lane_stride=head.pitch * item)
 
     for head in all_heads:
-        load_across(nc, keys_across, k, **_across(nc, head, 0, head.keys, True))
-        load_across(nc, values_across, v, **_across(nc, head, 0, head.keys, True))
-        load_across(nc, keys_along, k, **_along(nc, head, 0, head.keys, True))
+        load_across(nc, keys_across, k, **_across(head, 0, head.keys, True))
+        load_across(nc, values_across, v, **_across(head, 0, head.keys, True))
+        load_across(nc, keys_along, k, **_along(head, 0, head.keys, True))
         nc.vector.memset(of_keys.view(), 0.0)
         nc.vector.memset(of_values.view(), 0.0)
         in_turns(list(_blocks(head, n, causal)), slots, functools.partial(job, head))

@@ -120,11 +120,12 @@ def _images(
     x: DramTensor,
     size: tuple[int, int] | None,
     window: tuple[int, int],
-    stride: int,
-    padding: int,
+    stride: int | None,
+    padding: int = 0,
 ) -> _Images:
     """Checks x, [batch, height, width, channels], or [batch * height * width, channels] with
-    `size` (height, width)."""
+    `size` (height, width). `stride` defaults to the window's height."""
+    stride = window[0] if stride is None else stride
     rank(x, 2, 4)
     if len(x.shape) == 4:
         batch, height, width, channels = x.shape
@@ -137,7 +138,9 @@ def _images(
             refuse(f"{x} is not made of images of {height} x {width}")
         batch = pixels // (height * width)
     if stride < 1 or padding < 0 or min(window) < 1:
-        refuse(f"window {window}, stride {stride} and padding {padding} must be positive")
+        refuse(
+            f"window {window} and stride {stride} must be positive, padding {padding} not negative"
+        )
     images = _Images(batch, height, width, channels, window, stride, padding)
     if height + 2 * padding < window[0] or width + 2 * padding < window[1]:
         refuse(f"a window of {window} is larger than the image of {height} x {width}")
@@ -232,7 +235,7 @@ def _pool(
     factor: float,
 ) -> DramTensor:
     """`op` over the windows, times `factor`."""
-    images = _images(nc, x, size, window, window[0] if stride is None else stride, 0)
+    images = _images(nc, x, size, window, stride)
     out = _result(nc, x, images, images.channels)
     ring = Ring(nc, Space.SBUF, images.padded_size)
     height, width = images.out_height, images.out_width
@@ -436,7 +439,7 @@ def _pool_grad(
     largest: bool,
 ) -> DramTensor:
     """Spreads the gradient over the windows: evenly, or to the first largest element of each."""
-    images = _images(nc, x, size, window, window[0] if stride is None else stride, 0)
+    images = _images(nc, x, size, window, stride)
     _is_result(gradient, x, images, images.channels)
     out = nc.output(x.shape, x.dtype)
     height, width = images.out_height, images.out_width

@@ -159,17 +159,17 @@ def rmsnorm_grad(
     return _backward(nc, x, gain, gradient, eps, centred=False)
 
 
-def _layernorm_backward(kept: Any, gradient: Any, *, eps: float = 1e-5) -> Any:
+def _layernorm_backward(kept: Any, gradient: Any, **options: Any) -> Any:
     x, gain, bias = kept
-    dx, d_gain, d_bias = layernorm_grad(x, gain, gradient, eps=eps)
+    dx, d_gain, d_bias = layernorm_grad(x, gain, gradient, **options)
     return dx, d_gain, d_bias.astype(bias.dtype)
 
 
 layernorm.defvjp(
-    lambda x, gain, bias, eps=1e-5: (layernorm(x, gain, bias, eps=eps), (x, gain, bias)),
+    lambda x, gain, bias, **options: (layernorm(x, gain, bias, **options), (x, gain, bias)),
     _layernorm_backward,
 )
 rmsnorm.defvjp(
-    lambda x, gain, eps=1e-5: (rmsnorm(x, gain, eps=eps), (x, gain)),
-    lambda kept, gradient, eps=1e-5: rmsnorm_grad(*kept, gradient, eps=eps),
+    lambda x, gain, **options: (rmsnorm(x, gain, **options), (x, gain)),
+    lambda kept, gradient, **options: rmsnorm_grad(*kept, gradient, **options),
 )

@@ -184,63 +184,51 @@ def constant(nc: KernelBuilder, name: str, data: np.ndarray) -> View:
     return view
 
 
-def load_across(
+def _across(
     nc: KernelBuilder,
     tile: Tile,
     tensor: DramTensor,
-    *,
     offset: int,
     rows: int,
     columns: int,
     row_step: int,
-    column_step: int,
-    columns_apart: int | None = None,
-) -> None:
+    column_step: int = 1,
+) -> Iterator[tuple[View, dict[str, Any]]]:
+    """Views of a tile with the rows of a matrix across partitions, N at a time, block after block,
+    and where each lies in DRAM; parameters as those of `load_across`."""
+    lanes, item = nc.config.lanes, tensor.itemsize
+    full, rest = divmod(rows, lanes)
+    for first, blocks, used in ((0, full, lanes), (full, 1, rest)):
+        if blocks and used:
+            view = tile.view((blocks, columns), offset=first * columns, lanes=used)
+            yield (
+                view,
+                {
+                    "base_offset_bytes": (offset + first * lanes * row_step) * item,
+                    "dram_strides": (lanes * row_step * item, column_step * item),
+                    "lane_stride": row_step * item,
+                },
+            )
+
+
+def load_across(nc: KernelBuilder, tile: Tile, tensor: DramTensor, **where: Any) -> None:
     """Loads a matrix with its rows across partitions, N at a time, block after block.
 
-    Element (r, c) comes to partition ``r % N``, word ``r // N * columns_apart + c``.
+    Element (r, c) comes to partition ``r % N``, word ``r // N * columns + c``.
 
     Parameters
     ----------
-    offset, row_step, column_step : elements of the tensor
-    columns_apart : words from one block to the next; default: `columns`
+    rows, columns : of the matrix
+    offset, row_step, column_step : elements of the tensor; `column_step` is 1 by default
     """
-    lanes, item = nc.config.lanes, tensor.itemsize
-    apart = columns if columns_apart is None else columns_apart
-    full, rest = divmod(rows, lanes)
-    for first, blocks, used in ((0, full, lanes), (full, 1, rest)):
-        if blocks and used:
-            nc.dma.load(
-                tile.view((blocks, columns), (apart, 1), offset=first * apart, lanes=used),
-                tensor,
-                (offset + first * lanes * row_step) * item,
-                (lanes * row_step * item, column_step * item),
-                row_step * item,
-            )
+    for view, place in _across(nc, tile, tensor, **where):
+        nc.dma.load(view, tensor, **place)
 
 
-def store_across(
-    nc: KernelBuilder,
-    tile: Tile,
-    tensor: DramTensor,
-    *,
-    offset: int,
-    rows: int,
-    columns: int,
-    row_step: int,
-) -> None:
-    """Stores rows that lie as `load_across` leaves them, `row_step` elements apart."""
-    lanes, item = nc.config.lanes, tensor.itemsize
-    full, rest = divmod(rows, lanes)
-    for first, blocks, used in ((0, full, lanes), (full, 1, rest)):
-        if blocks and used:
-            nc.dma.store(
-                tile.view((blocks, columns), offset=first * columns, lanes=used),
-                tensor,
-                (offset + first * lanes * row_step) * item,
-                (lanes * row_step * item, item),
-                row_step * item,
-            )
+def store_across(nc: KernelBuilder, tile: Tile, tensor: DramTensor, **where: Any) -> None:
+    """Stores what lies as `load_across` leaves it; parameters as of that."""
+    for view, place in _across(nc, tile, tensor, **where):
+        nc.dma.store(view, tensor, **place)
 
 
 def sum_of_lanes(nc: KernelBuilder, tile: Tile, out: DramTensor) -> None:

@@ -284,7 +284,8 @@ class Driver:
             raise TensorError(
                 f"cannot write a {array.dtype.name} array of shape {array.shape} to {tensor}"
             )
-        self.backend.write_dram(self._address(tensor), array.tobytes())
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.backend.write_dram(self._address(tensor), raw)
 
     def read(self, tensor: DeviceTensor) -> np.ndarray:
         """Copies a tensor from the device."""
