@@ -47,11 +47,14 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return x.astype(BF16).astype(np.float32)
 
 
-def close(got: Any, want: np.ndarray, tolerance: float = 1e-5) -> None:
-    """Within `tolerance` of the largest element."""
+def close(got: Any, want: np.ndarray, tolerance: float = 1e-5, scale: float = 0.0) -> None:
+    """Within `tolerance` of the largest element, or of `scale` if that is larger."""
     got = np.asarray(got).astype(np.float64)
     assert got.shape == want.shape
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1e-30, np.abs(want).max()))
+    scale = max(scale, float(np.abs(want).max()), 1e-30)
+    error = float(np.abs(got - want).max()) / scale
+    print(f"error {error:.1e}, at most {tolerance:.1e}, of {scale:.2g}")
+    assert error <= tolerance
 
 
 # --- products -----------------------------------------------------------------------------------
@@ -166,7 +169,8 @@ def test_norms(nano, rng, kind: str, shape) -> None:
     y, got = systolith.jit(fn, device=nano)(x, g, *vectors)
     close(y, want)
     for mine, theirs in zip(got, gradients, strict=True):
-        close(mine, theirs, 1e-4 if shape[1] > 1 else 1.0)
+        # What cancels in the gradient of a short row is as large as the gradient that comes in.
+        close(mine, theirs, 1e-5, float(np.abs(g).max()))
     close(function.on(nano, eps=eps)(x, *vectors), want)
 
 
@@ -226,7 +230,7 @@ def test_gradient_of_attention(nano, rng, t: int, s: int, d: int, causal: bool) 
     want = fn(lambda q, k, v: attend(q, k, v, causal, None))(q, k, v, g)
     largest = max(float(jnp.abs(w).max()) for w in want)
     for mine, theirs in zip(got, want, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=4 * EPSILON * largest)
+        close(mine, np.asarray(theirs), 4 * EPSILON, largest)
 
 
 def test_attention_of_many_heads(small, rng) -> None:
@@ -296,7 +300,7 @@ def test_mlp(nano, rng, kind: str, rows: int, inputs: int, hidden: int, outputs:
     close(got, np.asarray(want), 4 * EPSILON)
     for mine, theirs in zip(got_gradients, want_gradients, strict=True):
         close(mine, np.asarray(theirs), 6 * EPSILON)
-    close(function.on(nano)(x, *weights), np.asarray(got).astype(np.float64), 1e-7)
+    np.testing.assert_array_equal(function.on(nano)(x, *weights), got)
 
 
 @pytest.mark.parametrize("shape", [(1,), (4, 4), (7, 13), (400,), (3, 5, 7)])
@@ -583,5 +587,6 @@ def test_a_transformer_block_of_kernels_trains(small, rng) -> None:
         mine, value = run(mine, x, y)
         theirs, reference = want(theirs, x, y)
         assert abs(float(value) - float(reference)) < 0.02 * float(reference)
-    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(np.asarray(a), b, atol=0.02)
+    for before, a, b in zip(*map(jax.tree.leaves, (params, mine, theirs)), strict=True):
+        # What four steps changed.
+        close(np.asarray(a) - before, np.asarray(b) - before, 0.05)

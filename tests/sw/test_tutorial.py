@@ -35,12 +35,10 @@ def test_kernels_are_right_and_clean(tutorial: types.ModuleType) -> None:
 
 
 def test_cycles_are_those_of_the_page(tutorial: types.ModuleType) -> None:
-    """Within a tenth; benchmarks/kernels.py writes the page's figures anew."""
+    """benchmarks/kernels.py writes the page's figures anew."""
     said = {
         name: int(n.replace(",", "")) for name, n in re.findall(r"<!-- (\w+) -->([\d,]+)", TEXT)
     }
     with systolith.Device("rtl-fast", config="nano") as device:
         measured = tutorial.measure(device)
-    assert said.keys() == measured.keys()
-    for name, cycles in measured.items():
-        assert abs(cycles - said[name]) <= cycles / 10, f"{name}: {cycles} cycles, not {said[name]}"
+    assert measured == said
