@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test bench nightly synth baseline gatesim lint setup docs clean
+.PHONY: train test bench fuzz nightly synth baseline gatesim lint setup docs clean
 
 train: setup
 	$(BIN)/systolith train digits --device rtl --config small
@@ -27,9 +27,14 @@ bench: setup
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/kernels.py
 
-# 30 million cases of the floating-point cells against SoftFloat; writes docs/softfloat.md.
-nightly: setup
+# 30 million cases of the floating-point cells against SoftFloat, then the fuzzer; writes
+# docs/softfloat.md.
+nightly: fuzz
 	$(BIN)/python benchmarks/softfloat.py
+
+# Thousands of random programs, gates against golden model; writes docs/fuzz.md.
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz.py
 
 # FPGA reports into docs/reports; about an hour the first time, on an idle machine. A design that
 # does not fit ends its command with an error, and its report is there all the same.

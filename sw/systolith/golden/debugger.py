@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import linecache
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from systolith_hdl.formats import FORMATS, INTEGERS
@@ -135,7 +135,7 @@ class Debugger:
     ----------
     core : the core
     check : report races, and when a program has ended the use of undefined memory, see
-        `systolith.golden.checks`
+        `systolith.golden.checks`; "races" for a program that may use what is there before it
 
     Members
     -------
@@ -143,7 +143,7 @@ class Debugger:
     program : what the driver started last
     """
 
-    def __init__(self, core: Core, *, check: bool = False) -> None:
+    def __init__(self, core: Core, *, check: bool | Literal["races"] = False) -> None:
         self.core = core
         self.check = check
         self.program: Program | None = None
@@ -217,6 +217,8 @@ class Debugger:
                     undefined.append((start, start + tensor.nbytes))
         memories = {Space.SBUF: self.core.sbuf, Space.PSUM: self.core.psum}
         self.checks = Checks(self.core.config, memories, undefined)
+        if self.check == "races":
+            self.checks.define_everything()
 
     def waited(self, engine: int, semaphore: int, value: int, acquire: bool) -> None:
         """See `Observer`."""

@@ -1,0 +1,760 @@
+"""Random programs: legal ones that must do the same on the gates as in the golden model, and
+illegal ones that must fault the same.
+
+A `Case` is a list of instructions in one order, without waits and signals. `program` distributes
+them to the engines and orders with semaphores whatever touches the same words, so any part of a
+case is a case again, which is what makes it possible to `shrink` one that fails.
+
+Everything is drawn from `isa.SPECS` and judged by the golden checker, so an instruction added to
+the instruction set is fuzzed without a change here.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from amaranth.hdl import Shape
+from systolith.errors import DeviceFault, SystolithError
+from systolith.golden import dma
+from systolith.golden.checker import check
+from systolith.golden.checks import Access, accesses
+from systolith.golden.device import GoldenDevice
+from systolith.kernel import KernelBuilder
+from systolith.program import Program, Relocation, TensorInfo
+from systolith.runtime.backend import Backend
+from systolith.runtime.driver import Driver
+from systolith.runtime.rtl import RtlBackend
+from systolith_hdl.config import CoreConfig
+from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.isa import (
+    DMA_TYPES,
+    FIELDS,
+    LOADS,
+    MAX_WAITS,
+    SPECS,
+    EngineKind,
+    FaultCause,
+    Opcode,
+    Space,
+    WaitMode,
+    decode,
+    encode,
+    engine_kind,
+    legal_operations,
+)
+
+from .stimulus import CORNERS, any_strides, nested_strides, place, random_counts, random_words
+
+#: bytes of DRAM that transfers of a case touch
+DATA_BYTES = 8192
+#: steps of an instruction at most
+STEPS = 48
+#: cycles a program may take; the longest take a tenth of it
+TIMEOUT = 200_000
+#: words of SBUF and PSUM that most operands lie in, so that instructions meet
+HOT_WORDS = 96
+
+
+class Instruction(NamedTuple):
+    """One instruction of a case: the engine that runs it, and its fields but waits and signal."""
+
+    engine: str
+    opcode: Opcode
+    fields: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program before it is distributed.
+
+    Parameters
+    ----------
+    config : of the core
+    seed : of the data, the semaphores and the rounding
+    instructions : in an order in which they may execute
+    """
+
+    config: CoreConfig
+    seed: int
+    instructions: tuple[Instruction, ...]
+
+
+# -- instructions ------------------------------------------------------------------------------
+
+
+def _any_value(name: str, opcode: Opcode) -> int:
+    shape = Shape.cast(FIELDS[opcode][name][1])
+    if shape.width == 32:
+        # An immediate: a number, a corner or a small integer.
+        return int(
+            random.choice(
+                (
+                    int(np.float32(random.uniform(-3, 3)).view(np.uint32)),
+                    int(random.choice(CORNERS)),
+                    random.randrange(64),
+                    random.getrandbits(32),
+                )
+            )
+        ) - ((1 << 31) if shape.signed else 0)
+    low = -(1 << (shape.width - 1)) if shape.signed else 0
+    return random.randint(low, low + (1 << shape.width) - 1)
+
+
+def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
+    """Fields that are legal one by one; None if an operand found no place."""
+    spec = SPECS[opcode]
+    counts = random_counts(STEPS)
+    if opcode in LOADS:
+        counts = [1, 1, 1, random.randint(1, config.lanes)]
+    fields: dict[str, Any] = {}
+    for name in FIELDS[opcode]:
+        head, _, tail = name.partition(".")
+        if head in ("opcode", "wait", "signal"):
+            continue
+        if head == "counts":
+            fields[name] = counts[int(tail)]
+        elif name in ("lanes", "columns"):
+            whole = random.random() < 0.5
+            fields[name] = config.lanes if whole else random.randint(1, config.lanes)
+        elif name in ("op0", "op1"):
+            fields[name] = random.choice(sorted(legal_operations(opcode, name)))
+        elif name == "dram_dtype":
+            fields[name] = random.choice(sorted(DMA_TYPES, key=lambda t: t.value)).value
+        elif head in spec.operands and tail == "dtype":
+            types = sorted(spec.operands[head][1], key=lambda t: t.value)
+            fields[name] = random.choice(types).value
+        elif head not in spec.operands and not name.startswith("dram") and name != "lane_stride":
+            fields[name] = _any_value(name, opcode)
+    if opcode is Opcode.MATMUL and fields["dst.dtype"] == DType.INT32.value:
+        fields["src0.dtype"] = DType.INT8.value
+
+    for operand, (spaces, _) in spec.operands.items():
+        space = random.choice(sorted(spaces, key=lambda s: s.value))
+        depth = config.sbuf_depth if space is Space.SBUF else config.psum_depth
+        strides = random.choice((any_strides, lambda n: nested_strides(n)[0]))(counts)
+        used = [f"{operand}.strides.{d}" in FIELDS[opcode] for d in range(4)]
+        window = HOT_WORDS if random.random() < 0.8 else depth
+        ends = [n if here else 1 for n, here in zip(counts, used, strict=True)]
+        base = place(strides, ends, 0, min(window, depth))
+        if base is None:
+            return None
+        fields |= {f"{operand}.space": space.value, f"{operand}.base": base}
+        fields |= {f"{operand}.strides.{d}": strides[d] for d in range(4) if used[d]}
+    if "dst.base" in fields and random.random() < 0.3:
+        # In place, as far as the format allows it.
+        for source in ("src0", "src1"):
+            for name in [name for name in fields if name.startswith(f"{source}.")]:
+                twin = "dst" + name.removeprefix(source)
+                if not name.endswith("dtype") and twin in fields and random.random() < 0.9:
+                    fields[name] = fields[twin]
+    if "dram_base" in FIELDS[opcode]:
+        size = FORMATS[DType(fields["dram_dtype"])].bytes
+        lanes = fields["lanes"]
+        inner = counts[3]
+        lane_stride, inner_stride = random.choice(
+            (
+                (size, lanes * size),
+                (inner * size, size),
+                (size, random.randint(-64, 64)),
+                (0, size),
+                (random.randint(-80, 80), random.randint(-80, 80)),
+            )
+        )
+        strides = [
+            *(random.choice((0, size, inner * lanes * size, random.randint(-200, 200)))
+              for _ in range(3)),
+            inner_stride,
+        ]  # fmt: skip
+        base = place([*strides, lane_stride], [*counts, lanes], 0, DATA_BYTES - size)
+        if base is None:
+            return None
+        if size > 1 and random.random() < 0.9:
+            strides = [s & ~1 for s in strides]
+            lane_stride &= ~1
+        fields |= {"dram_base": base, "lane_stride": lane_stride}
+        fields |= {f"dram_strides.{d}": strides[d] for d in range(4)}
+    return fields
+
+
+def _addresses(access: Access) -> np.ndarray:
+    """Word addresses of an operand, in the order of its steps."""
+    found = np.full((), access.base, np.int64)
+    for n, s in zip(access.counts, access.strides, strict=True):
+        found = found[..., None] + np.arange(n) * s
+    return found.ravel()
+
+
+def _defined(opcode: Opcode, fields: dict[str, int]) -> bool:
+    """Whether the result is: a destination overlaps a source only element for element."""
+    found = list(accesses(opcode, fields))
+    for target in found:
+        if not target.writes:
+            continue
+        mine = _addresses(target)
+        for source in found:
+            if source is target or source.space is not target.space:
+                continue
+            theirs = _addresses(source)
+            if not np.intersect1d(mine, theirs).size:
+                continue
+            if not np.array_equal(mine, theirs) or np.unique(mine).size != mine.size:
+                return False
+    return True
+
+
+def _dram_bytes(opcode: Opcode, fields: dict[str, int]) -> np.ndarray | None:
+    """Bytes of the data that a transfer touches, None if it is none."""
+    if "dram_base" not in fields:
+        return None
+    size = FORMATS[DType(fields["dram_dtype"])].bytes
+    return np.unique(dma.element_addresses(fields).ravel()[:, None] + np.arange(size))
+
+
+def _legal(config: CoreConfig, engine: str, opcode: Opcode, fields: dict[str, int]) -> bool:
+    if check(encode(opcode, fields), engine_kind(engine), config) is not None:
+        return False
+    touched = _dram_bytes(opcode, fields)
+    if touched is not None and (touched[0] < 0 or touched[-1] >= DATA_BYTES):
+        return False
+    return _defined(opcode, fields)
+
+
+def draw_instruction(config: CoreConfig, engine: str) -> Instruction:
+    """A legal instruction for an engine, whose result is defined."""
+    kind = engine_kind(engine)
+    opcodes = [o for o, s in SPECS.items() if s.kind is kind and s.exists(config)]
+    opcode = random.choice(opcodes)
+    while True:
+        fields = _draw(config, opcode)
+        if fields is not None and _legal(config, engine, opcode, fields):
+            return Instruction(engine, opcode, decode(encode(opcode, fields))[1])
+
+
+def draw_case(config: CoreConfig, seed: int, *, length: int = 40) -> Case:
+    """The case of a seed: up to `length` instructions."""
+    random.seed(seed)
+    engines = list(config.engines)
+    # Some cases leave an engine out, or let one do most of the work.
+    weights = [random.choice((0.2, 1, 1, 3)) for _ in engines]
+    order = random.choices(engines, weights, k=random.randint(length // 4, length))
+    return Case(config, seed, tuple(draw_instruction(config, engine) for engine in order))
+
+
+# -- programs ----------------------------------------------------------------------------------
+
+
+class _Order:
+    """Which earlier instructions each one has to wait for, by the words and bytes it touches.
+
+    A stream is an engine, or "loads": the loads of the stationary operand, which complete in an
+    order of their own.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.streams = [*config.engines, "loads"]
+        count = len(self.streams)
+        depths = {Space.SBUF: config.sbuf_depth, Space.PSUM: config.psum_depth}
+        #: memory -> (last that wrote, last that read), as 1 + index in its stream
+        self._words = {
+            space: np.zeros((2, count, config.lanes, depth), np.int64)
+            for space, depth in depths.items()
+        }
+        self._bytes = np.zeros((2, count, DATA_BYTES), np.int64)
+        self._counts = [0] * count
+
+    def add(self, instruction: Instruction) -> tuple[str, dict[str, int]]:
+        """Takes the next instruction; returns its stream, and stream -> how many instructions of
+        it must be complete before."""
+        _, opcode, fields = instruction
+        name = "loads" if opcode in LOADS else instruction.engine
+        stream = self.streams.index(name)
+        self._counts[stream] += 1
+        touched: list[tuple[np.ndarray, bool, bool]] = []
+        for access in accesses(opcode, fields):
+            words = self._words[access.space][:, :, : access.lanes, _addresses(access)]
+            touched.append((words, access.reads, access.writes))
+        needed = np.zeros(len(self.streams), np.int64)
+        for words, _, writes in touched:
+            kinds = words if writes else words[:1]
+            needed = np.maximum(needed, kinds.max(axis=(0, 2, 3)))
+        for access in accesses(opcode, fields):
+            for kind, here in ((0, access.writes), (1, access.reads)):
+                if here:
+                    memory = self._words[access.space]
+                    memory[kind, stream, : access.lanes, _addresses(access)] = self._counts[stream]
+        data = _dram_bytes(opcode, fields)
+        if data is not None:
+            store = opcode is not Opcode.DMA_LOAD
+            kinds = self._bytes[:, :, data] if store else self._bytes[:1, :, data]
+            needed = np.maximum(needed, kinds.max(axis=(0, 2)))
+            self._bytes[0 if store else 1, stream, data] = self._counts[stream]
+        return name, {other: int(at) for other, at in zip(self.streams, needed, strict=True) if at}
+
+
+class _Stream:
+    """What becomes of one stream of `_Order`: when its instructions signal, and how."""
+
+    def __init__(self, tokens: bool) -> None:
+        self.tokens = tokens  #: ACQUIRE, a semaphore for each engine that waits; else AT_LEAST
+        self.wanted: dict[int, set[str]] = collections.defaultdict(set)  #: index -> who waits
+
+
+def program(case: Case) -> Program:
+    """The program of a case. Waits are made by counting up (AT_LEAST) or by tokens (ACQUIRE), as
+    the seed decides for each stream, with as many NOPs as waits and signals ask for."""
+    config = case.config
+    rng = random.Random(case.seed)
+    order = _Order(config)
+    streams = {name: _Stream(rng.random() < 0.4) for name in order.streams}
+    engine_of = {name: "tensor" if name == "loads" else name for name in order.streams}
+
+    # Who waits for what. What an engine has waited for holds for all that follow on it.
+    known: dict[str, dict[str, int]] = {engine: {} for engine in config.engines}
+    plan: list[tuple[Instruction, str, int, dict[str, int]]] = []
+    counts: dict[str, int] = collections.Counter()
+    for instruction in case.instructions:
+        name, needed = order.add(instruction)
+        engine = instruction.engine
+        if counts and rng.random() < 0.1:  # an order that nothing asks for
+            other = rng.choice(sorted(counts))
+            needed[other] = max(needed.get(other, 0), rng.randint(1, counts[other]))
+        counts[name] += 1
+        waits = {
+            other: at
+            for other, at in needed.items()
+            if engine_of[other] != engine and known[engine].get(other, 0) < at
+        }
+        known[engine] |= waits
+        for other, at in waits.items():
+            streams[other].wanted[at].add(engine)
+        plan.append((instruction, name, counts[name], waits))
+
+    free = list(range(config.semaphores))
+    rng.shuffle(free)
+    semaphores: dict[tuple[str, str | None], int] = {}
+
+    def semaphore(name: str, waiter: str) -> int:
+        key = (name, waiter if streams[name].tokens else None)
+        if key not in semaphores:
+            semaphores[key] = free.pop()
+        return semaphores[key]
+
+    # Tokens take a semaphore for each pair: count up where there are not enough.
+    pairs = [(n, w) for n, s in streams.items() for w in set().union(*s.wanted.values())]
+    left = len(free) - len(streams)
+    for name, stream in streams.items():
+        mine = sum(1 for n, _ in pairs if n == name)
+        stream.tokens = stream.tokens and mine <= left
+        left -= mine if stream.tokens else 0
+
+    lines: dict[str, list[tuple[Opcode, dict[str, Any]]]] = {e: [] for e in config.engines}
+    origins: list[tuple[str, int]] = []  # of the instructions with an address in DRAM
+    totals: dict[int, int] = collections.Counter()  # semaphore -> signalled so far
+    reached: dict[tuple[str, int], dict[str, int]] = {}  # (stream, index) -> waiter -> total
+    taken: dict[tuple[str, str], int] = collections.Counter()  # tokens acquired
+
+    for instruction, name, index, waits in plan:
+        engine = instruction.engine
+        slots: list[dict[str, int]] = []
+        for other, at in waits.items():
+            total = reached[other, at][engine]
+            mode, value = WaitMode.AT_LEAST, total
+            if streams[other].tokens:
+                mode, value = WaitMode.ACQUIRE, total - taken[other, engine]
+                taken[other, engine] = total
+            slots.append({"sem": semaphore(other, engine), "mode": mode.value, "value": value})
+        rng.shuffle(slots)
+        # An instruction has three slots, and sometimes leaves them to NOPs before it.
+        while len(slots) > MAX_WAITS or (slots and rng.random() < 0.1):
+            chunk, slots = slots[:MAX_WAITS], slots[MAX_WAITS:]
+            lines[engine].append((Opcode.NOP, _wait_fields(chunk)))
+        fields = {**instruction.fields, **_wait_fields(slots)}
+        waiters = sorted(streams[name].wanted.get(index, ()))
+        targets = sorted({semaphore(name, waiter) for waiter in waiters})
+        signals = []
+        for target in targets:
+            amount = rng.choice((1, 1, 2, 5))
+            totals[target] += amount
+            signals.append({"signal.sem": target, "signal.amount": amount})
+        reached[name, index] = {w: totals[semaphore(name, w)] for w in waiters}
+        rng.shuffle(signals)
+        # Loads complete in an order of their own, so a semaphore is signalled by them or by NOPs.
+        itself = not streams[name].tokens if name == "loads" else rng.random() < 0.9
+        if signals and itself:
+            fields |= signals.pop()
+        if "dram_base" in fields:
+            origins.append((engine, len(lines[engine])))
+        lines[engine].append((instruction.opcode, fields))
+        # A NOP signals when all before it are complete.
+        lines[engine] += [(Opcode.NOP, signal) for signal in signals]
+
+    encoded = {
+        engine: b"".join(encode(opcode, fields) for opcode, fields in [*found, (Opcode.END, {})])
+        for engine, found in lines.items()
+    }
+    return Program(
+        name=f"case {case.seed}",
+        config=config,
+        streams=encoded,
+        tensors=(TensorInfo("data", (DATA_BYTES,), DType.INT8, "input", 0),),
+        relocations=tuple(Relocation(engine, at, 0) for engine, at in origins),
+    )
+
+
+def _wait_fields(slots: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {f"wait.{i}.{name}": v for i, slot in enumerate(slots) for name, v in slot.items()}
+
+
+# -- illegal programs --------------------------------------------------------------------------
+
+
+def _break(raw: bytes, kind: EngineKind, config: CoreConfig) -> bytes | None:
+    """The bytes with a field or a bit changed so that they are illegal; None if none was found."""
+    opcode = Opcode(raw[0])
+    for _ in range(50):
+        word = int.from_bytes(raw, "little")
+        if random.random() < 0.6:
+            names = [n for n in FIELDS[opcode] if n != "opcode"]
+            # Spaces are so small that they are seldom hit.
+            name = random.choice([*names, *(5 * [n for n in names if n.endswith("space")])])
+            offset, shape = FIELDS[opcode][name]
+            width = Shape.cast(shape).width
+            mask = (1 << width) - 1
+            word = word & ~(mask << offset) | random.getrandbits(width) << offset
+        elif random.random() < 0.5:
+            word ^= 1 << random.randrange(8 * len(raw))
+        else:
+            word = word & ~0xFF | random.randrange(256)
+        changed = word.to_bytes(len(raw), "little")
+        if check(changed, kind, config) is not None:
+            return changed
+    return None
+
+
+def illegal_program(case: Case) -> Program:
+    """The program of a case with one thing wrong: it must fault, the same wherever it runs."""
+    random.seed(~case.seed)
+    config = case.config
+    good = program(case)
+    kind = random.choice(("instruction", "instruction", "instruction", "wait", "signal", "bus"))
+    if kind == "bus" and good.relocations:
+        where = random.choice(good.relocations)
+        fields = {"dram_base": (1 << 47) + 64 * random.randrange(64)}
+        return good.with_fields(where.engine, where.index, fields)
+    if kind == "wait":
+        engine = random.choice(config.engines)
+        index = random.randrange(good.count(engine))
+        slot = {"sem": random.randrange(config.semaphores), "mode": 1, "value": 0xFFFF}
+        # What waits in the first slot goes on waiting: the others may depend on its token.
+        changed = {f"wait.{MAX_WAITS - 1}.{name}": value for name, value in slot.items()}
+        return good.with_fields(engine, index, changed)
+    if kind == "signal":
+        # Overflows a semaphore that nothing else uses, at the 258th NOP.
+        used = {decode(raw)[1]["signal.sem"] for _, _, raw in good.instructions()}
+        engine = random.choice(config.engines)
+        free = random.choice(sorted(set(range(config.semaphores)) - used))
+        nop = encode(Opcode.NOP, {"signal.sem": free, "signal.amount": 255})
+        streams = {**good.streams, engine: 258 * nop + good.streams[engine]}
+        moved = tuple(
+            dataclasses.replace(r, index=r.index + 258) if r.engine == engine else r
+            for r in good.relocations
+        )
+        return dataclasses.replace(good, streams=streams, relocations=moved)
+    while True:
+        engine = random.choice(config.engines)
+        index = random.randrange(good.count(engine))
+        raw = good.instruction(engine, index)
+        changed_raw = _break(raw, engine_kind(engine), config)
+        last = index == good.count(engine) - 1
+        if changed_raw is None or (last and changed_raw[0] != Opcode.END.value):
+            continue
+        stream = good.streams[engine]
+        at = index * len(raw)
+        streams = {**good.streams, engine: stream[:at] + changed_raw + stream[at + len(raw) :]}
+        relocations = tuple(
+            r
+            for r in good.relocations
+            if (r.engine, r.index) != (engine, index) or changed_raw[0] == raw[0]
+        )
+        return dataclasses.replace(good, streams=streams, relocations=relocations)
+
+
+# -- running -----------------------------------------------------------------------------------
+
+
+def _memories(config: CoreConfig, *, store: bool) -> Program:
+    """Sets SBUF, PSUM and both stationary operands, or stores SBUF and PSUM."""
+    nc = KernelBuilder(config, name="store memories" if store else "set memories")
+    lanes, depth, sums = config.lanes, config.sbuf_depth, config.psum_depth
+    kind: Literal["input", "output"] = "output" if store else "input"
+    sbuf_tensor = nc.dram.tensor("sbuf", (depth, lanes), DType.FP32, kind=kind)
+    psum_tensor = nc.dram.tensor("psum", (sums, lanes), DType.FP32, kind=kind)
+    sbuf = nc.sbuf.tile(depth)
+    psum = nc.psum.tile(sums)
+    row = 4 * lanes
+    if store:
+        nc.dma.store(sbuf.view((depth,)), sbuf_tensor, 0, (row,), 4)
+    for start in range(0, sums, depth):
+        part = psum.view((min(depth, sums - start),), offset=start)
+        piece = sbuf.view(part.shape)
+        if store:
+            nc.vector.copy(piece, part)
+            nc.dma.store(piece, psum_tensor, start * row, (row,), 4)
+        else:
+            nc.dma.load(piece, psum_tensor, start * row, (row,), 4)
+            if start == 0:
+                # A load of N columns that a matmul takes over, and another: nothing is left of
+                # what ran before.
+                for _ in range(2):
+                    nc.tensor.load_stationary(sbuf.view((lanes,)).astype(DType.BF16))
+                    nc.tensor.matmul(psum.view((1,)), sbuf.view((1,)).astype(DType.BF16))
+            nc.vector.copy(part, piece)
+    if not store:
+        nc.dma.load(sbuf.view((depth,)), sbuf_tensor, 0, (row,), 4)
+    return nc.finish()
+
+
+class Outcome(NamedTuple):
+    """What a program left behind: memories by name, counters, and its fault if it had one."""
+
+    state: dict[str, np.ndarray]
+    fault: tuple[str, int, str, int] | None
+
+
+class Rig:
+    """A device that runs cases from a known state and shows all of its state after.
+
+    Parameters
+    ----------
+    backend : the device
+    watchdog : cycles
+    """
+
+    def __init__(self, backend: Backend, *, watchdog: int = 4000) -> None:
+        self.driver = Driver(backend, watchdog=watchdog)
+        self.config = backend.config
+        self._set = self.driver.load(_memories(self.config, store=False))
+        self._store = self.driver.load(_memories(self.config, store=True))
+        self.cycles = 0
+
+    def run(self, made: Program, seed: int) -> Outcome:
+        """Runs a program on the memories of a seed. After a fault the memories say nothing, as how
+        far the other engines came is a matter of time."""
+        driver = self.driver
+        rng = np.random.default_rng(seed)
+        for name in ("sbuf", "psum"):
+            tensor = self._set.tensors[name]
+            words = random_words(rng, tensor.shape)
+            plain = rng.standard_normal(tensor.shape).astype(np.float32).view(np.uint32)
+            words = np.where(rng.random(tensor.shape) < 0.3, words, plain)
+            driver.write(tensor, words.view(np.float32))
+        driver.run(self._set)
+        loaded = driver.load(made)
+        try:
+            data = loaded.tensors["data"]
+            driver.write(data, rng.integers(-128, 128, data.shape, dtype=np.int8))
+            driver.seed = seed & 0xFFFFFFFF
+            try:
+                counters = driver.run(loaded, timeout=TIMEOUT)
+            except DeviceFault as fault:
+                return Outcome({}, (fault.engine, fault.pc, fault.cause, fault.address))
+            state = {
+                "data": driver.read(data),
+                "semaphores": np.array(driver.semaphores()),
+                "instructions": np.array(list(counters.instructions.values())),
+                "macs": np.array([counters.macs]),
+            }
+            self.cycles += counters.cycles
+            driver.run(self._store)
+            for name in ("sbuf", "psum"):
+                state[name] = driver.read(self._store.tensors[name]).view(np.uint32)
+            return Outcome(state, None)
+        finally:
+            loaded.unload()
+
+
+def difference(mine: Outcome, golden: Outcome) -> str | None:
+    """What differs first, as text; None if nothing does."""
+    if mine.fault != golden.fault:
+        return f"fault {mine.fault}, golden {golden.fault}"
+    for name, expected in golden.state.items():
+        found = mine.state[name]
+        if not np.array_equal(found, expected):
+            at = tuple(int(i) for i in np.argwhere(found != expected)[0])
+            form = "#010x" if name in ("sbuf", "psum") else "d"
+            return (
+                f"{name}{list(at)} is {int(found[at]):{form}}, golden {int(expected[at]):{form}} "
+                f"({np.count_nonzero(found != expected)} words differ)"
+            )
+    return None
+
+
+class Pair:
+    """The gates and the golden model side by side; the latter looks for races as well."""
+
+    def __init__(self, config: CoreConfig, mine: Backend) -> None:
+        self.config = config
+        self.mine = Rig(mine)
+        scheduler = random.Random(0)
+        self.golden = Rig(GoldenDevice(config, scheduler=scheduler, check="races"))
+
+    @classmethod
+    def of_gates(cls, config: CoreConfig, **options: Any) -> Pair:
+        """With device `rtl`; options as its."""
+        return cls(config, RtlBackend(config, **{"dram_bytes": 1 << 20, **options}))
+
+    def compare(self, made: Program, seed: int) -> tuple[str | None, Outcome | None]:
+        """Runs a program on both; returns what differs, None if nothing does, and what the golden
+        model made of it, None if it or the gates refused."""
+        outcomes = []
+        for rig in (self.mine, self.golden):
+            try:
+                outcomes.append(rig.run(made, seed))
+            except SystolithError as error:
+                return f"{'gates' if rig is self.mine else 'golden'}: {error}", None
+        return difference(*outcomes), outcomes[1]
+
+    def legal(self, case: Case) -> str | None:
+        """What is wrong with a legal case: a difference, or a fault."""
+        found, outcome = self.compare(program(case), case.seed)
+        if found is None and outcome is not None and outcome.fault is not None:
+            return f"a legal program faulted: {outcome.fault}"
+        return found
+
+    def illegal(self, case: Case) -> tuple[str | None, str]:
+        """What is wrong with the illegal program of a case, and the cause of its fault."""
+        found, outcome = self.compare(illegal_program(case), case.seed)
+        if found is not None or outcome is None:
+            return found, ""
+        if outcome.fault is None:
+            return "an illegal program did not fault", ""
+        return None, outcome.fault[2]
+
+    def close(self) -> None:
+        """Releases both."""
+        self.mine.driver.close()
+        self.golden.driver.close()
+
+
+# -- shrinking ---------------------------------------------------------------------------------
+
+
+def _simpler(instruction: Instruction) -> Iterator[Instruction]:
+    """The instruction with one field made smaller."""
+    opcode, fields = instruction.opcode, instruction.fields
+    for name, value in fields.items():
+        head = name.partition(".")[0]
+        if head in ("wait", "signal") or name.endswith((".space", ".dtype")):
+            continue
+        least = 1 if head in ("counts", "lanes", "columns") else 0
+        for smaller in dict.fromkeys((least, value // 2)):
+            if smaller != value and abs(smaller) <= abs(value):
+                yield Instruction(instruction.engine, opcode, {**fields, name: smaller})
+
+
+def shrink(case: Case, fails: Callable[[Case], bool], *, tries: int = 2000) -> Case:
+    """The smallest case found that still fails: fewer instructions first, then smaller fields.
+
+    Parameters
+    ----------
+    fails : whether a case does
+    tries : calls of `fails` at most
+    """
+    left = tries
+
+    def keeps(instructions: Sequence[Instruction]) -> bool:
+        nonlocal left
+        left -= 1
+        return left >= 0 and fails(dataclasses.replace(case, instructions=tuple(instructions)))
+
+    found = list(case.instructions)
+    size = max(len(found) // 2, 1)
+    while size:
+        at = 0
+        while at < len(found):
+            fewer = found[:at] + found[at + size :]
+            if keeps(fewer):
+                found = fewer
+            else:
+                at += size
+        size //= 2
+    changed = True
+    while changed and left > 0:
+        changed = False
+        for at, instruction in enumerate(found):
+            for smaller in _simpler(instruction):
+                if not _legal(case.config, *smaller):
+                    continue
+                if keeps([*found[:at], smaller, *found[at + 1 :]]):
+                    found[at] = smaller
+                    changed = True
+                    break
+    return dataclasses.replace(case, instructions=tuple(found))
+
+
+def describe(case: Case, found: str) -> str:
+    """A report of a failing case: what differs, and its program as text."""
+    return (
+        f"config {case.config.name}, seed {case.seed}: {found}\n"
+        f"{len(case.instructions)} instructions are left of it:\n{program(case).disassemble()}"
+    )
+
+
+#: causes of faults that illegal programs have; no program makes its own fetch fail
+CAUSES = frozenset(FaultCause) - {FaultCause.NONE, FaultCause.FETCH_ERROR}
+
+
+@dataclasses.dataclass
+class Tally:
+    """What a run over many seeds met.
+
+    Parameters
+    ----------
+    programs : legal and illegal
+    cycles : of the legal ones, on the gates
+    instructions : opcode -> how many, in legal programs
+    faults : cause -> how many
+    failures : reports of what differed, shrunk
+    """
+
+    programs: int = 0
+    cycles: int = 0
+    instructions: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Adds what another run met."""
+        self.programs += other.programs
+        self.cycles += other.cycles
+        self.instructions += other.instructions
+        self.faults += other.faults
+        self.failures += other.failures
+
+
+def fuzz(pair: Pair, seeds: Sequence[int], *, illegal_every: int = 4) -> Tally:
+    """Runs the case of every seed, and the illegal program of every few; shrinks what fails."""
+    tally = Tally()
+    before = pair.mine.cycles
+    for number, seed in enumerate(seeds):
+        case = draw_case(pair.config, seed)
+        tally.programs += 1
+        tally.instructions.update(i.opcode.name for i in case.instructions)
+        found = pair.legal(case)
+        if found is not None:
+            least = shrink(case, lambda smaller: pair.legal(smaller) is not None)
+            tally.failures.append(describe(least, pair.legal(least) or found))
+        if number % illegal_every == 0:
+            tally.programs += 1
+            found, cause = pair.illegal(case)
+            tally.faults[cause] += 1
+            if found is not None:
+                text = illegal_program(case).disassemble()
+                tally.failures.append(f"illegal program of seed {seed}: {found}\n{text}")
+    tally.cycles = pair.mine.cycles - before
+    return tally
