@@ -12,6 +12,7 @@ One step touches one *column*: the word at one address in every partition 0 to l
 import dataclasses
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from amaranth.hdl import Shape, signed, unsigned
@@ -20,8 +21,10 @@ from amaranth.lib import data, enum
 from .config import INSTRUCTION_BYTES, CoreConfig
 from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
 
-ISA_VERSION = 2
+ISA_VERSION = 3
 MAX_WAITS = 3
+LOOP_DEPTH = 4  #: loops that may be open at once in a stream
+INDEX_REGISTERS = 3  #: of each stream, 32 bits each
 INSTRUCTION_BITS = 8 * INSTRUCTION_BYTES
 
 
@@ -57,6 +60,18 @@ class Opcode(enum.Enum, shape=8):
     #: ends the engine's stream once all its earlier instructions have completed; the program is
     #: done when every engine has ended
     END = 0x01
+    #: the instructions up to the matching NEXT are executed `count` times, at least once (else
+    #: BAD_COUNT); loops nest up to 4 deep (else BAD_LOOP)
+    LOOP = 0x02
+    #: ends the body of the innermost loop (BAD_LOOP if there is none). If iterations are left, and,
+    #: with `conditional`, the flag is set, `steps` are added to the index registers and the loop
+    #: goes on after its LOOP; else it is over, and the index registers are again what they were
+    #: before it
+    NEXT = 0x03
+    #: reads the 32-bit word at `dram_base`, of which the two lowest bits are ignored, once all
+    #: earlier instructions of its engine are complete: the flag of the stream is set if the word is
+    #: a number other than zero, that is unless bits 30 to 0 are zero. At first it is not set
+    TEST = 0x04
     #: stationary[k, m] <- src0 rounded to its type (of INT8: the low 8 bits of the word, as a
     #: number), `lanes` rows (K), one column per step; counts 0 to 2 must be 1 and count 3 is M, at
     #: most N (else BAD_COUNT). Rows from K on become zero, columns from M on keep their weights
@@ -243,6 +258,9 @@ class FaultCause(enum.Enum, shape=8):
     #: nothing progressed for as many cycles as the watchdog register holds; engine = the lowest
     #: numbered one that has not ended, pc = its oldest instruction that is not complete
     WATCHDOG = 13
+    #: a LOOP inside of 4 others, or a NEXT without a LOOP; found after all the checks of the
+    #: instruction itself
+    BAD_LOOP = 14
 
 
 class Signal(data.Struct):
@@ -276,13 +294,14 @@ class Header(data.Struct):
 
 
 class Operand(data.Struct):
-    """Local operand: `base` and strides in words of one partition."""
+    """Local operand: `base` and strides in words of one partition. An `index` of 1 to 3 adds that
+    index register to the base, modulo 2**24."""
 
     base: unsigned(24)
     strides: data.ArrayLayout(signed(16), 4)
     space: Space
     dtype: DType
-    reserved: unsigned(2)
+    index: unsigned(2)
 
 
 Counts = data.ArrayLayout(unsigned(16), 4)
@@ -332,7 +351,8 @@ class TensorPairBody(data.Struct):
 
 class DmaBody(data.Struct):
     """DMA body. Element (i0, i1, i2, i3) of lane l lies in DRAM at byte
-    ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride``, packed in `dram_dtype`."""
+    ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride``, packed in `dram_dtype`. A
+    `dram_index` of 1 to 3 adds that index register, as a signed number, to `dram_base`."""
 
     counts: Counts
     local: Operand
@@ -340,7 +360,23 @@ class DmaBody(data.Struct):
     dram_strides: data.ArrayLayout(signed(32), 4)
     lane_stride: signed(32)
     dram_dtype: DType
-    reserved: unsigned(12)
+    reserved: unsigned(10)
+    dram_index: unsigned(2)
+
+
+class LoopBody(data.Struct):
+    """Body of LOOP."""
+
+    count: unsigned(32)
+    reserved: unsigned(352)
+
+
+class NextBody(data.Struct):
+    """Body of NEXT: what each iteration adds to the index registers 1 to 3, modulo 2**32."""
+
+    steps: data.ArrayLayout(signed(32), INDEX_REGISTERS)
+    conditional: unsigned(1)
+    reserved: unsigned(287)
 
 
 class EmptyBody(data.Struct):
@@ -403,6 +439,13 @@ _SRC1 = {"src1": (_BOTH, _READ)}
 SPECS: dict[Opcode, Spec] = {
     Opcode.NOP: Spec(kind=None, body=EmptyBody),
     Opcode.END: Spec(kind=None, body=EmptyBody),
+    Opcode.LOOP: Spec(kind=None, body=LoopBody),
+    Opcode.NEXT: Spec(kind=None, body=NextBody),
+    Opcode.TEST: Spec(
+        kind=None,
+        body=DmaBody,
+        unused=frozenset({"counts", "local", "dram_strides", "lane_stride", "dram_dtype"}),
+    ),
     Opcode.LOAD_STATIONARY: Spec(
         kind=EngineKind.TENSOR,
         body=TensorBody,
@@ -494,6 +537,8 @@ SPECS: dict[Opcode, Spec] = {
 #: Instructions that load the stationary operand. They complete in order among themselves, but out
 #: of order with the tensor engine's others.
 LOADS = frozenset({Opcode.LOAD_STATIONARY, Opcode.LOAD_STATIONARY_PAIR})
+#: Instructions that the sequencer executes itself.
+CONTROL = frozenset({Opcode.NOP, Opcode.END, Opcode.LOOP, Opcode.NEXT, Opcode.TEST})
 #: Instructions on pairs of FP8 numbers.
 PAIRS = frozenset(opcode for opcode, spec in SPECS.items() if spec.pairs)
 
@@ -566,6 +611,45 @@ def _build_tables() -> None:
 
 
 _build_tables()
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedField:
+    """An address field that an index register may be added to: bit offsets and its width."""
+
+    index: int
+    base: int
+    width: int
+
+
+def indexed_fields(opcode: Opcode) -> list[IndexedField]:
+    """The address fields of an opcode that have an index register."""
+    found = []
+    for name, (offset, _) in FIELDS[opcode].items():
+        if name.endswith((".index", "dram_index")):
+            base, shape = FIELDS[opcode][name.replace("index", "base")]
+            found.append(IndexedField(offset, base, shape.width))
+    return found
+
+
+#: code of an opcode -> mask of the bits that select index registers
+INDEX_BITS: dict[int, int] = {
+    opcode.value: sum(3 << field.index for field in indexed_fields(opcode)) for opcode in SPECS
+}
+
+
+def add_indices(raw: bytes, registers: Sequence[int]) -> bytes:
+    """The instruction with index registers 1 to 3 (modulo 2**32) added to its addresses."""
+    word = int.from_bytes(raw, "little")
+    for field in indexed_fields(Opcode(raw[0])):
+        number = word >> field.index & 3
+        if number:
+            value = registers[number - 1] & 0xFFFFFFFF
+            value -= value >> 31 << 32
+            mask = (1 << field.width) - 1
+            base = (word >> field.base) + value & mask
+            word = word & ~(mask << field.base) | base << field.base
+    return word.to_bytes(INSTRUCTION_BYTES, "little")
 
 
 def encode(opcode: Opcode, fields: dict[str, Any]) -> bytes:

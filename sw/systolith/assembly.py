@@ -23,6 +23,7 @@ from systolith_hdl.config import INSTRUCTION_BYTES
 from systolith_hdl.formats import DType
 from systolith_hdl.isa import (
     FIELDS,
+    INDEX_REGISTERS,
     MAX_WAITS,
     SPECS,
     USED_BITS,
@@ -41,6 +42,16 @@ from .errors import ProgramError
 
 #: operations whose immediate is a word of bits rather than a number
 _BITWISE = {AluOp.BIT_AND.value, AluOp.BIT_OR.value, AluOp.BIT_XOR.value}
+
+
+#: fields written as name=number, but if they are zero
+_NUMBERS = ("lanes", "columns", "accumulate", "count", "conditional")
+_STEPS = range(INDEX_REGISTERS)
+
+
+def _index(register: int) -> str:
+    """An index register behind the address that it is added to."""
+    return f"+r{register}" if register else ""
 
 
 @functools.cache
@@ -119,7 +130,7 @@ def disassemble_instruction(raw: bytes) -> str:
     for name in ("op0", "op1"):
         if fields.get(name):
             parts.append(f"{name}={_name(operations[name], fields[name])}")
-    for name in ("lanes", "columns", "accumulate"):
+    for name in _NUMBERS:
         if fields.get(name):
             parts.append(f"{name}={fields[name]}")
     if fields.get("rounding"):
@@ -130,12 +141,18 @@ def disassemble_instruction(raw: bytes) -> str:
         space = _name(Space, fields[f"{name}.space"]).lower()
         dtype = _name(DType, fields[f"{name}.dtype"]).lower()
         strides = _bracket(fields, f"{name}.strides")
-        parts.append(f"{name}={space}.{dtype}@{fields[f'{name}.base']}{strides}")
-    if "dram_base" in fields:
+        index = _index(fields[f"{name}.index"])
+        parts.append(f"{name}={space}.{dtype}@{fields[f'{name}.base']}{index}{strides}")
+    if "dram_dtype" in fields:
         dtype = _name(DType, fields["dram_dtype"]).lower()
         strides = _bracket(fields, "dram_strides")
-        parts.append(f"dram={dtype}@{fields['dram_base']:#x}{strides}")
+        index = _index(fields["dram_index"])
+        parts.append(f"dram={dtype}@{fields['dram_base']:#x}{index}{strides}")
         parts.append(f"lane_stride={fields['lane_stride']}")
+    elif "dram_base" in fields:
+        parts.append(f"word={fields['dram_base']:#x}{_index(fields['dram_index'])}")
+    if "steps.0" in fields:
+        parts.append("steps=[" + ",".join(str(fields[f"steps.{i}"]) for i in _STEPS) + "]")
     for name, operation in (("imm0", "op0"), ("imm1", "op1")):
         if fields.get(name):
             bitwise = operations.get(operation) is AluOp and fields[operation] in _BITWISE
@@ -149,8 +166,9 @@ def disassemble_instruction(raw: bytes) -> str:
 
 _WAIT = re.compile(r"s(\d+)(?:(>=|-=)|#(\d+):)(\d+)")
 _SIGNAL = re.compile(r"signal\(s(\d+)\+(\d+)(?:@(\d+))?\)")
-_OPERAND = re.compile(r"([\w#]+)\.([\w#]+)@(\d+)\[([-\d,]+)\]")
-_DRAM = re.compile(r"([\w#]+)@(0x[0-9a-f]+)\[([-\d,]+)\]")
+_OPERAND = re.compile(r"([\w#]+)\.([\w#]+)@(\d+)(?:\+r([1-3]))?\[([-\d,]+)\]")
+_DRAM = re.compile(r"([\w#]+)@(0x[0-9a-f]+)(?:\+r([1-3]))?\[([-\d,]+)\]")
+_WORD = re.compile(r"(0x[0-9a-f]+)(?:\+r([1-3]))?")
 
 
 def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
@@ -219,7 +237,7 @@ def _assemble_words(words: list[str]) -> bytes:
             known = FIELDS[opcode]
             if name in ("op0", "op1"):
                 fields[name] = _code(operation_enums(opcode)[name], value)
-            elif name in ("lanes", "columns", "accumulate", "lane_stride"):
+            elif name in (*_NUMBERS, "lane_stride"):
                 fields[name] = int(value)
             elif name == "rounding":
                 fields[name] = _code(Rounding, value)
@@ -228,12 +246,20 @@ def _assemble_words(words: list[str]) -> bytes:
             elif name == "counts":
                 fields.update(_four(value.strip("[]"), "counts", known))
             elif name == "dram":
-                dtype, base, strides = _match(_DRAM, value).groups()
+                dtype, base, index, strides = _match(_DRAM, value).groups()
                 fields["dram_dtype"] = _code(DType, dtype)
                 fields["dram_base"] = int(base, 16)
+                fields["dram_index"] = int(index or 0)
                 fields.update(_four(strides, "dram_strides", known))
+            elif name == "word":
+                base, index = _match(_WORD, value).groups()
+                fields |= {"dram_base": int(base, 16), "dram_index": int(index or 0)}
+            elif name == "steps":
+                steps = [int(item) for item in value.strip("[]").split(",")]
+                fields.update({f"steps.{i}": step for i, step in zip(_STEPS, steps, strict=True)})
             else:
-                space, dtype, base, strides = _match(_OPERAND, value).groups()
+                space, dtype, base, index, strides = _match(_OPERAND, value).groups()
+                fields[f"{name}.index"] = int(index or 0)
                 fields[f"{name}.space"] = _code(Space, space)
                 fields[f"{name}.dtype"] = _code(DType, dtype)
                 fields[f"{name}.base"] = int(base)

@@ -110,7 +110,7 @@ def _opcode(opcode: Opcode, doc: str) -> str:
             + ", ".join(f"`{word:#010x}` ({op.name})" for op, word in isa.REDUCTIONS.items())
             + ".\n\n"
         )
-    if "dram_base" in FIELDS[opcode]:
+    if "dram_dtype" in FIELDS[opcode]:
         text += f"`dram_dtype` is {_names(isa.DMA_TYPES)}.\n\n"
     return text + _fields(opcode, shared=False) + "\n"
 
@@ -170,6 +170,17 @@ moved bit for bit; narrow types are widened by a load, INT8 with its sign, and r
 store, as its `rounding` says, which takes the low 8 bits for INT8. Elements that
 coincide are written in the order (i0, i1, i2, i3, l): the last one stays.
 
+### Loops
+
+Every stream has {registers} index registers of 32 bits, a flag, and up to {depth} loops open at
+once; at the start of a program the registers are zero and the flag is not set. LOOP and NEXT
+enclose a body. An operand whose `index` is r lies at `base` plus index register r, modulo 2^24;
+`dram_base` moves by register `dram_index` in the same way, which counts as a signed number there.
+What is checked is the address that results. A loop's registers step with it and are restored when
+it ends, so an address in nested loops is affine in their iteration numbers. The instructions of a
+body wait and signal in every iteration, for which waits of mode ACQUIRE are made. TEST and a
+`conditional` NEXT end a loop by data.
+
 ### Faults
 
 An instruction is checked before its waits. One that fails a check does nothing, and the engine
@@ -183,7 +194,11 @@ def isa_page() -> str:
     """The text of ``isa.md``."""
     text = _GENERATED + f"\n# Instruction set, version {isa.ISA_VERSION}\n\n"
     text += _CONVENTIONS.format(
-        bytes=INSTRUCTION_BYTES, waits=isa.MAX_WAITS, nan=formats.CANONICAL_NAN
+        bytes=INSTRUCTION_BYTES,
+        waits=isa.MAX_WAITS,
+        nan=formats.CANONICAL_NAN,
+        registers=isa.INDEX_REGISTERS,
+        depth=isa.LOOP_DEPTH,
     )
     text += _enumeration(isa.FaultCause) + "\n"
     checks = inspect.cleandoc(checker.check.__doc__ or "")

@@ -53,7 +53,7 @@ _DIGEST_OFFSET = 32
 
 _DRAM_BASE_BIT = FIELDS[Opcode.DMA_LOAD]["dram_base"][0]
 _DRAM_BASE = slice(_DRAM_BASE_BIT // 8, _DRAM_BASE_BIT // 8 + 6)
-_DMA_OPCODES = (Opcode.DMA_LOAD.value, Opcode.DMA_STORE.value)
+_DRAM_OPCODES = {opcode.value for opcode, fields in FIELDS.items() if "dram_base" in fields}
 
 
 def align_up(value: int, align: int = DRAM_ALIGN) -> int:
@@ -286,7 +286,7 @@ class Program:
             )
             require(
                 self.streams[relocation.engine][relocation.index * INSTRUCTION_BYTES]
-                in _DMA_OPCODES,
+                in _DRAM_OPCODES,
                 f"{relocation} is of an instruction without a DRAM address",
             )
 

@@ -1,9 +1,9 @@
 """Random programs: legal ones that must do the same on the gates as in the golden model, and
 illegal ones that must fault the same.
 
-A `Case` is a list of instructions in one order, without waits and signals. `program` distributes
-them to the engines and orders with semaphores whatever touches the same words, so any part of a
-case is a case again, which is what makes it possible to `shrink` one that fails.
+A `Case` is a list of instructions and loops in one order, without waits and signals. `program`
+distributes them to the engines and orders with semaphores whatever touches the same words, so any
+part of a case is a case again, which is what makes it possible to `shrink` one that fails.
 
 Everything is drawn from `isa.SPECS` and judged by the golden checker, so an instruction added to
 the instruction set is fuzzed without a change here.
@@ -34,7 +34,9 @@ from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
+    INDEX_REGISTERS,
     LOADS,
+    LOOP_DEPTH,
     MAX_WAITS,
     SPECS,
     EngineKind,
@@ -42,6 +44,7 @@ from systolith_hdl.isa import (
     Opcode,
     Space,
     WaitMode,
+    add_indices,
     decode,
     encode,
     engine_kind,
@@ -68,6 +71,47 @@ class Instruction(NamedTuple):
     fields: dict[str, int]
 
 
+#: Index registers 1 to 3.
+Registers = tuple[int, ...]
+_ZERO: Registers = (0,) * INDEX_REGISTERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop of one engine.
+
+    Parameters
+    ----------
+    engine : that runs it
+    count : iterations at most
+    steps : added to the index registers by each
+    conditional : over when the flag is not set, which a TEST in the body may do
+    body : at least one element
+    """
+
+    engine: str
+    count: int
+    steps: Registers
+    conditional: bool
+    body: tuple[Instruction | Loop, ...]
+
+
+Element = Instruction | Loop
+
+
+def unroll(element: Element, registers: Registers = _ZERO) -> Iterator[Instruction]:
+    """The instructions of an element as they execute, index registers added; of a loop that data
+    may end, those of all its iterations."""
+    if isinstance(element, Instruction):
+        raw = add_indices(encode(element.opcode, element.fields), registers)
+        yield Instruction(element.engine, *decode(raw))
+        return
+    for _ in range(element.count):
+        for inner in element.body:
+            yield from unroll(inner, registers)
+        registers = tuple(r + s for r, s in zip(registers, element.steps, strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A program before it is distributed.
@@ -76,12 +120,22 @@ class Case:
     ----------
     config : of the core
     seed : of the data, the semaphores and the rounding
-    instructions : in an order in which they may execute
+    elements : in an order in which they may execute
     """
 
     config: CoreConfig
     seed: int
-    instructions: tuple[Instruction, ...]
+    elements: tuple[Element, ...]
+
+    def instructions(self) -> Iterator[Instruction]:
+        """Every instruction that is in it, those of loops once."""
+        todo = list(self.elements)
+        while todo:
+            element = todo.pop()
+            if isinstance(element, Instruction):
+                yield element
+            else:
+                todo += element.body
 
 
 # -- instructions ------------------------------------------------------------------------------
@@ -114,7 +168,7 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
     fields: dict[str, Any] = {}
     for name in FIELDS[opcode]:
         head, _, tail = name.partition(".")
-        if head in ("opcode", "wait", "signal"):
+        if head in ("opcode", "wait", "signal") or name.endswith(("dram_index", ".index")):
             continue
         if head == "counts":
             fields[name] = counts[int(tail)]
@@ -152,7 +206,9 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
                 twin = "dst" + name.removeprefix(source)
                 if not name.endswith("dtype") and twin in fields and random.random() < 0.9:
                     fields[name] = fields[twin]
-    if "dram_base" in FIELDS[opcode]:
+    if opcode is Opcode.TEST:
+        fields["dram_base"] = random.randrange(DATA_BYTES - 4)
+    elif "dram_base" in FIELDS[opcode]:
         size = FORMATS[DType(fields["dram_dtype"])].bytes
         lanes = fields["lanes"]
         inner = counts[3]
@@ -208,31 +264,72 @@ def _defined(opcode: Opcode, fields: dict[str, int]) -> bool:
 
 
 def _dram_bytes(opcode: Opcode, fields: dict[str, int]) -> np.ndarray | None:
-    """Bytes of the data that a transfer touches, None if it is none."""
+    """Bytes of the data that an instruction touches in DRAM, None if it is none."""
     if "dram_base" not in fields:
         return None
+    if opcode is Opcode.TEST:
+        return (fields["dram_base"] & ~3) + np.arange(4)
     size = FORMATS[DType(fields["dram_dtype"])].bytes
     return np.unique(dma.element_addresses(fields).ravel()[:, None] + np.arange(size))
 
 
-def _legal(config: CoreConfig, engine: str, opcode: Opcode, fields: dict[str, int]) -> bool:
-    if check(encode(opcode, fields), engine_kind(engine), config) is not None:
-        return False
-    touched = _dram_bytes(opcode, fields)
-    if touched is not None and (touched[0] < 0 or touched[-1] >= DATA_BYTES):
-        return False
-    return _defined(opcode, fields)
+def _legal(config: CoreConfig, element: Element, registers: Registers = _ZERO) -> bool:
+    """Whether all that executes is legal and has a result that is defined."""
+    for engine, opcode, fields in unroll(element, registers):
+        if check(encode(opcode, fields), engine_kind(engine), config) is not None:
+            return False
+        touched = _dram_bytes(opcode, fields)
+        if touched is not None and (touched[0] < 0 or touched[-1] >= DATA_BYTES):
+            return False
+        if not _defined(opcode, fields):
+            return False
+    return True
 
 
-def draw_instruction(config: CoreConfig, engine: str) -> Instruction:
-    """A legal instruction for an engine, whose result is defined."""
+def draw_instruction(
+    config: CoreConfig, engine: str, contexts: Sequence[Registers] = (_ZERO,)
+) -> Instruction:
+    """A legal instruction for an engine, whose result is defined with all of these registers."""
     kind = engine_kind(engine)
     opcodes = [o for o, s in SPECS.items() if s.kind is kind and s.exists(config)]
-    opcode = random.choice(opcodes)
+    opcode = random.choice(opcodes) if random.random() < 0.98 else Opcode.TEST
     while True:
         fields = _draw(config, opcode)
-        if fields is not None and _legal(config, engine, opcode, fields):
-            return Instruction(engine, opcode, decode(encode(opcode, fields))[1])
+        if fields is None:
+            continue
+        if len(contexts) > 1:
+            for name in FIELDS[opcode]:
+                if name.endswith(("dram_index", ".index")) and random.random() < 0.6:
+                    fields[name] = random.randint(1, INDEX_REGISTERS)
+        found = Instruction(engine, opcode, decode(encode(opcode, fields))[1])
+        if all(_legal(config, found, registers) for registers in contexts):
+            return found
+
+
+def draw_loop(
+    config: CoreConfig, engine: str, contexts: Sequence[Registers] = (_ZERO,), level: int = 1
+) -> Loop:
+    """A loop whose body is legal with all of these registers before it; one inside of others from
+    `level` 2 on."""
+    count = random.randint(1, max(2, 6 // len(contexts)))
+    steps = tuple(random.choice((0, 1, 2, -3, 8, random.randint(-20, 20))) for _ in _ZERO)
+    inner = [
+        tuple(r + i * s for r, s in zip(registers, steps, strict=True))
+        for registers in contexts
+        for i in range(count)
+    ]
+    conditional = random.random() < 0.2
+    body: list[Element] = []
+    if conditional:
+        fields = {"dram_base": random.randrange(DATA_BYTES // 2, DATA_BYTES - 1024)}
+        fields["dram_index"] = random.randint(0, INDEX_REGISTERS)
+        body.append(Instruction(engine, Opcode.TEST, fields))
+    for _ in range(random.randint(1, 3)):
+        if level < LOOP_DEPTH and random.random() < 0.3:
+            body.append(draw_loop(config, engine, inner, level + 1))
+        else:
+            body.append(draw_instruction(config, engine, inner))
+    return Loop(engine, count, steps, conditional, tuple(body))
 
 
 def draw_case(config: CoreConfig, seed: int, *, length: int = 40) -> Case:
@@ -242,7 +339,14 @@ def draw_case(config: CoreConfig, seed: int, *, length: int = 40) -> Case:
     # Some cases leave an engine out, or let one do most of the work.
     weights = [random.choice((0.2, 1, 1, 3)) for _ in engines]
     order = random.choices(engines, weights, k=random.randint(length // 4, length))
-    return Case(config, seed, tuple(draw_instruction(config, engine) for engine in order))
+    return Case(
+        config,
+        seed,
+        tuple(
+            draw_loop(config, engine) if random.random() < 0.1 else draw_instruction(config, engine)
+            for engine in order
+        ),
+    )
 
 
 # -- programs ----------------------------------------------------------------------------------
@@ -267,33 +371,41 @@ class _Order:
         self._bytes = np.zeros((2, count, DATA_BYTES), np.int64)
         self._counts = [0] * count
 
-    def add(self, instruction: Instruction) -> tuple[str, dict[str, int]]:
-        """Takes the next instruction; returns its stream, and stream -> how many instructions of
-        it must be complete before."""
-        _, opcode, fields = instruction
-        name = "loads" if opcode in LOADS else instruction.engine
-        stream = self.streams.index(name)
-        self._counts[stream] += 1
-        touched: list[tuple[np.ndarray, bool, bool]] = []
-        for access in accesses(opcode, fields):
-            words = self._words[access.space][:, :, : access.lanes, _addresses(access)]
-            touched.append((words, access.reads, access.writes))
+    def add(self, element: Element) -> tuple[set[str], dict[str, int]]:
+        """Takes the next element; returns its streams, and stream -> how many elements of it must
+        be complete before."""
+        executed = list(unroll(element))
+        names = {self._stream(instruction) for instruction in executed}
+        for name in names:
+            self._counts[self.streams.index(name)] += 1
         needed = np.zeros(len(self.streams), np.int64)
-        for words, _, writes in touched:
-            kinds = words if writes else words[:1]
-            needed = np.maximum(needed, kinds.max(axis=(0, 2, 3)))
-        for access in accesses(opcode, fields):
-            for kind, here in ((0, access.writes), (1, access.reads)):
-                if here:
-                    memory = self._words[access.space]
-                    memory[kind, stream, : access.lanes, _addresses(access)] = self._counts[stream]
-        data = _dram_bytes(opcode, fields)
-        if data is not None:
-            store = opcode is not Opcode.DMA_LOAD
-            kinds = self._bytes[:, :, data] if store else self._bytes[:1, :, data]
-            needed = np.maximum(needed, kinds.max(axis=(0, 2)))
-            self._bytes[0 if store else 1, stream, data] = self._counts[stream]
-        return name, {other: int(at) for other, at in zip(self.streams, needed, strict=True) if at}
+        for _, opcode, fields in executed:
+            for access in accesses(opcode, fields):
+                words = self._words[access.space][:, :, : access.lanes, _addresses(access)]
+                needed = np.maximum(needed, (words if access.writes else words[:1]).max((0, 2, 3)))
+            data = _dram_bytes(opcode, fields)
+            if data is not None:
+                found = self._bytes[:, :, data]
+                store = opcode not in (Opcode.DMA_LOAD, Opcode.TEST)
+                needed = np.maximum(needed, (found if store else found[:1]).max((0, 2)))
+        for instruction in executed:
+            _, opcode, fields = instruction
+            stream = self.streams.index(self._stream(instruction))
+            count = self._counts[stream]
+            for access in accesses(opcode, fields):
+                memory = self._words[access.space]
+                for kind, here in ((0, access.writes), (1, access.reads)):
+                    if here:
+                        memory[kind, stream, : access.lanes, _addresses(access)] = count
+            data = _dram_bytes(opcode, fields)
+            if data is not None:
+                store = opcode not in (Opcode.DMA_LOAD, Opcode.TEST)
+                self._bytes[0 if store else 1, stream, data] = count
+        return names, {other: int(at) for other, at in zip(self.streams, needed, strict=True) if at}
+
+    @staticmethod
+    def _stream(instruction: Instruction) -> str:
+        return "loads" if instruction.opcode in LOADS else instruction.engine
 
 
 class _Stream:
@@ -315,15 +427,15 @@ def program(case: Case) -> Program:
 
     # Who waits for what. What an engine has waited for holds for all that follow on it.
     known: dict[str, dict[str, int]] = {engine: {} for engine in config.engines}
-    plan: list[tuple[Instruction, str, int, dict[str, int]]] = []
-    counts: dict[str, int] = collections.Counter()
-    for instruction in case.instructions:
-        name, needed = order.add(instruction)
-        engine = instruction.engine
+    plan: list[tuple[Element, dict[str, int], dict[str, int]]] = []
+    counts: collections.Counter[str] = collections.Counter()
+    for element in case.elements:
+        names, needed = order.add(element)
+        engine = element.engine
         if counts and rng.random() < 0.1:  # an order that nothing asks for
             other = rng.choice(sorted(counts))
             needed[other] = max(needed.get(other, 0), rng.randint(1, counts[other]))
-        counts[name] += 1
+        counts.update(names)
         waits = {
             other: at
             for other, at in needed.items()
@@ -332,7 +444,7 @@ def program(case: Case) -> Program:
         known[engine] |= waits
         for other, at in waits.items():
             streams[other].wanted[at].add(engine)
-        plan.append((instruction, name, counts[name], waits))
+        plan.append((element, {name: counts[name] for name in sorted(names)}, waits))
 
     free = list(range(config.semaphores))
     rng.shuffle(free)
@@ -352,14 +464,13 @@ def program(case: Case) -> Program:
         stream.tokens = stream.tokens and mine <= left
         left -= mine if stream.tokens else 0
 
-    lines: dict[str, list[tuple[Opcode, dict[str, Any]]]] = {e: [] for e in config.engines}
-    origins: list[tuple[str, int]] = []  # of the instructions with an address in DRAM
+    placed: dict[str, list[tuple[Opcode, dict[str, Any]]]] = {e: [] for e in config.engines}
     totals: dict[int, int] = collections.Counter()  # semaphore -> signalled so far
     reached: dict[tuple[str, int], dict[str, int]] = {}  # (stream, index) -> waiter -> total
     taken: dict[tuple[str, str], int] = collections.Counter()  # tokens acquired
 
-    for instruction, name, index, waits in plan:
-        engine = instruction.engine
+    for element, indices, waits in plan:
+        engine = element.engine
         slots: list[dict[str, int]] = []
         for other, at in waits.items():
             total = reached[other, at][engine]
@@ -372,30 +483,33 @@ def program(case: Case) -> Program:
         # An instruction has three slots, and sometimes leaves them to NOPs before it.
         while len(slots) > MAX_WAITS or (slots and rng.random() < 0.1):
             chunk, slots = slots[:MAX_WAITS], slots[MAX_WAITS:]
-            lines[engine].append((Opcode.NOP, _wait_fields(chunk)))
-        fields = {**instruction.fields, **_wait_fields(slots)}
-        waiters = sorted(streams[name].wanted.get(index, ()))
-        targets = sorted({semaphore(name, waiter) for waiter in waiters})
+            placed[engine].append((Opcode.NOP, _wait_fields(chunk)))
+        emitted = lines(element)
+        emitted[0] = emitted[0][0], {**emitted[0][1], **_wait_fields(slots)}
         signals = []
-        for target in targets:
-            amount = rng.choice((1, 1, 2, 5))
-            totals[target] += amount
-            signals.append({"signal.sem": target, "signal.amount": amount})
-        reached[name, index] = {w: totals[semaphore(name, w)] for w in waiters}
+        for name, index in indices.items():
+            waiters = sorted(streams[name].wanted.get(index, ()))
+            for target in sorted({semaphore(name, waiter) for waiter in waiters}):
+                amount = rng.choice((1, 1, 2, 5))
+                totals[target] += amount
+                signals.append({"signal.sem": target, "signal.amount": amount})
+            reached[name, index] = {w: totals[semaphore(name, w)] for w in waiters}
         rng.shuffle(signals)
-        # Loads complete in an order of their own, so a semaphore is signalled by them or by NOPs.
-        itself = not streams[name].tokens if name == "loads" else rng.random() < 0.9
-        if signals and itself:
-            fields |= signals.pop()
-        if "dram_base" in fields:
-            origins.append((engine, len(lines[engine])))
-        lines[engine].append((instruction.opcode, fields))
-        # A NOP signals when all before it are complete.
-        lines[engine] += [(Opcode.NOP, signal) for signal in signals]
+        # Loads complete in an order of their own, so a semaphore of theirs is signalled by NOPs,
+        # which signal when all before them are complete, as one that follows a loop.
+        if signals and "loads" not in indices and len(emitted) == 1 and rng.random() < 0.9:
+            emitted[0] = emitted[0][0], {**emitted[0][1], **signals.pop()}
+        placed[engine] += [*emitted, *((Opcode.NOP, signal) for signal in signals)]
 
+    origins = [
+        (engine, at)
+        for engine, found in placed.items()
+        for at, (_, fields) in enumerate(found)
+        if "dram_base" in fields
+    ]
     encoded = {
         engine: b"".join(encode(opcode, fields) for opcode, fields in [*found, (Opcode.END, {})])
-        for engine, found in lines.items()
+        for engine, found in placed.items()
     }
     return Program(
         name=f"case {case.seed}",
@@ -404,6 +518,18 @@ def program(case: Case) -> Program:
         tensors=(TensorInfo("data", (DATA_BYTES,), DType.INT8, "input", 0),),
         relocations=tuple(Relocation(engine, at, 0) for engine, at in origins),
     )
+
+
+def lines(element: Element) -> list[tuple[Opcode, dict[str, Any]]]:
+    """The instructions of an element as they lie in a stream."""
+    if isinstance(element, Instruction):
+        return [(element.opcode, dict(element.fields))]
+    steps: dict[str, Any] = {f"steps.{i}": step for i, step in enumerate(element.steps)}
+    return [
+        (Opcode.LOOP, {"count": element.count}),
+        *(line for inner in element.body for line in lines(inner)),
+        (Opcode.NEXT, {**steps, "conditional": int(element.conditional)}),
+    ]
 
 
 def _wait_fields(slots: Sequence[dict[str, int]]) -> dict[str, int]:
@@ -441,7 +567,24 @@ def illegal_program(case: Case) -> Program:
     random.seed(~case.seed)
     config = case.config
     good = program(case)
-    kind = random.choice(("instruction", "instruction", "instruction", "wait", "signal", "bus"))
+    kinds = ("instruction", "instruction", "instruction", "wait", "signal", "bus", "loop")
+    kind = random.choice(kinds)
+    if kind in ("signal", "loop"):
+        # Too many signals of a semaphore that nothing else uses, or loops that do not match.
+        used = {decode(raw)[1]["signal.sem"] for _, _, raw in good.instructions()}
+        free = random.choice(sorted(set(range(config.semaphores)) - used))
+        start = [encode(Opcode.NOP, {"signal.sem": free, "signal.amount": 255})] * 258
+        if kind == "loop":
+            start = [encode(Opcode.LOOP, {"count": 2})] * (LOOP_DEPTH + 1)
+            if random.random() < 0.5:
+                start = [*start[:1], encode(Opcode.NEXT, {}), encode(Opcode.NEXT, {})]
+        engine = random.choice(config.engines)
+        streams = {**good.streams, engine: b"".join(start) + good.streams[engine]}
+        moved = tuple(
+            dataclasses.replace(r, index=r.index + len(start)) if r.engine == engine else r
+            for r in good.relocations
+        )
+        return dataclasses.replace(good, streams=streams, relocations=moved)
     if kind == "bus" and good.relocations:
         where = random.choice(good.relocations)
         fields = {"dram_base": (1 << 47) + 64 * random.randrange(64)}
@@ -453,18 +596,6 @@ def illegal_program(case: Case) -> Program:
         # What waits in the first slot goes on waiting: the others may depend on its token.
         changed = {f"wait.{MAX_WAITS - 1}.{name}": value for name, value in slot.items()}
         return good.with_fields(engine, index, changed)
-    if kind == "signal":
-        # Overflows a semaphore that nothing else uses, at the 258th NOP.
-        used = {decode(raw)[1]["signal.sem"] for _, _, raw in good.instructions()}
-        engine = random.choice(config.engines)
-        free = random.choice(sorted(set(range(config.semaphores)) - used))
-        nop = encode(Opcode.NOP, {"signal.sem": free, "signal.amount": 255})
-        streams = {**good.streams, engine: 258 * nop + good.streams[engine]}
-        moved = tuple(
-            dataclasses.replace(r, index=r.index + 258) if r.engine == engine else r
-            for r in good.relocations
-        )
-        return dataclasses.replace(good, streams=streams, relocations=moved)
     while True:
         engine = random.choice(config.engines)
         index = random.randrange(good.count(engine))
@@ -644,9 +775,26 @@ class Pair:
 # -- shrinking ---------------------------------------------------------------------------------
 
 
-def _simpler(instruction: Instruction) -> Iterator[Instruction]:
-    """The instruction with one field made smaller."""
-    opcode, fields = instruction.opcode, instruction.fields
+def _simpler(element: Element) -> Iterator[Element]:
+    """The element with something left out or one number made smaller."""
+    if isinstance(element, Loop):
+        if element.count > 1:
+            for count in dict.fromkeys((1, element.count // 2)):
+                yield dataclasses.replace(element, count=count)
+        if element.conditional:
+            yield dataclasses.replace(element, conditional=False)
+        body = element.body
+        for at, inner in enumerate(body):
+            if len(body) > 1:
+                yield dataclasses.replace(element, body=(*body[:at], *body[at + 1 :]))
+            elif isinstance(inner, Loop) or not any(
+                value for name, value in inner.fields.items() if name.endswith("index")
+            ):
+                yield inner
+            for simpler in _simpler(inner):
+                yield dataclasses.replace(element, body=(*body[:at], simpler, *body[at + 1 :]))
+        return
+    opcode, fields = element.opcode, element.fields
     for name, value in fields.items():
         head = name.partition(".")[0]
         if head in ("wait", "signal") or name.endswith((".space", ".dtype")):
@@ -654,11 +802,11 @@ def _simpler(instruction: Instruction) -> Iterator[Instruction]:
         least = 1 if head in ("counts", "lanes", "columns") else 0
         for smaller in dict.fromkeys((least, value // 2)):
             if smaller != value and abs(smaller) <= abs(value):
-                yield Instruction(instruction.engine, opcode, {**fields, name: smaller})
+                yield Instruction(element.engine, opcode, {**fields, name: smaller})
 
 
-def shrink(case: Case, fails: Callable[[Case], bool], *, tries: int = 2000) -> Case:
-    """The smallest case found that still fails: fewer instructions first, then smaller fields.
+def shrink(case: Case, fails: Callable[[Case], bool], *, tries: int = 1000) -> Case:
+    """The smallest case found that still fails: fewer elements first, then smaller ones.
 
     Parameters
     ----------
@@ -667,12 +815,12 @@ def shrink(case: Case, fails: Callable[[Case], bool], *, tries: int = 2000) -> C
     """
     left = tries
 
-    def keeps(instructions: Sequence[Instruction]) -> bool:
+    def keeps(elements: Sequence[Element]) -> bool:
         nonlocal left
         left -= 1
-        return left >= 0 and fails(dataclasses.replace(case, instructions=tuple(instructions)))
+        return left >= 0 and fails(dataclasses.replace(case, elements=tuple(elements)))
 
-    found = list(case.instructions)
+    found = list(case.elements)
     size = max(len(found) // 2, 1)
     while size:
         at = 0
@@ -686,22 +834,21 @@ def shrink(case: Case, fails: Callable[[Case], bool], *, tries: int = 2000) -> C
     changed = True
     while changed and left > 0:
         changed = False
-        for at, instruction in enumerate(found):
-            for smaller in _simpler(instruction):
-                if not _legal(case.config, *smaller):
-                    continue
-                if keeps([*found[:at], smaller, *found[at + 1 :]]):
+        for at, element in enumerate(found):
+            for smaller in _simpler(element):
+                if _legal(case.config, smaller) and keeps([*found[:at], smaller, *found[at + 1 :]]):
                     found[at] = smaller
                     changed = True
                     break
-    return dataclasses.replace(case, instructions=tuple(found))
+    return dataclasses.replace(case, elements=tuple(found))
 
 
 def describe(case: Case, found: str) -> str:
     """A report of a failing case: what differs, and its program as text."""
+    left = len(list(case.instructions()))
     return (
         f"config {case.config.name}, seed {case.seed}: {found}\n"
-        f"{len(case.instructions)} instructions are left of it:\n{program(case).disassemble()}"
+        f"{left} instructions are left of it:\n{program(case).disassemble()}"
     )
 
 
@@ -744,7 +891,7 @@ def fuzz(pair: Pair, seeds: Sequence[int], *, illegal_every: int = 4) -> Tally:
     for number, seed in enumerate(seeds):
         case = draw_case(pair.config, seed)
         tally.programs += 1
-        tally.instructions.update(i.opcode.name for i in case.instructions)
+        tally.instructions.update(i.opcode.name for i in case.instructions())
         found = pair.legal(case)
         if found is not None:
             least = shrink(case, lambda smaller: pair.legal(smaller) is not None)

@@ -39,7 +39,7 @@ def legal_fields(opcode: Opcode) -> dict[str, int]:
             fields[f"{name}.space"] = min(s.value for s in spaces)
             fields[f"{name}.dtype"] = min(t.value for t in types)
             fields[f"{name}.base"] = 8
-    for name in ("lanes", "columns"):
+    for name in ("lanes", "columns", "count"):
         if name in FIELDS[opcode]:
             fields[name] = 4
     for name in ("op0", "op1"):
@@ -98,6 +98,7 @@ def test_every_reserved_bit(opcode: Opcode) -> None:
 
 def test_causes() -> None:
     c, op = cause, Opcode
+    assert c(op.LOOP, count=0) is FaultCause.BAD_COUNT
     assert c(op.TENSOR_TENSOR, op0=20) is FaultCause.ILLEGAL_OPERATION
     assert c(op.TENSOR_TENSOR, op1=63) is FaultCause.ILLEGAL_OPERATION
     assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION

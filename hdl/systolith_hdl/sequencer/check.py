@@ -17,6 +17,7 @@ from ..isa import (
     EngineKind,
     FaultCause,
     Header,
+    LoopBody,
     Opcode,
     Operand,
     Space,
@@ -101,7 +102,7 @@ class Check(wiring.Component):
                         bad_space.append(
                             ~_one_of(operand.space.as_value(), {s.value for s in spaces})
                         )
-                    if spec.body is DmaBody:
+                    if "dram_dtype" in FIELDS[opcode]:
                         dma = data.View(DmaBody, word[_BODY:])
                         allowed = {t.value for t in DMA_TYPES}
                         bad_type.append(~_one_of(dma.dram_dtype.as_value(), allowed))
@@ -112,6 +113,8 @@ class Check(wiring.Component):
                     bad_count = []
                     if spec.operands:
                         bad_count += [count == 0 for count in tensor.counts]
+                    if opcode is Opcode.LOOP:
+                        bad_count.append(data.View(LoopBody, word[_BODY:]).count == 0)
                     if "lanes" in spec.header:
                         bad_count += [header.lanes == 0, header.lanes > config.lanes]
                     if "columns" in FIELDS[opcode]:

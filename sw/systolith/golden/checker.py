@@ -139,6 +139,8 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
             return Fault(FaultCause.BAD_COUNT)
         if opcode in LOADS and (counts[:3] != [1, 1, 1] or counts[3] > config.lanes):
             return Fault(FaultCause.BAD_COUNT)
+    if opcode is Opcode.LOOP and fields["count"] == 0:
+        return Fault(FaultCause.BAD_COUNT)
     for name in ("lanes", "columns"):
         if name in fields and not 1 <= fields[name] <= config.lanes:
             return Fault(FaultCause.BAD_COUNT)

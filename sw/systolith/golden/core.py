@@ -21,6 +21,10 @@ import numpy as np
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
 from systolith_hdl.formats import FORMATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import (
+    CONTROL,
+    INDEX_BITS,
+    INDEX_REGISTERS,
+    LOOP_DEPTH,
     MAX_WAITS,
     SPECS,
     AluOp,
@@ -30,6 +34,7 @@ from systolith_hdl.isa import (
     Rounding,
     Space,
     WaitMode,
+    add_indices,
     decode,
     engine_kind,
 )
@@ -80,7 +85,8 @@ class FaultRecord:
 class _Prepared:
     """An instruction ready to execute.
 
-    `run` performs it; it returns a Fault when the bus refuses. None for NOP and END.
+    `run` performs it; it returns a Fault when the bus refuses. None for what the sequencer itself
+    executes.
     """
 
     fault: Fault | None = None
@@ -89,7 +95,48 @@ class _Prepared:
     signal: tuple[int, int] | None = None  #: (semaphore, amount)
     run: Callable[[], Fault | None] | None = None
     macs: int = 0
-    end: bool = False
+    #: opcode and fields of what the sequencer executes
+    control: tuple[Opcode, dict[str, int]] | None = None
+    #: an index register is to be added to an address
+    indexed: bool = False
+
+
+@dataclasses.dataclass(slots=True)
+class _Sequencer:
+    """What a stream's loops have come to.
+
+    Parameters
+    ----------
+    indices : the index registers, modulo 2**32
+    flag : what the last TEST found
+    loops : open ones, [iterations left with this one, instruction after LOOP, indices before]
+    """
+
+    indices: list[int] = dataclasses.field(default_factory=lambda: [0] * INDEX_REGISTERS)
+    flag: bool = False
+    loops: list[tuple[int, int, list[int]]] = dataclasses.field(default_factory=list)
+
+    def refuses(self, opcode: Opcode) -> bool:
+        """Whether there are too many loops for a LOOP, or none for a NEXT."""
+        if opcode is Opcode.LOOP:
+            return len(self.loops) == LOOP_DEPTH
+        return opcode is Opcode.NEXT and not self.loops
+
+    def follow(self, opcode: Opcode, fields: dict[str, int], pc: int) -> int:
+        """Executes LOOP or NEXT at `pc`; returns the pc of what follows."""
+        if opcode is Opcode.LOOP:
+            self.loops.append((fields["count"], pc + 1, list(self.indices)))
+        elif opcode is Opcode.NEXT:
+            left, first, before = self.loops.pop()
+            if left > 1 and (self.flag or not fields["conditional"]):
+                self.loops.append((left - 1, first, before))
+                self.indices = [
+                    (value + fields[f"steps.{i}"]) & 0xFFFFFFFF
+                    for i, value in enumerate(self.indices)
+                ]
+                return first
+            self.indices = before
+        return pc + 1
 
 
 def _repeats(counts: Sequence[int], strides: Sequence[int], width: int = 1) -> bool:
@@ -237,6 +284,7 @@ class Core:
         self._ended = [False] * engines
         self._next: list[_Prepared | None] = [None] * engines
         self._slot = [0] * engines  # wait slots of the next instruction that have held already
+        self._sequencers = [_Sequencer() for _ in range(engines)]
 
     def start(self, bases: list[int], *, seed: int = 0) -> None:
         """Starts every engine at its byte address; zeroes semaphores and counters. `seed` is that
@@ -299,9 +347,16 @@ class Core:
                 self._stop(engine, Fault(FaultCause.FETCH_ERROR, address))
                 return True
             raw = self.dram[address : address + INSTRUCTION_BYTES].tobytes()
-            prepared = self._next[engine] = self._lookup(engine, raw)
+            prepared = self._lookup(engine, raw)
+            if prepared.indexed:
+                prepared = self._lookup(engine, add_indices(raw, self._sequencers[engine].indices))
+            self._next[engine] = prepared
         if prepared.fault is not None:
             self._stop(engine, prepared.fault)
+            return True
+        sequencer = self._sequencers[engine]
+        if prepared.control is not None and sequencer.refuses(prepared.control[0]):
+            self._stop(engine, Fault(FaultCause.BAD_LOOP))
             return True
         semaphores = self.semaphores
         while self._slot[engine] < len(prepared.waits):
@@ -316,11 +371,20 @@ class Core:
         if self.observer is not None:
             self.observer.before(engine, self.pc[engine], prepared.raw)
         if prepared.run is not None:
-            self._issued = (engine, self.pc[engine])
+            self._issued = (engine, self.instructions[engine])
             fault = prepared.run()
             if fault is not None:
                 self._stop(engine, fault)
                 return True
+        following = self.pc[engine] + 1
+        if prepared.control is not None:
+            opcode, fields = prepared.control
+            if opcode is Opcode.TEST:
+                fault = self._test(sequencer, fields["dram_base"] & ~3)
+                if fault is not None:
+                    self._stop(engine, fault)
+                    return True
+            following = sequencer.follow(opcode, fields, self.pc[engine])
         if self.observer is not None:
             self.observer.after(engine, self.pc[engine], prepared.raw)
         self.macs += prepared.macs
@@ -331,11 +395,20 @@ class Core:
                 self._stop(engine, Fault(FaultCause.SEMAPHORE_OVERFLOW, sem))
                 return True
             semaphores[sem] += amount
-        self.pc[engine] += 1
+        self._ended[engine] = prepared.raw[0] == Opcode.END.value
+        self.pc[engine] = following
         self._slot[engine] = 0
         self._next[engine] = None
-        self._ended[engine] = prepared.end
         return True
+
+    def _test(self, sequencer: _Sequencer, address: int) -> Fault | None:
+        """Sets the flag by the word at a byte address, a multiple of 4."""
+        if address + 4 > len(self.dram):
+            beat = min(self.config.axi_bytes, INSTRUCTION_BYTES)
+            return Fault(FaultCause.AXI_READ_ERROR, address // beat * beat)
+        word = int.from_bytes(self.dram[address : address + 4].tobytes(), "little")
+        sequencer.flag = bool(word & 0x7FFFFFFF)
+        return None
 
     def execute(self, raw: bytes, engine: str, *, counter: int = 0) -> Fault | None:
         """Executes one instruction at once, without its waits and signal; returns its fault.
@@ -362,11 +435,13 @@ class Core:
         return prepared
 
     def _prepare(self, engine: int, raw: bytes) -> _Prepared:
+        # It may be legal or not only with its index registers.
+        indexed = bool(int.from_bytes(raw, "little") & INDEX_BITS.get(raw[0], 0))
         fault = check(raw, self._kinds[engine], self.config)
         if fault is not None:
-            return _Prepared(fault=fault)
+            return _Prepared(fault=fault, indexed=indexed)
         opcode, fields = decode(raw)
-        prepared = _Prepared(raw=raw, end=opcode is Opcode.END)
+        prepared = _Prepared(raw=raw, indexed=indexed)
         slots = (
             tuple(fields[f"wait.{i}.{part}"] for part in ("sem", "mode", "value"))
             for i in range(MAX_WAITS)
@@ -374,7 +449,8 @@ class Core:
         prepared.waits = tuple((sem, WaitMode(mode), value) for sem, mode, value in slots if mode)
         if fields["signal.amount"]:
             prepared.signal = (fields["signal.sem"], fields["signal.amount"])
-        if opcode in (Opcode.NOP, Opcode.END):
+        if opcode in CONTROL:
+            prepared.control = opcode, fields
             return prepared
         maker = _MAKERS[opcode]
         prepared.run = maker(self, opcode, fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -20,6 +21,7 @@ from systolith_hdl.formats import (
     dtype_of,
 )
 from systolith_hdl.isa import (
+    LOOP_DEPTH,
     MAX_WAITS,
     REDUCTIONS,
     AluOp,
@@ -38,6 +40,7 @@ from systolith.memory import FreeList
 from systolith.program import DRAM_ALIGN, DebugInfo, Program, Relocation, TensorInfo, align_up
 
 from .dependencies import Clocks, IntervalMap, Stream
+from .loops import Affine, Loop, Registers
 from .source import refuse, user_source
 from .tensors import (
     MAX_DIMS,
@@ -86,7 +89,8 @@ class _Pending:
     tensor: int | None = None
     #: among the signalling instructions of its progress stream, from 1; 0 does not signal
     signal: bool = False
-    node: tuple[int, int] = (-1, -1)
+    #: (stream, index); None once waits and signal are in `fields`
+    node: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,46 @@ class _Access:
     low: int
     high: int
     write: bool
+
+
+class _Region:
+    """Instructions among which semaphores count up: a program, or an iteration of a loop."""
+
+    def __init__(self, streams: Sequence[Stream], engines: int) -> None:
+        self._streams = streams
+        self.clocks = Clocks(streams)
+        self.maps = {Space.SBUF: IntervalMap(), Space.PSUM: IntervalMap()}
+        #: tensor index -> its bytes
+        self.dram_maps: dict[int, IntervalMap] = collections.defaultdict(IntervalMap)
+        self.pending: list[list[_Pending]] = [[] for _ in range(engines)]
+        self.nodes: list[list[_Pending]] = [[] for _ in streams]
+
+    def add(self, stream: int, pending: _Pending, needed: dict[int, int]) -> None:
+        """Appends an instruction to a progress stream, after what it needs."""
+        pending.node = self.clocks.next_node(stream)
+        pending.waits = self.clocks.add(stream, needed)
+        for other, at in pending.waits:
+            self.nodes[other][at].signal = True
+        self.nodes[stream].append(pending)
+        self.pending[self._streams[stream].engine].append(pending)
+
+    def values(self) -> list[list[int]]:
+        """For each stream and index the semaphore's count once that instruction is complete."""
+        values = []
+        for stream, nodes in zip(self._streams, self.nodes, strict=True):
+            count = 0
+            counts = []
+            for node in nodes:
+                count += node.signal
+                if count > MAX_SEMAPHORE:
+                    raise KernelError(
+                        f"the semaphore of {stream.name} would pass {MAX_SEMAPHORE}: split the "
+                        "program, or make it of loops",
+                        source=node.source,
+                    )
+                counts.append(count)
+            values.append(counts)
+        return values
 
 
 def _runs(
@@ -263,7 +307,6 @@ class _Dram:
             )
         tensor = DramTensor(name, shape, dtype, kind, len(self.tensors), data)
         self.tensors.append(tensor)
-        self._builder._dram_maps.append(IntervalMap())
         return tensor
 
 
@@ -326,6 +369,7 @@ class _Engine:
             f"{name}.space": view.space.value,
             f"{name}.dtype": dtype.value,
             **{f"{name}.strides.{i}": s for i, s in enumerate(strides) if s},
+            **({f"{name}.index": view.steps} if view.steps else {}),
         }
 
     @staticmethod
@@ -368,6 +412,11 @@ class _Elementwise(_Engine):
         for what, source in sources.items():
             if source.space is not dst.space or source.span[0] > high or source.span[1] < low:
                 continue
+            if source.steps != dst.steps:
+                refuse(
+                    f"dst and {what} may overlap, as they step differently with the loops: {dst} "
+                    f"and {source}"
+                )
             if source.base == dst.base and dst.shape == shape:
                 if self._pad("dst", dst, shape) == self._pad(what, source, shape):
                     continue
@@ -718,7 +767,7 @@ class _Dma(_Engine):
         self,
         view: View,
         dram: DramTensor,
-        base_offset_bytes: int = 0,
+        base_offset_bytes: int | Affine = 0,
         dram_strides: Sequence[int] | None = None,
         lane_stride: int = 0,
         queue: int | None = None,
@@ -740,7 +789,7 @@ class _Dma(_Engine):
         self,
         view: View,
         dram: DramTensor,
-        base_offset_bytes: int = 0,
+        base_offset_bytes: int | Affine = 0,
         dram_strides: Sequence[int] | None = None,
         lane_stride: int = 0,
         queue: int | None = None,
@@ -766,7 +815,7 @@ class _Dma(_Engine):
         opcode: Opcode,
         view: View,
         dram: DramTensor,
-        offset: int,
+        offset: int | Affine,
         strides: Sequence[int] | None,
         lane_stride: int,
         queue: int | None,
@@ -790,28 +839,30 @@ class _Dma(_Engine):
             refuse(f"{len(strides)} DRAM strides for a view of shape {view.shape}")
         strides = tuple(int(s) if n > 1 else 0 for s, n in zip(strides, view.shape, strict=True))
         lane_stride = int(lane_stride) if view.lanes > 1 else 0
+        place = Affine.of(offset, "base_offset_bytes")
         for what, value in (
-            ("base_offset_bytes", int(offset)),
+            ("base_offset_bytes", place.const),
+            *(("a step of base_offset_bytes", step) for step in place.steps.values()),
             ("lane_stride", lane_stride),
             *(("a DRAM stride", s) for s in strides),
         ):
             if value % item:
                 refuse(f"{what} = {value} is not a multiple of the {item} bytes of an element")
-            if not -(1 << 31) <= value < 1 << 31 and what != "base_offset_bytes":
+            if not -(1 << 31) <= value < 1 << 31 and not what.endswith("base_offset_bytes"):
                 refuse(f"{what} = {value} does not fit 32 bits")
         low, high = extent((*view.shape, view.lanes), (*strides, lane_stride))
-        low += int(offset)
-        high += int(offset) + item - 1
+        low += place.span[0]
+        high += place.span[1] + item - 1
         if low < 0 or high >= dram.nbytes:
             refuse(
                 f"the transfer reaches bytes {low} to {high} of the {dram.nbytes} of {dram}: "
-                f"view shape {view.shape}, strides {strides}, offset {offset}, "
+                f"view shape {view.shape}, strides {strides}, offset {place}, "
                 f"lane_stride {lane_stride}"
             )
         intervals = [(low, high)]
-        if store or dram.kind == "scratch":
+        if (store or dram.kind == "scratch") and not place.steps:
             shape = (*view.shape, view.lanes)
-            intervals = _runs(shape, (*strides, lane_stride), int(offset), item) or intervals
+            intervals = _runs(shape, (*strides, lane_stride), place.const, item) or intervals
         queue = self._queue(queue, store, view.size * view.lanes * item)
         padded = (0,) * (MAX_DIMS - len(strides)) + strides
         self._builder._append(
@@ -823,7 +874,8 @@ class _Dma(_Engine):
                 **self._encode_operand(
                     "local", view, self._pad("view", view, view.shape), DType.FP32
                 ),
-                "dram_base": int(offset),
+                "dram_base": place.const,
+                **({"dram_index": place.steps} if place.steps else {}),
                 **{f"dram_strides.{i}": s for i, s in enumerate(padded) if s},
                 "lane_stride": lane_stride,
                 "dram_dtype": dram.dtype.value,
@@ -884,11 +936,9 @@ class KernelBuilder:
             Stream("scalar", engines.index("scalar")),
             *(Stream(f"dma{q}", first_dma + q) for q in range(queues)),
         )
-        self._clocks = Clocks(self._streams)
-        self._maps = {Space.SBUF: IntervalMap(), Space.PSUM: IntervalMap()}
-        self._dram_maps: list[IntervalMap] = []
-        self._pending: list[list[_Pending]] = [[] for _ in engines]
-        self._nodes: list[list[_Pending]] = [[] for _ in self._streams]
+        self._region = _Region(self._streams, len(engines))
+        self._loops: list[Loop] = []  # open ones
+        self._registers = [Registers(engine) for engine in engines]
         self._label: str | None = None
         self._source: str | None = None
         self._finished = False
@@ -968,53 +1018,209 @@ class KernelBuilder:
         `dram` is (tensor index, intervals from lowest to highest byte, is a write).
         """
         self._check_open()
-        node = self._clocks.next_node(stream)
+        region = self._region
+        engine = self._streams[stream].engine
+        for name, value in fields.items():
+            if isinstance(value, Mapping):
+                for loop in value:
+                    if loop not in self._loops:
+                        refuse(f"{loop.name} is used outside of its loop")
+                fields[name] = self._registers[engine].number(value, self._loops)
+        node = region.clocks.next_node(stream)
         needed: dict[int, int] = {}
         for access in accesses:
-            self._maps[access.space].access(access.low, access.high, node, access.write, needed)
+            region.maps[access.space].access(access.low, access.high, node, access.write, needed)
         if dram is not None:
             index, intervals, write = dram
             for low, high in intervals:
-                self._dram_maps[index].access(low, high, node, write, needed)
-        waits = self._clocks.add(stream, needed)
-        for other, at in waits:
-            self._nodes[other][at].signal = True
+                region.dram_maps[index].access(low, high, node, write, needed)
         pending = _Pending(
             opcode,
             fields,
-            waits,
+            [],
             self._source or user_source(),
             self._label,
             tensor=None if dram is None else dram[0],
-            node=node,
         )
-        self._nodes[stream].append(pending)
-        self._pending[self._streams[stream].engine].append(pending)
+        region.add(stream, pending, needed)
 
-    def _semaphore_values(self) -> list[list[int]]:
-        """For each stream and index the semaphore's count once that instruction is complete."""
-        values = []
-        for stream, nodes in zip(self._streams, self._nodes, strict=True):
-            count = 0
-            counts = []
-            for node in nodes:
-                count += node.signal
-                if count > MAX_SEMAPHORE:
-                    raise KernelError(
-                        f"the semaphore of {stream.name} would pass {MAX_SEMAPHORE}: split the "
-                        "program",
-                        source=node.source,
+    # -- loops ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def loop(
+        self,
+        count: int,
+        *,
+        name: str | None = None,
+        goes_on: tuple[DramTensor, int | Affine] | None = None,
+    ) -> Iterator[Affine]:
+        """What is called inside is executed `count` times, from one copy of its instructions.
+
+        Gives the iteration number, from 0: to be used, with integers added and multiplied, as
+        offset or index of views and as offset of transfers. An iteration begins when the one
+        before is complete on all engines, so what should overlap belongs into one iteration.
+
+        Parameters
+        ----------
+        count : iterations; with `goes_on` at most
+        name : of the index, in messages
+        goes_on : (tensor of 4-byte elements, byte offset): after each iteration that word is read;
+            the loop is over when it is zero
+
+        Loops nest up to LOOP_DEPTH deep, as far as there are semaphores.
+        """
+        self._check_open()
+        if not isinstance(count, int | np.integer) or not 1 <= count < 1 << 32:
+            refuse(f"a loop has 1 to {(1 << 32) - 1} iterations, not {count!r}")
+        if len(self._loops) == LOOP_DEPTH:
+            refuse(f"loops nest at most {LOOP_DEPTH} deep")
+        semaphores = self._semaphore_base(len(self._loops) + 2)
+        if semaphores > self.config.semaphores:
+            refuse(
+                f"loops {len(self._loops) + 1} deep need {semaphores} semaphores, the core has "
+                f"{self.config.semaphores}"
+            )
+        test = None if goes_on is None else self._flag(*goes_on)
+        source = self._source or user_source()
+        loop = Loop(name or f"loop{len(self._loops)}", int(count))
+        outer, kept = self._region, {*self.sbuf.live, *self.psum.live}
+        self._region = inner = _Region(self._streams, len(self.config.engines))
+        self._loops.append(loop)
+        try:
+            yield Affine(0, {loop: 1})
+        finally:
+            self._loops.pop()
+            self._region = outer
+        for tile in kept - {*self.sbuf.live, *self.psum.live}:
+            refuse(f"{tile} was made before the loop and freed in it, yet every iteration uses it")
+        self._close(loop, inner, test, source)
+        if not self._loops:
+            for registers in self._registers:
+                registers.clear()
+
+    def _flag(self, tensor: DramTensor, offset: int | Affine) -> tuple[DramTensor, Affine]:
+        place = Affine.of(offset, "the offset of a flag")
+        low, high = place.span
+        if tensor.itemsize != 4 or low < 0 or high + 4 > tensor.nbytes or place.const % 4:
+            refuse(f"a flag is an element of 4 bytes: {tensor}, offset {place}")
+        return tensor, place
+
+    def _semaphore_base(self, depth: int) -> int:
+        """First semaphore of the loops that deep: one for each stream, and one by which engines say
+        that they are at the end of an iteration. Before those of all loops lie one for each stream,
+        and one for each engine by which it may go on."""
+        streams = len(self._streams)
+        return streams + len(self.config.engines) + (depth - 1) * (streams + 1)
+
+    def _close(
+        self,
+        loop: Loop,
+        inner: _Region,
+        test: tuple[DramTensor, Affine] | None,
+        source: str,
+    ) -> None:
+        """Puts a loop into the region around it.
+
+        Semaphores count up in an iteration as they do outside of loops. At its end every engine
+        that takes part signals that it is done; the master waits for all, takes the counts back
+        to zero, and lets the others go on.
+        """
+        depth = len(self._loops) + 1
+        base = self._semaphore_base(depth)
+        arrive, go = base + len(self._streams), len(self._streams)
+        values = inner.values()
+        taking = [engine for engine, found in enumerate(inner.pending) if found]
+        if not taking:
+            return
+        main = {stream.engine: number for number, stream in enumerate(self._streams)}
+        master, others = taking[0], taking[1:]
+
+        def control(opcode: Opcode, **fields: Any) -> _Pending:
+            named = {key.replace("__", "."): value for key, value in fields.items()}
+            return _Pending(opcode, named, [], source, self._label)
+
+        def nop(waits: Sequence[tuple[int, int]] = (), mode: WaitMode = WaitMode.AT_LEAST) -> Any:
+            return [
+                control(Opcode.NOP, **_wait_fields(waits[i : i + MAX_WAITS], mode))
+                for i in range(0, len(waits), MAX_WAITS)
+            ]
+
+        def signal(semaphore: int) -> list[_Pending]:
+            return [control(Opcode.NOP, signal__sem=semaphore, signal__amount=1)]
+
+        def meet(counted: Sequence[tuple[int, int]] = ()) -> None:
+            """Nobody goes on before all are here; then the counts are taken back."""
+            for engine in others:
+                bodies[engine] += signal(arrive) + nop([(go + engine, 1)], WaitMode.ACQUIRE)
+            bodies[master] += nop([(arrive, len(others)), *counted], WaitMode.ACQUIRE)
+            for engine in others:
+                bodies[master] += signal(go + engine)
+
+        bodies = {e: self._resolve(inner.pending[e], values, base) for e in taking}
+        if others:
+            meet([(base + s, found[-1]) for s, found in enumerate(values) if found[-1:] > [0]])
+        if test is not None:
+            tensor, place = test
+            for engine in taking:
+                fields: dict[str, Any] = {"dram_base": place.const}
+                if place.steps:
+                    fields["dram_index"] = self._registers[engine].number(
+                        place.steps, [*self._loops, loop]
                     )
-                counts.append(count)
-            values.append(counts)
-        return values
+                read = control(Opcode.TEST, **fields)
+                read.tensor = tensor.index
+                bodies[engine].append(read)
+            if others:  # nobody writes the flag again before all have read it
+                meet()
+
+        # Outside, the loop is one access of the master to everything, after everything before.
+        outer = self._region
+        before = {s: len(nodes) - 1 for s, nodes in enumerate(outer.nodes) if nodes}
+        for engine in taking:
+            outer.add(main[engine], control(Opcode.LOOP, count=loop.count), before)
+            steps = self._registers[engine].steps(loop)
+            following = control(Opcode.NEXT, conditional=int(test is not None))
+            following.fields |= steps
+            outer.pending[engine] += [*bodies[engine], following]
+        over = outer.clocks.next_node(main[master])
+        for memory, limit in (
+            (Space.SBUF, self.config.sbuf_depth),
+            (Space.PSUM, self.config.psum_depth),
+        ):
+            outer.maps[memory].access(0, limit - 1, over, True, {})
+        for tensor in self.dram.tensors:
+            outer.dram_maps[tensor.index].access(0, tensor.nbytes - 1, over, True, {})
+        outer.add(main[master], control(Opcode.NOP), {})
+
+    def _resolve(
+        self, pendings: Sequence[_Pending], values: Sequence[Sequence[int]], base: int
+    ) -> list[_Pending]:
+        """The instructions with waits and signals in their fields, and NOPs for waits that find no
+        slot; the semaphore of stream s is `base` + s."""
+        found: list[_Pending] = []
+        for pending in pendings:
+            if pending.node is None:
+                found.append(pending)
+                continue
+            waits = [(base + stream, values[stream][index]) for stream, index in pending.waits]
+            while len(waits) > MAX_WAITS:
+                fields = _wait_fields(waits[:MAX_WAITS])
+                found.append(_Pending(Opcode.NOP, fields, [], pending.source, pending.label))
+                waits = waits[MAX_WAITS:]
+            fields = {**pending.fields, **_wait_fields(waits)}
+            if pending.signal:
+                fields |= {"signal.sem": base + pending.node[0], "signal.amount": 1}
+            found.append(dataclasses.replace(pending, fields=fields, waits=[], node=None))
+        return found
 
     def finish(self, metadata: Mapping[str, Any] | None = None) -> Program:
         """Ends every stream and returns the program; the builder takes no more calls."""
         self._check_open()
         if self._scope is not None:
             refuse("a kernel function returns its outputs; whoever calls it finishes the program")
-        values = self._semaphore_values()
+        if self._loops:
+            refuse(f"loop {self._loops[-1].name} is still open")
+        values = self._region.values()
         self._finished = True
 
         tensors: list[TensorInfo] = []
@@ -1029,30 +1235,24 @@ class KernelBuilder:
         debug: dict[str, tuple[DebugInfo, ...]] = {}
         relocations: list[Relocation] = []
         cached: dict[tuple[str | None, str | None], DebugInfo] = {}
-        for engine, instructions in zip(self.config.engines, self._pending, strict=True):
+        for engine, instructions in zip(self.config.engines, self._region.pending, strict=True):
             raw: list[bytes] = []
             entries: list[DebugInfo] = []
-            for pending in instructions:
-                info = cached.setdefault(
-                    (pending.source, pending.label), DebugInfo(pending.source, pending.label)
-                )
-                waits = [(stream, values[stream][index]) for stream, index in pending.waits]
-                while len(waits) > MAX_WAITS:
-                    raw.append(encode(Opcode.NOP, _wait_fields(waits[:MAX_WAITS])))
-                    entries.append(info)
-                    waits = waits[MAX_WAITS:]
-                fields = {**pending.fields, **_wait_fields(waits)}
-                if pending.signal:
-                    fields["signal.sem"] = pending.node[0]
-                    fields["signal.amount"] = 1
+            for pending in self._resolve(instructions, values, 0):
+                fields = pending.fields
                 if pending.tensor is not None:
                     relocations.append(Relocation(engine, len(raw), pending.tensor))
-                    fields["dram_base"] += tensors[pending.tensor].address
+                    start = tensors[pending.tensor].address
+                    fields = {**fields, "dram_base": fields["dram_base"] + start}
                 try:
                     raw.append(encode(pending.opcode, fields))
                 except EncodeError as error:
                     raise KernelError(str(error), source=pending.source) from error
-                entries.append(info)
+                entries.append(
+                    cached.setdefault(
+                        (pending.source, pending.label), DebugInfo(pending.source, pending.label)
+                    )
+                )
             raw.append(encode(Opcode.END, {}))
             entries.append(DebugInfo(None))
             streams[engine] = b"".join(raw)
@@ -1069,11 +1269,13 @@ class KernelBuilder:
         )
 
 
-def _wait_fields(waits: Sequence[tuple[int, int]]) -> dict[str, int]:
+def _wait_fields(
+    waits: Sequence[tuple[int, int]], mode: WaitMode = WaitMode.AT_LEAST
+) -> dict[str, int]:
     """The wait slots of an instruction: (semaphore, count) each."""
     fields: dict[str, int] = {}
     for slot, (sem, value) in enumerate(waits):
         fields[f"wait.{slot}.sem"] = sem
-        fields[f"wait.{slot}.mode"] = WaitMode.AT_LEAST.value
+        fields[f"wait.{slot}.mode"] = mode.value
         fields[f"wait.{slot}.value"] = value
     return fields
