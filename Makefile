@@ -19,13 +19,15 @@ lint: setup
 	$(BIN)/mypy
 
 # Utilization on the RTL at N = 16, the error of products over K, the speed of the simulation and the
-# kernel library at N = 8; writes docs/performance.md, docs/accuracy.md, docs/simulation.md and the
-# figures of docs/kernel-library.md and docs/tutorial.md.
+# kernel library at N = 8, engines side by side; writes docs/performance.md, docs/accuracy.md,
+# docs/simulation.md, docs/engines.md and the figures of docs/kernel-library.md and
+# docs/tutorial.md.
 bench: setup
 	$(BIN)/python benchmarks/gemm.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/engines.py
 
 # 30 million cases of the floating-point cells against SoftFloat, then the fuzzer; writes
 # docs/softfloat.md.

@@ -256,13 +256,19 @@ def elementwise_ports(config: CoreConfig) -> dict[str, wiring.Member]:
     return members
 
 
+#: Columns that a source of an elementwise engine may be ahead by. Two sources that ask for the same
+#: bank part by a cycle, and whoever leads needs room to stay ahead: with the least depth both would
+#: lose every fifth cycle. Memories of FPGAs have the room anyway.
+_AHEAD = 8
+
+
 def place_streamers(
     m: Module, engine: wiring.Component, config: CoreConfig
 ) -> tuple[ReadStreamer, ReadStreamer, WriteStreamer]:
     """Places the streamers src0, src1 and dst behind an engine's `elementwise_ports`."""
     streamers = (
-        ReadStreamer(config, psum=True),
-        ReadStreamer(config, psum=True),
+        ReadStreamer(config, psum=True, depth=_AHEAD),
+        ReadStreamer(config, psum=True, depth=_AHEAD),
         WriteStreamer(config, psum=True),
     )
     for name, streamer in zip(("src0", "src1", "dst"), streamers, strict=True):
