@@ -20,7 +20,7 @@ from amaranth.lib import data, enum
 from .config import INSTRUCTION_BYTES, CoreConfig
 from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
 
-ISA_VERSION = 2
+ISA_VERSION = 3
 MAX_WAITS = 3
 INSTRUCTION_BITS = 8 * INSTRUCTION_BYTES
 
@@ -92,6 +92,13 @@ class Opcode(enum.Enum, shape=8):
     DMA_LOAD = 0x40
     #: DRAM <- local
     DMA_STORE = 0x41
+    #: local <- rows of a table in DRAM, picked by a vector of indices; counts 1 and 2 must be 1
+    #: (else BAD_COUNT). Executes as `counts.0` DMA_LOADs one after the other, that of row i0 from
+    #: ``dram_base + index(i0) * row_stride`` to ``local.base + i0 * local.strides.0``
+    GATHER = 0x42
+    #: rows of a table in DRAM, picked by a vector of indices, <- local: executes as `counts.0`
+    #: DMA_STOREs, otherwise as GATHER. Of rows of one index the last one stays
+    SCATTER = 0x43
 
 
 class AluOp(enum.Enum, shape=6):
@@ -226,11 +233,14 @@ class FaultCause(enum.Enum, shape=8):
     BAD_TYPE = 4
     #: operand in a memory the instruction cannot reach
     BAD_SPACE = 5
-    #: a count of zero, or lanes or columns outside 1..N (LOAD_STATIONARY: see there)
+    #: a count of zero, or lanes or columns outside 1..N (LOAD_STATIONARY, GATHER, SCATTER: see
+    #: there)
     BAD_COUNT = 6
     #: semaphore number does not exist, or its chip is not this one
     BAD_SEMAPHORE = 7
-    #: an access pattern leaves its memory; address = first word outside that the check met
+    #: an access pattern leaves its memory; address = first word outside that the check met. Or an
+    #: index names no row of its table; address = the index, unsigned. The rows before it have been
+    #: moved then, no others
     OUT_OF_BOUNDS = 8
     #: a signal would carry a semaphore past 65535; address = semaphore number
     SEMAPHORE_OVERFLOW = 9
@@ -343,6 +353,31 @@ class DmaBody(data.Struct):
     reserved: unsigned(12)
 
 
+class IndexVector(data.Struct):
+    """INT32 words in SBUF, N in a column: index i is in partition ``i % N`` of word
+    ``base + i // N``."""
+
+    base: unsigned(24)
+    reserved: unsigned(8)
+
+
+class IndexedBody(data.Struct):
+    """DMA body with a vector of indices. Element (i0, 0, 0, i3) of lane l lies in DRAM at byte
+    ``dram_base + index(i0) * row_stride + i3 * column_stride + l * lane_stride``. What both have
+    is where `DmaBody` has it. An index, taken as unsigned, must be less than `rows`."""
+
+    counts: Counts
+    local: Operand
+    dram_base: unsigned(48)
+    row_stride: signed(32)
+    rows: unsigned(32)
+    index: IndexVector
+    column_stride: signed(32)
+    lane_stride: signed(32)
+    dram_dtype: DType
+    reserved: unsigned(12)
+
+
 class EmptyBody(data.Struct):
     """Body of NOP and END."""
 
@@ -375,6 +410,11 @@ class Spec:
     )
     unused: frozenset[str] = frozenset()
     pairs: bool = False
+
+    @property
+    def indexed(self) -> bool:
+        """Whether it reads an `IndexVector` of `counts.0` indices; counts 1 and 2 must be 1."""
+        return self.body is IndexedBody
 
     def exists(self, config: CoreConfig) -> bool:
         """Whether cores of that configuration have the instruction."""
@@ -488,12 +528,29 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"lanes", "rounding"}),
         operands={"local": (_SBUF, _READ)},
     ),
+    Opcode.GATHER: Spec(
+        kind=EngineKind.DMA,
+        body=IndexedBody,
+        header=frozenset({"lanes"}),
+        operands={"local": (_SBUF, _READ)},
+        unused=frozenset({"local.strides.1", "local.strides.2"}),
+    ),
+    Opcode.SCATTER: Spec(
+        kind=EngineKind.DMA,
+        body=IndexedBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={"local": (_SBUF, _READ)},
+        unused=frozenset({"local.strides.1", "local.strides.2"}),
+    ),
 }
 
 
 #: Instructions that load the stationary operand. They complete in order among themselves, but out
 #: of order with the tensor engine's others.
 LOADS = frozenset({Opcode.LOAD_STATIONARY, Opcode.LOAD_STATIONARY_PAIR})
+#: DMA instructions that read DRAM into SBUF, and those that write it from there.
+DRAM_READERS = frozenset({Opcode.DMA_LOAD, Opcode.GATHER})
+DRAM_WRITERS = frozenset({Opcode.DMA_STORE, Opcode.SCATTER})
 #: Instructions on pairs of FP8 numbers.
 PAIRS = frozenset(opcode for opcode, spec in SPECS.items() if spec.pairs)
 

@@ -42,6 +42,9 @@ from .errors import ProgramError
 #: operations whose immediate is a word of bits rather than a number
 _BITWISE = {AluOp.BIT_AND.value, AluOp.BIT_OR.value, AluOp.BIT_XOR.value}
 
+#: strides of a transfer -> those that one with indices has, which is shown with the others as 0
+_TABLE_STRIDES = {"dram_strides.0": "row_stride", "dram_strides.3": "column_stride"}
+
 
 @functools.cache
 def _codes(kind: type) -> dict[int, str]:
@@ -134,8 +137,12 @@ def disassemble_instruction(raw: bytes) -> str:
     if "dram_base" in fields:
         dtype = _name(DType, fields["dram_dtype"]).lower()
         strides = _bracket(fields, "dram_strides")
+        if SPECS[opcode].indexed:
+            strides = f"[{fields['row_stride']},0,0,{fields['column_stride']}]"
         parts.append(f"dram={dtype}@{fields['dram_base']:#x}{strides}")
         parts.append(f"lane_stride={fields['lane_stride']}")
+        if SPECS[opcode].indexed:
+            parts.append(f"index={fields['index.base']} rows={fields['rows']}")
     for name, operation in (("imm0", "op0"), ("imm1", "op1")):
         if fields.get(name):
             bitwise = operations.get(operation) is AluOp and fields[operation] in _BITWISE
@@ -219,8 +226,10 @@ def _assemble_words(words: list[str]) -> bytes:
             known = FIELDS[opcode]
             if name in ("op0", "op1"):
                 fields[name] = _code(operation_enums(opcode)[name], value)
-            elif name in ("lanes", "columns", "accumulate", "lane_stride"):
+            elif name in ("lanes", "columns", "accumulate", "lane_stride", "rows"):
                 fields[name] = int(value)
+            elif name == "index":
+                fields["index.base"] = int(value)
             elif name == "rounding":
                 fields[name] = _code(Rounding, value)
             elif name in ("imm0", "imm1"):
@@ -231,7 +240,9 @@ def _assemble_words(words: list[str]) -> bytes:
                 dtype, base, strides = _match(_DRAM, value).groups()
                 fields["dram_dtype"] = _code(DType, dtype)
                 fields["dram_base"] = int(base, 16)
-                fields.update(_four(strides, "dram_strides", known))
+                names = _TABLE_STRIDES if SPECS[opcode].indexed else {}
+                for field, stride in _four(strides, "dram_strides", known):
+                    fields[names.get(field, field)] = stride
             else:
                 space, dtype, base, strides = _match(_OPERAND, value).groups()
                 fields[f"{name}.space"] = _code(Space, space)

@@ -1,19 +1,22 @@
-"""DMA_LOAD and DMA_STORE in numpy: the definition of both instructions.
+"""DMA instructions in numpy: their definition.
 
 Element (i0, i1, i2, i3) of lane l lies at DRAM byte
 ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride`` modulo 2**48, bit 0 of which is
 ignored unless an element has one byte. Elements that coincide are written in the order
 (i0, i1, i2, i3, l), the last index changing fastest, so the last of them stays.
+
+GATHER and SCATTER execute as DMA_LOADs and DMA_STOREs, one for each row: see `rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from systolith_hdl.config import axi_bytes
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import FaultCause
+from systolith_hdl.isa import DRAM_READERS, SPECS, FaultCause, Opcode
 
 from .arithmetic import Words, pack, unpack
 
@@ -21,12 +24,12 @@ _ADDRESSES = 1 << 48
 
 
 class DmaFault(Exception):
-    """DRAM answered a burst with an error.
+    """DRAM answered a burst with an error, or an index names no row.
 
     Attributes
     ----------
-    cause : AXI_READ_ERROR or AXI_WRITE_ERROR
-    address : byte address of the first such burst
+    cause : AXI_READ_ERROR, AXI_WRITE_ERROR or OUT_OF_BOUNDS
+    address : byte address of the first such burst, or the index
     """
 
     def __init__(self, cause: FaultCause, address: int) -> None:
@@ -122,6 +125,35 @@ def _check(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int], *, sto
         raise DmaFault(cause, bad)
 
 
+def indices(sbuf: np.ndarray, fields: Mapping[str, int]) -> np.ndarray:
+    """The vector of indices of a GATHER or SCATTER: uint32 [counts.0]."""
+    lanes, count = sbuf.shape[0], fields["counts.0"]
+    first = fields["index.base"]
+    return sbuf[:, first : first + -(-count // lanes)].T.reshape(-1)[:count]
+
+
+def rows(sbuf: np.ndarray, fields: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Yields the fields of the DMA_LOADs or DMA_STOREs that a GATHER or SCATTER executes as, in
+    order. Raises DmaFault at an index that is not below `rows`."""
+    # All indices are read first.
+    for row, index in enumerate(indices(sbuf, fields).tolist()):
+        if index >= fields["rows"]:
+            raise DmaFault(FaultCause.OUT_OF_BOUNDS, index)
+        yield {
+            **{f"counts.{d}": 1 for d in range(3)},
+            "counts.3": fields["counts.3"],
+            "lanes": fields["lanes"],
+            "local.base": fields["local.base"] + row * fields["local.strides.0"],
+            **{f"local.strides.{d}": 0 for d in range(3)},
+            "local.strides.3": fields["local.strides.3"],
+            "dram_base": (fields["dram_base"] + index * fields["row_stride"]) % _ADDRESSES,
+            **{f"dram_strides.{d}": 0 for d in range(3)},
+            "dram_strides.3": fields["column_stride"],
+            "lane_stride": fields["lane_stride"],
+            "dram_dtype": fields["dram_dtype"],
+        }
+
+
 def dma_load(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> None:
     """Executes DMA_LOAD.
 
@@ -163,3 +195,27 @@ def dma_store(
         dram[element[..., None] + np.arange(size)] = raw
     else:
         dram.view(np.dtype(f"<u{size}"))[element // size] = bits
+
+
+def execute(
+    opcode: Opcode,
+    dram: np.ndarray,
+    sbuf: np.ndarray,
+    fields: Mapping[str, int],
+    random: Words | None = None,
+) -> None:
+    """Executes any DMA instruction; parameters as of `dma_store`.
+
+    Raises DmaFault; of a GATHER or SCATTER the rows before the one that has the fault are moved.
+    """
+    parts: Iterable[Mapping[str, int]] = [fields]
+    if SPECS[opcode].indexed:
+        parts = rows(sbuf, fields)
+    done = 0
+    for part in parts:
+        if opcode in DRAM_READERS:
+            dma_load(dram, sbuf, part)
+            continue
+        columns = slice(done, done + math.prod(_counts(part)))
+        dma_store(dram, sbuf, part, None if random is None else random[:, columns])
+        done = columns.stop

@@ -1,0 +1,130 @@
+"""Row by row: GATHER and SCATTER as the DMA_LOADs and DMA_STOREs of their rows."""
+
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..config import CoreConfig
+from ..isa import INSTRUCTION_BITS, SPECS, Opcode, is_opcode
+from ..ports import READ_LATENCY, ReadPort
+from .runs import ADDRESS_BITS
+
+_INDEXED = frozenset(opcode for opcode, spec in SPECS.items() if spec.indexed)
+#: Bits of an index that are multiplied in a cycle.
+_PART = 16
+#: Cycles from one row of an instruction to the next, at least: its index is asked for, arrives
+#: after `READ_LATENCY`, is multiplied in two parts and added up, and the row is given.
+ROW_CYCLES = 5 + READ_LATENCY
+
+
+class RowSplitter(wiring.Component):
+    """Splits an instruction with indices into rows; others pass, without a delay, as one row.
+
+    Members
+    -------
+    instruction : In(stream of 512 bits); one with indices is taken with its last row
+    idle : In(1), everything given before is complete, and so is what it wrote to SBUF: indices are
+        read only then
+    row : Out(stream of {dram_base, local_base, single, final}): where a row begins; what else there
+        is to know of it is in the instruction. `single`: count 0 of the row is 1, not that of the
+        instruction; `final`: it is the instruction's last
+    read : Out(ReadPort) of SBUF, for indices
+    splitting : Out(1), an instruction has begun and is not taken yet
+    bad : Out(1), an index is not below `rows`: nothing more is given until reset
+    index : Out(32), that index, valid with `bad`
+
+    Throughput: a row every `ROW_CYCLES` cycles if SBUF does not stall.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self._config = config
+        super().__init__(
+            {
+                "instruction": In(stream.Signature(unsigned(INSTRUCTION_BITS))),
+                "idle": In(1),
+                "row": Out(
+                    stream.Signature(
+                        data.StructLayout(
+                            {
+                                "dram_base": unsigned(ADDRESS_BITS),
+                                "local_base": unsigned(24),
+                                "single": unsigned(1),
+                                "final": unsigned(1),
+                            }
+                        )
+                    )
+                ),
+                "read": Out(ReadPort(config, config.sbuf_depth)),
+                "splitting": Out(1),
+                "bad": Out(1),
+                "index": Out(32),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self._config
+        log_lanes = config.lanes.bit_length() - 1
+        instruction = data.View(SPECS[Opcode.GATHER].layout, self.instruction.payload)
+        body = instruction.body
+        row = self.row.payload
+        indexed = is_opcode(instruction.header.opcode, _INDEXED, config)
+
+        number = Signal(16)  # of the row
+        local_base = Signal(24)
+        base = Signal(ADDRESS_BITS)
+        index = self.index
+        part = Signal(_PART)
+        product = Signal(signed(_PART + 1 + 32))
+        m.d.comb += [
+            row.dram_base.eq(Mux(indexed, base, body.dram_base)),
+            row.local_base.eq(Mux(indexed, local_base, body.local.base)),
+            row.single.eq(indexed),
+            row.final.eq(~indexed | (number == body.counts[0] - 1)),
+            self.read.request.payload.eq(body.index.base + (number >> log_lanes)),
+            self.instruction.ready.eq(self.row.ready & self.row.valid & row.final),
+        ]
+        m.d.sync += product.eq(Cat(part, Const(0, 1)).as_signed() * body.row_stride)
+        with m.FSM() as fsm:
+            with m.State("START"):
+                with m.If(~indexed):
+                    m.d.comb += self.row.valid.eq(self.instruction.valid)
+                with m.Elif(self.instruction.valid & self.idle):
+                    m.d.sync += [number.eq(0), local_base.eq(body.local.base)]
+                    m.next = "ASK"
+            with m.State("ASK"):
+                m.d.comb += self.read.request.valid.eq(1)
+                with m.If(self.read.request.ready):
+                    m.next = "WAIT"
+            with m.State("WAIT"):
+                words = self.read.response.payload
+                lane = number[:log_lanes]
+                m.d.sync += index.eq(Array(words[i] for i in range(config.lanes))[lane])
+                with m.If(self.read.response.valid):
+                    m.next = "UPPER"
+            with m.State("UPPER"):
+                m.d.comb += part.eq(index[_PART:])
+                m.next = "LOWER"
+                with m.If(index >= body.rows):
+                    m.next = "BAD"
+            with m.State("LOWER"):
+                m.d.comb += part.eq(index[:_PART])
+                m.d.sync += base.eq(body.dram_base + (product << _PART))
+                m.next = "ADD"
+            with m.State("ADD"):
+                m.d.sync += base.eq(base + product)
+                m.next = "GIVE"
+            with m.State("GIVE"):
+                m.d.comb += self.row.valid.eq(self.instruction.valid)
+                with m.If(self.row.valid & self.row.ready):
+                    m.d.sync += [
+                        number.eq(number + 1),
+                        local_base.eq(local_base + body.local.strides[0]),
+                    ]
+                    m.next = "ASK"
+                    with m.If(row.final):
+                        m.next = "START"
+            with m.State("BAD"):
+                m.d.comb += self.bad.eq(1)
+        m.d.comb += self.splitting.eq(~fsm.ongoing("START"))
+        return m
