@@ -88,16 +88,18 @@ class Opcode(enum.Enum, shape=8):
     ACTIVATE = 0x30
     #: dst = function(src0 * imm0 + src1)
     ACTIVATE_TENSOR_BIAS = 0x31
-    #: local <- DRAM
+    #: local <- DRAM; with `accumulate` local <- local + DRAM, in FP32, of integers modulo 2**32
     DMA_LOAD = 0x40
-    #: DRAM <- local
+    #: DRAM <- local; with `accumulate`, for one i0 after the other, first a DMA_LOAD with
+    #: `accumulate` and then a DMA_STORE: the sums are in both
     DMA_STORE = 0x41
     #: local <- rows of a table in DRAM, picked by a vector of indices; counts 1 and 2 must be 1
     #: (else BAD_COUNT). Executes as `counts.0` DMA_LOADs one after the other, that of row i0 from
     #: ``dram_base + index(i0) * row_stride`` to ``local.base + i0 * local.strides.0``
     GATHER = 0x42
     #: rows of a table in DRAM, picked by a vector of indices, <- local: executes as `counts.0`
-    #: DMA_STOREs, otherwise as GATHER. Of rows of one index the last one stays
+    #: DMA_STOREs, otherwise as GATHER. Of rows of one index the last one stays; with `accumulate`
+    #: each is added
     SCATTER = 0x43
 
 
@@ -519,26 +521,26 @@ SPECS: dict[Opcode, Spec] = {
     Opcode.DMA_LOAD: Spec(
         kind=EngineKind.DMA,
         body=DmaBody,
-        header=frozenset({"lanes"}),
+        header=frozenset({"lanes", "accumulate"}),
         operands={"local": (_SBUF, _READ)},
     ),
     Opcode.DMA_STORE: Spec(
         kind=EngineKind.DMA,
         body=DmaBody,
-        header=frozenset({"lanes", "rounding"}),
+        header=frozenset({"lanes", "accumulate", "rounding"}),
         operands={"local": (_SBUF, _READ)},
     ),
     Opcode.GATHER: Spec(
         kind=EngineKind.DMA,
         body=IndexedBody,
-        header=frozenset({"lanes"}),
+        header=frozenset({"lanes", "accumulate"}),
         operands={"local": (_SBUF, _READ)},
         unused=frozenset({"local.strides.1", "local.strides.2"}),
     ),
     Opcode.SCATTER: Spec(
         kind=EngineKind.DMA,
         body=IndexedBody,
-        header=frozenset({"lanes", "rounding"}),
+        header=frozenset({"lanes", "accumulate", "rounding"}),
         operands={"local": (_SBUF, _READ)},
         unused=frozenset({"local.strides.1", "local.strides.2"}),
     ),

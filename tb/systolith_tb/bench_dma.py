@@ -20,6 +20,7 @@ from cocotbext.axi import AxiBus, AxiSlave
 from systolith.golden import dither
 from systolith.golden.dma import DmaFault, dma_store, execute, first_bad_burst
 from systolith_hdl.config import get_config
+from systolith_hdl.dma.accumulate import column_cycles
 from systolith_hdl.dma.queue import DRAW_DELAY
 from systolith_hdl.dma.rows import ROW_CYCLES
 from systolith_hdl.formats import FLOATS, FORMATS, INTEGERS, DType
@@ -397,6 +398,7 @@ def make(
                 f"dram_strides.{d}": strides[d],
             }
         opcode = opcode or random.choice([Opcode.DMA_LOAD, Opcode.DMA_STORE])
+        fields["accumulate"] = int(random.random() < 0.3)
         if opcode is Opcode.DMA_STORE:
             fields["rounding"] = random.choice(list(Rounding))
         return opcode, fields
@@ -416,6 +418,8 @@ def make_indexed(
     while True:
         _, row = make(mode, low=low, high=high, columns=columns, opcode=INDEXED[opcode])
         counts = random.choice([1, N - 1, N, 2 * N + 1, random.randint(1, 20)])
+        if row["accumulate"]:
+            counts = min(counts, 6)
         fields: dict[str, Any] = {
             name: row[name]
             for name in ("lanes", "local.base", "dram_base", "lane_stride", "dram_dtype")
@@ -428,6 +432,7 @@ def make_indexed(
             "local.strides.3": row["local.strides.3"],
             "local.strides.0": random.choice([row["counts.3"], random.randint(-9, 9)]),
             "column_stride": row["dram_strides.3"],
+            "accumulate": row["accumulate"],
         }
         if opcode is Opcode.SCATTER:
             fields["rounding"] = row["rounding"]
@@ -512,6 +517,7 @@ async def random_instructions(dut: Any, stall: str) -> None:
     """Both queues and the fetcher at once, every mode, against golden after each instruction."""
     dram, queues, axi = await start(dut, stalls=STALLS[stall])
     compared: Counter[tuple[str, str]] = Counter()
+    added: Counter[str] = Counter()
 
     async def work(queue: Queue) -> None:
         low = queue.number * REGION
@@ -520,10 +526,12 @@ async def random_instructions(dut: Any, stall: str) -> None:
                 _, fields = make(mode, low=low, high=low + REGION, columns=40, opcode=opcode)
                 await check(queue, dram, opcode, fields)
                 compared[mode, opcode.name] += 1
+                added[opcode.name] += fields["accumulate"]
             for opcode in INDEXED:
                 fields = make_indexed(mode, queue, low=low, high=low + REGION, opcode=opcode)
                 await check(queue, dram, opcode, fields)
                 compared[mode, opcode.name] += 1
+                added[opcode.name] += fields["accumulate"]
 
     stop: list[bool] = []
     fetcher = cocotb.start_soon(fetch(dut, dram, stop))
@@ -534,6 +542,7 @@ async def random_instructions(dut: Any, stall: str) -> None:
     assert await fetcher > 10
     await ClockCycles(dut.clk, 20)
     opcodes = [*INDEXED, *INDEXED.values()]
+    assert all(added[opcode.name] for opcode in opcodes)
     assert set(compared) == {(mode, opcode.name) for mode in MODES for opcode in opcodes}
     assert [queue.done for queue in queues] == [compared.total() // QUEUES] * QUEUES
     for queue in queues:
@@ -707,6 +716,42 @@ async def indexed_throughput(dut: Any, opcode: Opcode) -> None:
 
 
 @cocotb.test(timeout_time=1_000, timeout_unit="us")
+@cocotb.parametrize(dtype=[DType.FP32, DType.INT32, DType.BF16])
+async def accumulation(dut: Any, dtype: DType) -> None:
+    """A column every `column_cycles` cycles; rows of one index are all added, each waited for."""
+    dram, queues, _ = await start(dut, slave=False)
+    latency = 20
+    PipelinedDram(dut, dram.bytes, latency=latency)
+    queue = queues[0]
+    wait = latency + OVERHEAD + 2 * N
+    fields = _fields("merged", dtype, 16, 0) | {"accumulate": 1}
+    cycles = await check(queue, dram, Opcode.DMA_LOAD, fields)
+    dut._log.info(f"16 columns added to SBUF: {cycles} cycles")
+    assert 16 * column_cycles(N) <= cycles <= 16 * column_cycles(N) + wait
+    # All rows are one, and what comes to it are their sums.
+    item = FORMATS[dtype].bytes
+    fields = {
+        "lanes": N, "counts.0": 7, "counts.1": 1, "counts.2": 1, "counts.3": 8, "accumulate": 1,
+        "local.strides.0": 8, "local.strides.3": 1, "index.base": INDEX_BASE, "dram_base": 64,
+        "row_stride": 8 * N * item, "rows": 9, "column_stride": N * item, "lane_stride": item,
+        "dram_dtype": dtype,
+    }  # fmt: skip
+    for indices in ([5] * 7, [3, 4, 3, 3, 0, 8, 4]):
+        for i, index in enumerate(indices):
+            queue.words[i % N, INDEX_BASE + i // N] = index
+        cycles = await check(queue, dram, Opcode.SCATTER, fields)
+        cycles += queue.waited
+        dut._log.info(f"7 rows of {8 * N * item} bytes added to DRAM: {cycles} cycles")
+        assert 7 * 8 * column_cycles(N) <= cycles
+        assert cycles <= 7 * (8 * (column_cycles(N) + 4 * N // BEAT) + 2 * wait + ROW_CYCLES)
+    # The same without indices: what lies apart, and one row again and again.
+    for stride in (8 * N * item, 0):
+        plain = _fields("merged", dtype, 8, 0) | {"accumulate": 1, "counts.0": 5}
+        plain |= {"local.strides.0": 8, "dram_strides.0": stride}
+        await check(queue, dram, Opcode.DMA_STORE, plain)
+
+
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
 @cocotb.parametrize(stall=["none", "both"])
 async def indices_of_the_instruction_before(dut: Any, stall: str) -> None:
     """Indices that a load just brings, right before the instruction that needs them, and what a
@@ -765,10 +810,14 @@ async def bad_indices(dut: Any, opcode: Opcode, stall: str) -> None:
         queue, other = queues
         fields = make_indexed(mode, queue, low=0, high=REGION, opcode=opcode)
         at = random.randrange(fields["counts.0"])
+        leaves = mode == "columns" and fields["row_stride"] != 0
+        if leaves and opcode is Opcode.SCATTER:
+            # Rows after one that the bus refuses may have been stored: let there be none.
+            at = fields["counts.0"] - 1
         place = at % N, fields["index.base"] + at // N
         wrong = fields["rows"] + random.choice([0, 1, 100, (1 << 31) - fields["rows"]])
         queue.words[place] = random.choice([wrong, (1 << 32) - 1])
-        if mode == "columns" and fields["row_stride"]:
+        if leaves:
             # An index of the table, but of a row that DRAM does not have.
             queue.words[place] = 1 << 31
             fields["rows"] = (1 << 32) - 1
@@ -819,6 +868,7 @@ async def error_responses(dut: Any, opcode: str, stall: str) -> None:
                 columns=60,
                 opcode=operation,
             )
+            fields["accumulate"] = 0
             raw = encode(operation, fields)
             store = operation is Opcode.DMA_STORE
             address = first_bad_burst(decode(raw)[1], DRAM_BYTES, N, store=store)

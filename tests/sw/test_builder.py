@@ -238,7 +238,13 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "gathered over indices": (
         lambda k: k.nc.dma.gather(k.a.view((4, 2)), k.x, _ints(k.a.view(1, offset=7))),
-        "the rows gathered lie over the indices",
+        "rows are written over the indices",
+    ),
+    "added over indices": (
+        lambda k: k.nc.dma.scatter(
+            k.a.view((4, 2)), k.x, _ints(k.a.view(1, offset=7)), accumulate=True
+        ),
+        "rows are written over the indices",
     ),
     "gathered past": (
         lambda k: k.nc.dma.gather(k.a.view((2, 9)), k.x, _ints(k.b.view(1))),

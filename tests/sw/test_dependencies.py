@@ -66,6 +66,7 @@ def random_program(rng: random.Random, calls: int, config: CoreConfig = NANO) ->
             [item if dense else 4 * item],
             16 * item if dense else item,
             queue=rng.choice((None, *range(config.dma_queues))),
+            accumulate=rng.random() < 0.3,
         )
 
     def by_index(method: object, dram: DramTensor) -> None:
@@ -80,6 +81,7 @@ def random_program(rng: random.Random, calls: int, config: CoreConfig = NANO) ->
             4 * dram.itemsize * rng.randint(0, 4 - columns),
             rng.choice((None, 4)),
             queue=rng.choice((None, *range(config.dma_queues))),
+            accumulate=rng.random() < 0.3,
         )
 
     def call() -> None:
@@ -171,7 +173,8 @@ def decoded(program: Program) -> list[Instruction]:
                 operand_counts(opcode, name, fields),
                 operand_strides(name, fields),
             )
-            writing = name == "dst" or opcode in DRAM_READERS
+            adds = "dram_base" in fields and fields["accumulate"]
+            writing = name == "dst" or opcode in DRAM_READERS or adds
             (writes if writing else reads).update((space, word) for word in words)
         if fields.get("columns") and fields["accumulate"]:
             reads |= writes

@@ -12,7 +12,7 @@ from systolith.errors import BackendError
 from systolith.golden import Core, GoldenDevice, arithmetic
 from systolith.golden.activation import evaluate
 from systolith.golden.checker import check
-from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.formats import FORMATS, INTEGERS, DType
 from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
@@ -151,13 +151,13 @@ class Naive:
         return address & ~(FORMATS[DType(f["dram_dtype"])].bytes > 1)
 
     def first_bad_row(self, f: dict[str, int]) -> int | None:
-        """The first row of a GATHER or SCATTER that does not exist."""
+        """The first row, of one i0, that does not exist."""
         end = DRAM_BYTES - FORMATS[DType(f["dram_dtype"])].bytes
         for row in range(f["counts.0"]):
-            if self.index(f, row) >= f["rows"]:
+            if "rows" in f and self.index(f, row) >= f["rows"]:
                 return row
-            for i in range(f["counts.3"]):
-                if any(self.element(f, (row, 0, 0, i), lane) > end for lane in range(f["lanes"])):
+            for inner in itertools.product(*(range(f[f"counts.{d}"]) for d in (1, 2, 3))):
+                if any(self.element(f, (row, *inner), lane) > end for lane in range(f["lanes"])):
                     return row
         return None
 
@@ -250,13 +250,30 @@ class Naive:
             case Opcode.DMA_LOAD | Opcode.DMA_STORE | Opcode.GATHER | Opcode.SCATTER:
                 dtype = DType(f["dram_dtype"])
                 size = FORMATS[dtype].bytes
-                for lane, index in [(lane, index) for index in indices for lane in range(lanes)]:
+                load = opcode in (Opcode.DMA_LOAD, Opcode.GATHER)
+                steps = [(lane, index) for index in indices for lane in range(lanes)]
+                work = [(load, lane, index) for lane, index in steps]
+                if f["accumulate"] and not load:
+                    # A row after the other is added to SBUF and stored.
+                    work = [
+                        (loads, lane, index)
+                        for row in range(counts[0])
+                        for loads in (True, False)
+                        for lane, index in steps
+                        if index[0] == row
+                    ]
+                for loads, lane, index in work:
                     address = self.element(f, index, lane)
                     element = slice(address, address + size)
                     target = self.sbuf[lane : lane + 1, at("local", index)]
-                    if opcode in (Opcode.DMA_LOAD, Opcode.GATHER):
+                    if loads:
                         bits = np.frombuffer(self.dram[element].tobytes(), f"<u{size}")
-                        target[0] = arithmetic.unpack(bits, dtype)[0]
+                        word = arithmetic.unpack(bits, dtype)
+                        if f["accumulate"] and dtype in INTEGERS:
+                            word = one((int(word[0]) + int(target[0])) % (1 << 32))
+                        elif f["accumulate"]:
+                            word = arithmetic.add(target.copy(), word)
+                        target[0] = word[0]
                     else:
                         raw_bytes = arithmetic.pack(target, dtype).tobytes()
                         self.dram[element] = np.frombuffer(raw_bytes, np.uint8)
@@ -279,7 +296,7 @@ def test_instruction(opcode: Opcode, seed: int) -> None:
     if fault is not None:
         fields = decode(raw)[1]
         assert "dram_base" in fields  # only the bus can still refuse, or an index be wrong
-        if SPECS[opcode].indexed:
+        if SPECS[opcode].indexed or (opcode is Opcode.DMA_STORE and fields["accumulate"]):
             # The first row that is not there; those before it have been moved.
             bad = naive.first_bad_row(fields)
             assert bad is not None

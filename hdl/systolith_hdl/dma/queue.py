@@ -8,8 +8,8 @@ from ..access import AddressGenerator, Pattern, pattern
 from ..arith import DITHER_LATENCY, RoundNarrow
 from ..config import CoreConfig
 from ..emit import side_by_side
-from ..formats import FORMATS, NARROW_FLOATS
-from ..isa import DMA_TYPES, DRAM_WRITERS, SPECS, FaultCause, Opcode, Rounding, is_opcode
+from ..formats import FORMATS, INTEGERS, NARROW_FLOATS
+from ..isa import DMA_TYPES, SPECS, FaultCause, Opcode, Rounding
 from ..ports import (
     READ_LATENCY,
     IssuePort,
@@ -19,6 +19,7 @@ from ..ports import (
     axi4_write,
     split_words,
 )
+from .accumulate import ColumnAdder
 from .align import ReadAligner, WriteAligner, run_position
 from .corner_turn import CornerTurn
 from .draws import ColumnDraws
@@ -79,7 +80,9 @@ class DmaQueue(wiring.Component):
     A load with ``lane_stride == 0`` fetches one lane and copies it to all.
 
     GATHER and SCATTER are split into a load or a store for each row, which move as any others do;
-    indices are read once everything before the instruction is complete.
+    indices are read once everything before the instruction is complete. A store or SCATTER with
+    `accumulate` is split into a load that adds to SBUF and a store for each row (of one i0), so
+    that rows that meet in DRAM are all added, in order.
 
     Throughput without stalls, in cycles (W = bytes of a beat): a run takes as many as it touches
     beats, ``ceil((address % W + bytes) / W)``, but not fewer than the steps of W bytes its rows
@@ -90,7 +93,8 @@ class DmaQueue(wiring.Component):
     that is mostly half a beat. Single moves one element per cycle.
     From taking an instruction to `done`, 12 to 26 cycles come on top, and the latency of DRAM.
     Rows of a GATHER or SCATTER follow each other like instructions, but at most one begins every
-    `rows.ROW_CYCLES` cycles.
+    `rows.ROW_CYCLES` cycles. A load that adds to SBUF takes `accumulate.column_cycles` for each
+    column; of a store that adds, each load and each store is also waited for.
     Stochastic rounding changes no throughput: its random words are drawn ahead, and only those of
     the first column, `DRAW_DELAY` cycles later than the column itself, may be waited for.
     At most `outstanding` bursts, and of reads about four times as many beats, are answered per
@@ -160,6 +164,7 @@ class DmaQueue(wiring.Component):
         m.submodules.read_aligner = read_aligner = ReadAligner(config)
         m.submodules.write_aligner = write_aligner = WriteAligner(config)
         m.submodules.draws = draws = ColumnDraws(config)
+        m.submodules.adder = adder = ColumnAdder(config)
         m.submodules.turner = turner = CornerTurn(
             lanes=lanes,
             info=tile_layout(lanes),
@@ -194,7 +199,7 @@ class DmaQueue(wiring.Component):
                 with m.Case(each):
                     m.d.comb += log_bytes.eq(FORMATS[each].bytes.bit_length() - 1)
         m.d.comb += [
-            is_store.eq(is_opcode(incoming.header.opcode, DRAM_WRITERS, config)),
+            is_store.eq(row.store),
             counts.eq(body.counts),
             element_bytes.eq(1 << log_bytes),
             used_lanes.eq(incoming.header.lanes),
@@ -259,6 +264,7 @@ class DmaQueue(wiring.Component):
                 job.settings.merged.eq(merged),
                 job.settings.broadcast.eq(broadcast),
                 job.settings.stochastic.eq(stochastic),
+                job.settings.accumulate.eq(row.accumulate),
                 job.settings.lanes.eq(used_lanes),
                 job.settings.rows.eq(Mux(broadcast, 1, used_lanes)),
                 dense_elements.eq(used_lanes * Mux(merged, inner, Const(1, 16))),
@@ -521,13 +527,16 @@ class DmaQueue(wiring.Component):
             arriving.eq(Cat(indices, arriving)),
         ]
         m.d.comb += [
-            read.valid.eq(indices | (store & local.address.valid & (room != 0))),
+            read.valid.eq(indices | (local.address.valid & Mux(store, room != 0, adder.ask))),
             read.payload.eq(Mux(indices, index_request.payload, local.address.payload.address)),
             index_request.ready.eq(read.ready & indices),
             rows.read.response.payload.eq(self.read.response.payload),
             rows.read.response.valid.eq(self.read.response.valid & arriving[-1]),
-            asked.eq(read.valid & read.ready & ~indices),
-            columns.w_en.eq(self.read.response.valid & ~arriving[-1]),
+            asked.eq(store & read.valid & read.ready & ~indices),
+            adder.asked.eq(~store & read.valid & read.ready & ~indices),
+            adder.old.payload.eq(self.read.response.payload),
+            adder.old.valid.eq(~store & self.read.response.valid & ~arriving[-1]),
+            columns.w_en.eq(store & self.read.response.valid & ~arriving[-1]),
             columns.w_data.eq(self.read.response.payload),
             columns.r_en.eq(filling),
             ready.eq(columns.r_rdy & (~tile.settings.stochastic | draws.words.valid)),
@@ -594,8 +603,14 @@ class DmaQueue(wiring.Component):
         response = turner.response
         out = response.payload.user
         write = self.write.request
+        ready_to_write = Mux(out.settings.accumulate, adder.sum.valid, response.valid)
+        written = Signal()
         m.d.comb += [
-            write.valid.eq(~store & response.valid & local.address.valid),
+            write.valid.eq(~store & ready_to_write & local.address.valid),
+            written.eq(write.valid & write.ready),
+            adder.column.valid.eq(~store & response.valid & out.settings.accumulate),
+            adder.column.payload.integer.eq(Cat(out.settings.dtype == t for t in INTEGERS).any()),
+            adder.sum.ready.eq(write.ready & local.address.valid),
             write.payload.address.eq(local.address.payload.address),
             write.payload.mask.eq(Cat(lane < out.settings.lanes for lane in range(lanes))),
             write_aligner.row.valid.eq(store & response.valid),
@@ -604,16 +619,18 @@ class DmaQueue(wiring.Component):
             write_aligner.row.payload.run_end.eq(out.run_end),
             write_aligner.row.payload.dtype.eq(out.settings.dtype),
             write_aligner.row.payload.log_size.eq(out.settings.log_size),
-            response.ready.eq(
-                Mux(store, write_aligner.row.ready, local.address.valid & write.ready)
-            ),
-            local.address.ready.eq(Mux(store, asked, response.valid & write.ready)),
+            response.ready.eq(Mux(store, write_aligner.row.ready, written)),
+            local.address.ready.eq(Mux(store, asked, written)),
         ]
         words = response.payload.words
         for lane in range(lanes):
-            m.d.comb += write.payload.data[lane].eq(
-                Mux(out.settings.broadcast, words[0], words[lane])
-            )
+            word = adder.column.payload.words[lane]
+            m.d.comb += [
+                word.eq(Mux(out.settings.broadcast, words[0], words[lane])),
+                write.payload.data[lane].eq(
+                    Mux(out.settings.accumulate, adder.sum.payload[lane], word)
+                ),
+            ]
 
         # Data may be offered ahead of its address: the arbiter takes it only after.
         w = self.axi_write.w
@@ -624,6 +641,6 @@ class DmaQueue(wiring.Component):
         ]
 
         # ---------------------------------------------------------------------------------- end
-        m.d.sync += loaded.eq(write.valid & write.ready & out.last)
+        m.d.sync += loaded.eq(written & out.last)
         m.d.comb += [done.eq(loaded | stored), self.issue.done.eq(done & finals.r_data)]
         return m

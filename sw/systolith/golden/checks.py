@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -106,8 +106,10 @@ def accesses(opcode: Opcode, fields: dict[str, int], lanes: int) -> Iterator[Acc
                 shape = (1, 1, 1, columns), (0, 0, 0, 1)
                 yield Access("index", Space.SBUF, base, used, *shape, True, False)
     for name in sorted(SPECS[opcode].operands, key=lambda name: name == "dst"):
-        writes = name == "dst" or (name == "local" and opcode in DRAM_READERS)
-        reads = not writes or bool(fields.get("accumulate"))
+        accumulate = bool(fields.get("accumulate"))
+        # A store that adds leaves the sums in its source, too.
+        writes = name == "dst" or (name == "local" and (opcode in DRAM_READERS or accumulate))
+        reads = not writes or accumulate
         lanes = fields["columns"] if writes and "columns" in fields else fields["lanes"]
         yield Access(
             name,
@@ -298,7 +300,8 @@ class Checks:
                 words.window(words.written, access)[stream] = number
                 self._define(words, access, opcode, marks, mask)
         if elements is not None:
-            self._transfer(step, opcode, elements, stream, number, relied)
+            accumulate = bool(fields["accumulate"])
+            self._transfer(step, opcode, accumulate, elements, stream, number, relied)
 
     def define_everything(self) -> None:
         """Takes whatever the memories hold now as written, by the host perhaps."""
@@ -378,9 +381,7 @@ class Checks:
         if opcode not in DRAM_READERS | DRAM_WRITERS:
             return None
         size = FORMATS[DType(fields["dram_dtype"])].bytes
-        rows: Iterable[Mapping[str, int]] = [fields]
-        if SPECS[opcode].indexed:
-            rows = dma.rows(self._memories[Space.SBUF], fields)
+        rows = dma.rows(opcode, self._memories[Space.SBUF], fields)
         try:
             found = np.concatenate([dma.element_addresses(row).ravel() for row in rows])
         except dma.DmaFault:
@@ -393,6 +394,7 @@ class Checks:
         self,
         step: Step,
         opcode: Opcode,
+        accumulate: bool,
         touched: np.ndarray,
         stream: int,
         number: int,
@@ -409,12 +411,12 @@ class Checks:
                 other, at = (int(i) for i in np.argwhere(late)[0])
                 culprit = self.clocks.history[first + other][int(found[other, at]) - 1]
                 raise Race(culprit, "dram", f"byte {int(touched[at]):#x} of DRAM", wrote, store)
+        undefined = dram.undefined[touched]
+        if undefined.any() and self.used is None and (accumulate or not store):
+            at = int(touched[int(np.argmax(undefined))])
+            self.used = Undefined(step, "dram", f"byte {at:#x} of DRAM", step)
         if store:
             dram.written[stream - first, touched] = number
             dram.undefined[touched] = False
             return
-        undefined = dram.undefined[touched]
-        if undefined.any() and self.used is None:
-            at = int(touched[int(np.argmax(undefined))])
-            self.used = Undefined(step, "dram", f"byte {at:#x} of DRAM", step)
         dram.read[stream - first, touched] = number

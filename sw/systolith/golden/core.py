@@ -540,7 +540,7 @@ class Core:
         return run
 
     def _dma(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], Fault | None]:
-        if SPECS[opcode].indexed:
+        if SPECS[opcode].indexed or fields["accumulate"]:
             return self._dma_by_definition(opcode, fields)
         load = opcode is Opcode.DMA_LOAD
         local = self._pattern(opcode, "local", fields)

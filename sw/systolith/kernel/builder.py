@@ -723,6 +723,7 @@ class _Dma(_Engine):
         dram_strides: Sequence[int] | None = None,
         lane_stride: int = 0,
         queue: int | None = None,
+        accumulate: bool = False,
     ) -> None:
         """view <- dram, converted to FP32 words, integers to 32 bits.
 
@@ -732,9 +733,18 @@ class _Dma(_Engine):
         dram_strides : bytes, one for each dimension of the view; default: dense
         lane_stride : bytes from one lane to the next
         queue : number of the DMA queue; default: the least loaded of those kept for loads
+        accumulate : add to the words of the view, in FP32, or modulo 2**32 if the tensor is of
+            integers; a column that the view names more than once is added to each time
         """
         self._transfer(
-            Opcode.DMA_LOAD, view, dram, base_offset_bytes, dram_strides, lane_stride, queue
+            Opcode.DMA_LOAD,
+            view,
+            dram,
+            base_offset_bytes,
+            dram_strides,
+            lane_stride,
+            queue,
+            accumulate=accumulate,
         )
 
     def store(
@@ -746,11 +756,14 @@ class _Dma(_Engine):
         lane_stride: int = 0,
         queue: int | None = None,
         rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
     ) -> None:
         """dram <- view, rounded to the type of the tensor, or the low bits of integers.
 
         Parameters as for `load`; `rounding`, a `Rounding` or its name in lower case, says how the
-        words become a narrow type."""
+        words become a narrow type. With `accumulate` the view is added to the tensor, and holds the
+        sums, too: what meets in DRAM at different indices of the first of four dimensions is added
+        in order."""
         self._transfer(
             Opcode.DMA_STORE,
             view,
@@ -760,6 +773,7 @@ class _Dma(_Engine):
             lane_stride,
             queue,
             rounding,
+            accumulate=accumulate,
         )
 
     def gather(
@@ -773,6 +787,7 @@ class _Dma(_Engine):
         column_stride: int | None = None,
         lane_stride: int | None = None,
         queue: int | None = None,
+        accumulate: bool = False,
     ) -> None:
         """view[i] <- row index[i] of dram, converted as `load` does.
 
@@ -786,10 +801,19 @@ class _Dma(_Engine):
         row_stride : bytes; default: those of one of the tensor's first dimension
         column_stride, lane_stride : bytes from column to column and from lane to lane of a row;
             default: dense
-        queue : as for `load`
+        queue, accumulate : as for `load`
         """
         strides = (rows, row_stride, column_stride, lane_stride)
-        self._indexed(Opcode.GATHER, view, dram, index, base_offset_bytes, strides, queue)
+        self._indexed(
+            Opcode.GATHER,
+            view,
+            dram,
+            index,
+            base_offset_bytes,
+            strides,
+            queue,
+            accumulate=accumulate,
+        )
 
     def scatter(
         self,
@@ -803,12 +827,22 @@ class _Dma(_Engine):
         lane_stride: int | None = None,
         queue: int | None = None,
         rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
     ) -> None:
         """Row index[i] of dram <- view[i], converted as `store` does; of rows of one index the last
-        one stays. Parameters as for `gather` and `store`."""
+        one stays, and with `accumulate` all are added, in order. Parameters as for `gather` and
+        `store`."""
         strides = (rows, row_stride, column_stride, lane_stride)
         self._indexed(
-            Opcode.SCATTER, view, dram, index, base_offset_bytes, strides, queue, rounding
+            Opcode.SCATTER,
+            view,
+            dram,
+            index,
+            base_offset_bytes,
+            strides,
+            queue,
+            rounding,
+            accumulate,
         )
 
     def _indexed(
@@ -821,6 +855,7 @@ class _Dma(_Engine):
         strides: tuple[int | None, int | None, int | None, int | None],
         queue: int | None,
         rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
     ) -> None:
         self._operand("the vector of indices", index, (Space.SBUF,), (DType.INT32,))
         if not isinstance(dram, DramTensor) or not isinstance(view, View):
@@ -839,8 +874,9 @@ class _Dma(_Engine):
                 f"{index.lanes}: {index}"
             )
         low, high = view.span
-        if opcode is Opcode.GATHER and low <= index.span[1] and index.span[0] <= high:
-            refuse(f"the rows gathered lie over the indices: {view} and {index}")
+        writes = accumulate or opcode is Opcode.GATHER
+        if writes and low <= index.span[1] and index.span[0] <= high:
+            refuse(f"rows are written over the indices: {view} and {index}")
         rows, row_stride, column_stride, lane_stride = strides
         rows = dram.shape[0] if rows is None else int(rows)
         if not 1 <= rows < 1 << 32:
@@ -857,6 +893,7 @@ class _Dma(_Engine):
             dram.itemsize if lane_stride is None else lane_stride,
             queue,
             rounding,
+            accumulate,
             index=flat,
             rows=rows,
         )
@@ -871,6 +908,7 @@ class _Dma(_Engine):
         lane_stride: int,
         queue: int | None,
         rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
         index: View | None = None,
         rows: int = 0,
     ) -> None:
@@ -917,7 +955,7 @@ class _Dma(_Engine):
             exact = _runs((*shape, view.lanes), (*strides, lane_stride), int(offset), item)
             intervals = exact or intervals
         queue = self._queue(queue, store, view.size * view.lanes * item)
-        accesses = [self._access(view, not store)]
+        accesses = [self._access(view, accumulate or not store)]
         if index is None:
             counts = self._counts(view.shape)
             local = self._pad("view", view, view.shape)
@@ -942,6 +980,7 @@ class _Dma(_Engine):
                 **places,
                 "lane_stride": lane_stride,
                 "dram_dtype": dram.dtype.value,
+                "accumulate": int(bool(accumulate)),
                 **how,
             },
             accesses,
