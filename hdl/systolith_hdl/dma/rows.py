@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..config import CoreConfig
 from ..isa import DRAM_WRITERS, INSTRUCTION_BITS, SPECS, Opcode, is_opcode
-from ..ports import READ_LATENCY, ReadPort
+from ..ports import READ_LATENCY, ReadPort, split_words
 from .runs import ADDRESS_BITS
 
 _INDEXED = frozenset(opcode for opcode, spec in SPECS.items() if spec.indexed)
@@ -99,6 +99,7 @@ class RowSplitter(wiring.Component):
             self.instruction.ready.eq(self.row.ready & self.row.valid & row.final),
         ]
         m.d.sync += product.eq(Cat(part, Const(0, 1)).as_signed() * body.row_stride)
+        words = split_words(m, self.read.response.payload, name="word")
         with m.FSM() as fsm:
             with m.State("START"):
                 with m.If(~split):
@@ -115,9 +116,7 @@ class RowSplitter(wiring.Component):
                 with m.Elif(self.read.request.ready):
                     m.next = "WAIT"
             with m.State("WAIT"):
-                words = self.read.response.payload
-                lane = number[:log_lanes]
-                m.d.sync += index.eq(Array(words[i] for i in range(config.lanes))[lane])
+                m.d.sync += index.eq(Array(words)[number[:log_lanes]])
                 with m.If(self.read.response.valid):
                     m.next = "UPPER"
             with m.State("UPPER"):
