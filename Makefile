@@ -18,14 +18,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Utilization on the RTL at N = 16, the error of products over K, the speed of the simulation and the
-# kernel library at N = 8, engines side by side; writes docs/performance.md, docs/accuracy.md,
-# docs/simulation.md, docs/engines.md and the figures of docs/kernel-library.md and
-# docs/tutorial.md.
+# Utilization on the RTL at N = 16, the error of products over K, the speed of the simulation, the
+# bandwidth of DMA, the kernel library at N = 8 and engines side by side; writes docs/performance.md,
+# docs/accuracy.md, docs/simulation.md, docs/dma.md, docs/engines.md and the figures of
+# docs/kernel-library.md and docs/tutorial.md.
 bench: setup
 	$(BIN)/python benchmarks/gemm.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/simulation.py
+	$(BIN)/python benchmarks/dma.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/engines.py
 

@@ -59,7 +59,7 @@ def rows(page: str, marker: str) -> list[list[str]]:
 
 def test_primitives() -> None:
     listed = [name for row in rows("docs/compiler.md", "primitives")
-              for name in re.findall(r"`(\w+)`", row[0])]  # fmt: skip
+              for name in re.findall(r"`([\w-]+)`", row[0])]  # fmt: skip
     assert len(listed) == len(set(listed))
     assert set(listed) == set(_HANDLERS)
 

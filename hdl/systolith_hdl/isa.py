@@ -103,10 +103,19 @@ class Opcode(enum.Enum, shape=8):
     ACTIVATE = 0x30
     #: dst = function(src0 * imm0 + src1)
     ACTIVATE_TENSOR_BIAS = 0x31
-    #: local <- DRAM
+    #: local <- DRAM; with `accumulate` local <- local + DRAM, in FP32, of integers modulo 2**32
     DMA_LOAD = 0x40
-    #: DRAM <- local
+    #: DRAM <- local; with `accumulate`, for one i0 after the other, first a DMA_LOAD with
+    #: `accumulate` and then a DMA_STORE: the sums are in both
     DMA_STORE = 0x41
+    #: local <- rows of a table in DRAM, picked by a vector of indices; counts 1 and 2 must be 1
+    #: (else BAD_COUNT). Executes as `counts.0` DMA_LOADs one after the other, that of row i0 from
+    #: ``dram_base + index(i0) * row_stride`` to ``local.base + i0 * local.strides.0``
+    GATHER = 0x42
+    #: rows of a table in DRAM, picked by a vector of indices, <- local: executes as `counts.0`
+    #: DMA_STOREs, otherwise as GATHER. Of rows of one index the last one stays; with `accumulate`
+    #: each is added
+    SCATTER = 0x43
 
 
 class AluOp(enum.Enum, shape=6):
@@ -241,11 +250,14 @@ class FaultCause(enum.Enum, shape=8):
     BAD_TYPE = 4
     #: operand in a memory the instruction cannot reach
     BAD_SPACE = 5
-    #: a count of zero, or lanes or columns outside 1..N (LOAD_STATIONARY: see there)
+    #: a count of zero, or lanes or columns outside 1..N (LOAD_STATIONARY, GATHER, SCATTER: see
+    #: there)
     BAD_COUNT = 6
     #: semaphore number does not exist, or its chip is not this one
     BAD_SEMAPHORE = 7
-    #: an access pattern leaves its memory; address = first word outside that the check met
+    #: an access pattern leaves its memory; address = first word outside that the check met. Or an
+    #: index names no row of its table; address = the index, unsigned. The rows before it have been
+    #: moved then, no others
     OUT_OF_BOUNDS = 8
     #: a signal would carry a semaphore past 65535; address = semaphore number
     SEMAPHORE_OVERFLOW = 9
@@ -379,6 +391,34 @@ class NextBody(data.Struct):
     reserved: unsigned(287)
 
 
+class IndexVector(data.Struct):
+    """INT32 words in SBUF, N in a column: index i is in partition ``i % N`` of word
+    ``base + i // N``. An index register is added to the base as in `Operand`."""
+
+    base: unsigned(24)
+    index: unsigned(2)
+    reserved: unsigned(6)
+
+
+class IndexedBody(data.Struct):
+    """DMA body with a vector of indices. Element (i0, 0, 0, i3) of lane l lies in DRAM at byte
+    ``dram_base + index(i0) * row_stride + i3 * column_stride + l * lane_stride``. What both have
+    is where `DmaBody` has it, the index register of `dram_base` too. An index, taken as unsigned,
+    must be less than `rows`."""
+
+    counts: Counts
+    local: Operand
+    dram_base: unsigned(48)
+    row_stride: signed(32)
+    rows: unsigned(32)
+    index: IndexVector
+    column_stride: signed(32)
+    lane_stride: signed(32)
+    dram_dtype: DType
+    reserved: unsigned(10)
+    dram_index: unsigned(2)
+
+
 class EmptyBody(data.Struct):
     """Body of NOP and END."""
 
@@ -411,6 +451,11 @@ class Spec:
     )
     unused: frozenset[str] = frozenset()
     pairs: bool = False
+
+    @property
+    def indexed(self) -> bool:
+        """Whether it reads an `IndexVector` of `counts.0` indices; counts 1 and 2 must be 1."""
+        return self.body is IndexedBody
 
     def exists(self, config: CoreConfig) -> bool:
         """Whether cores of that configuration have the instruction."""
@@ -522,14 +567,28 @@ SPECS: dict[Opcode, Spec] = {
     Opcode.DMA_LOAD: Spec(
         kind=EngineKind.DMA,
         body=DmaBody,
-        header=frozenset({"lanes"}),
+        header=frozenset({"lanes", "accumulate"}),
         operands={"local": (_SBUF, _READ)},
     ),
     Opcode.DMA_STORE: Spec(
         kind=EngineKind.DMA,
         body=DmaBody,
-        header=frozenset({"lanes", "rounding"}),
+        header=frozenset({"lanes", "accumulate", "rounding"}),
         operands={"local": (_SBUF, _READ)},
+    ),
+    Opcode.GATHER: Spec(
+        kind=EngineKind.DMA,
+        body=IndexedBody,
+        header=frozenset({"lanes", "accumulate"}),
+        operands={"local": (_SBUF, _READ)},
+        unused=frozenset({"local.strides.1", "local.strides.2"}),
+    ),
+    Opcode.SCATTER: Spec(
+        kind=EngineKind.DMA,
+        body=IndexedBody,
+        header=frozenset({"lanes", "accumulate", "rounding"}),
+        operands={"local": (_SBUF, _READ)},
+        unused=frozenset({"local.strides.1", "local.strides.2"}),
     ),
 }
 
@@ -539,6 +598,9 @@ SPECS: dict[Opcode, Spec] = {
 LOADS = frozenset({Opcode.LOAD_STATIONARY, Opcode.LOAD_STATIONARY_PAIR})
 #: Instructions that the sequencer executes itself.
 CONTROL = frozenset({Opcode.NOP, Opcode.END, Opcode.LOOP, Opcode.NEXT, Opcode.TEST})
+#: DMA instructions that read DRAM into SBUF, and those that write it from there.
+DRAM_READERS = frozenset({Opcode.DMA_LOAD, Opcode.GATHER})
+DRAM_WRITERS = frozenset({Opcode.DMA_STORE, Opcode.SCATTER})
 #: Instructions on pairs of FP8 numbers.
 PAIRS = frozenset(opcode for opcode, spec in SPECS.items() if spec.pairs)
 
@@ -627,7 +689,7 @@ def indexed_fields(opcode: Opcode) -> list[IndexedField]:
     found = []
     for name, (offset, _) in FIELDS[opcode].items():
         if name.endswith((".index", "dram_index")):
-            base, shape = FIELDS[opcode][name.replace("index", "base")]
+            base, shape = FIELDS[opcode][name.removesuffix("index") + "base"]
             found.append(IndexedField(offset, base, shape.width))
     return found
 

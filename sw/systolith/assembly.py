@@ -43,6 +43,9 @@ from .errors import ProgramError
 #: operations whose immediate is a word of bits rather than a number
 _BITWISE = {AluOp.BIT_AND.value, AluOp.BIT_OR.value, AluOp.BIT_XOR.value}
 
+#: strides of a transfer -> those that one with indices has, which is shown with the others as 0
+_TABLE_STRIDES = {"dram_strides.0": "row_stride", "dram_strides.3": "column_stride"}
+
 
 #: fields written as name=number, but if they are zero
 _NUMBERS = ("lanes", "columns", "accumulate", "count", "conditional")
@@ -146,9 +149,14 @@ def disassemble_instruction(raw: bytes) -> str:
     if "dram_dtype" in fields:
         dtype = _name(DType, fields["dram_dtype"]).lower()
         strides = _bracket(fields, "dram_strides")
+        if SPECS[opcode].indexed:
+            strides = f"[{fields['row_stride']},0,0,{fields['column_stride']}]"
         index = _index(fields["dram_index"])
         parts.append(f"dram={dtype}@{fields['dram_base']:#x}{index}{strides}")
         parts.append(f"lane_stride={fields['lane_stride']}")
+        if SPECS[opcode].indexed:
+            index = _index(fields["index.index"])
+            parts.append(f"index={fields['index.base']}{index} rows={fields['rows']}")
     elif "dram_base" in fields:
         parts.append(f"word={fields['dram_base']:#x}{_index(fields['dram_index'])}")
     if "steps.0" in fields:
@@ -168,6 +176,7 @@ _WAIT = re.compile(r"s(\d+)(?:(>=|-=)|#(\d+):)(\d+)")
 _SIGNAL = re.compile(r"signal\(s(\d+)\+(\d+)(?:@(\d+))?\)")
 _OPERAND = re.compile(r"([\w#]+)\.([\w#]+)@(\d+)(?:\+r([1-3]))?\[([-\d,]+)\]")
 _DRAM = re.compile(r"([\w#]+)@(0x[0-9a-f]+)(?:\+r([1-3]))?\[([-\d,]+)\]")
+_VECTOR = re.compile(r"(\d+)(?:\+r([1-3]))?")
 _WORD = re.compile(r"(0x[0-9a-f]+)(?:\+r([1-3]))?")
 
 
@@ -237,8 +246,11 @@ def _assemble_words(words: list[str]) -> bytes:
             known = FIELDS[opcode]
             if name in ("op0", "op1"):
                 fields[name] = _code(operation_enums(opcode)[name], value)
-            elif name in (*_NUMBERS, "lane_stride"):
+            elif name in (*_NUMBERS, "lane_stride", "rows"):
                 fields[name] = int(value)
+            elif name == "index":
+                base, index = _match(_VECTOR, value).groups()
+                fields |= {"index.base": int(base), "index.index": int(index or 0)}
             elif name == "rounding":
                 fields[name] = _code(Rounding, value)
             elif name in ("imm0", "imm1"):
@@ -250,7 +262,9 @@ def _assemble_words(words: list[str]) -> bytes:
                 fields["dram_dtype"] = _code(DType, dtype)
                 fields["dram_base"] = int(base, 16)
                 fields["dram_index"] = int(index or 0)
-                fields.update(_four(strides, "dram_strides", known))
+                names = _TABLE_STRIDES if SPECS[opcode].indexed else {}
+                for field, stride in _four(strides, "dram_strides", known):
+                    fields[names.get(field, field)] = stride
             elif name == "word":
                 base, index = _match(_WORD, value).groups()
                 fields |= {"dram_base": int(base, 16), "dram_index": int(index or 0)}

@@ -170,6 +170,21 @@ moved bit for bit; narrow types are widened by a load, INT8 with its sign, and r
 store, as its `rounding` says, which takes the low 8 bits for INT8. Elements that
 coincide are written in the order (i0, i1, i2, i3, l): the last one stays.
 
+With `accumulate` a DMA_LOAD adds to the words of SBUF, in that order, with one FP32 rounding for
+each, or modulo 2^32 if the elements are integers. A DMA_STORE with `accumulate` does so for one i0
+after the other, and stores each once it is added: the sums are in DRAM, rounded to `dram_dtype`,
+and in SBUF. What meets in DRAM at different i0 is thus added in order; at one i0, the last one
+stays.
+
+GATHER and SCATTER move rows of a table, picked by a vector of indices: INT32 words in SBUF, N in a
+column, index i in partition i mod N of word `index.base` + i div N. Element (i0, 0, 0, i3) of lane
+l lies in DRAM at byte `dram_base + index(i0)*row_stride + i3*column_stride + l*lane_stride`. They
+execute as `counts.0` DMA_LOADs or DMA_STOREs, one after the other; of rows of one index a SCATTER's
+last one stays, and with `accumulate` each is added. All indices are read before anything is moved,
+and after everything before the instruction in its stream is complete; what one writes over its own
+indices is undefined. An index that, taken as unsigned, is not less than `rows` is a fault: the rows
+before it have been moved, no others.
+
 ### Loops
 
 Every stream has {registers} index registers of 32 bits, a flag, and up to {depth} loops open at

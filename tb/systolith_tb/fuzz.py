@@ -33,6 +33,7 @@ from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import (
     DMA_TYPES,
+    DRAM_WRITERS,
     FIELDS,
     INDEX_REGISTERS,
     LOADS,
@@ -61,6 +62,9 @@ STEPS = 48
 TIMEOUT = 200_000
 #: words of SBUF and PSUM that most operands lie in, so that instructions meet
 HOT_WORDS = 96
+#: the last words of SBUF hold indices below ROWS and are never written
+INDEX_WORDS = 16
+ROWS = 8
 
 
 class Instruction(NamedTuple):
@@ -165,6 +169,9 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
     counts = random_counts(STEPS)
     if opcode in LOADS:
         counts = [1, 1, 1, random.randint(1, config.lanes)]
+    if spec.indexed:
+        counts[1:3] = 1, 1
+        counts[0] = min(counts[0], 12)
     fields: dict[str, Any] = {}
     for name in FIELDS[opcode]:
         head, _, tail = name.partition(".")
@@ -189,7 +196,7 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
 
     for operand, (spaces, _) in spec.operands.items():
         space = random.choice(sorted(spaces, key=lambda s: s.value))
-        depth = config.sbuf_depth if space is Space.SBUF else config.psum_depth
+        depth = config.psum_depth if space is Space.PSUM else config.sbuf_depth - INDEX_WORDS
         strides = random.choice((any_strides, lambda n: nested_strides(n)[0]))(counts)
         used = [f"{operand}.strides.{d}" in FIELDS[opcode] for d in range(4)]
         window = HOT_WORDS if random.random() < 0.8 else depth
@@ -221,19 +228,28 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
                 (random.randint(-80, 80), random.randint(-80, 80)),
             )
         )
-        strides = [
-            *(random.choice((0, size, inner * lanes * size, random.randint(-200, 200)))
-              for _ in range(3)),
-            inner_stride,
-        ]  # fmt: skip
-        base = place([*strides, lane_stride], [*counts, lanes], 0, DATA_BYTES - size)
+        outer = [
+            random.choice((0, size, inner * lanes * size, random.randint(-200, 200)))
+            for _ in range(3)
+        ]
+        reach = counts
+        if spec.indexed:
+            outer[1:] = 0, 0
+            reach = [ROWS, 1, 1, inner]
+            last = (counts[0] - 1) // config.lanes  # word of the last index
+            fields["rows"] = ROWS
+            fields["index.base"] = config.sbuf_depth - 1 - random.randint(last, INDEX_WORDS - 1)
+        strides = [*outer, inner_stride, lane_stride]
+        base = place(strides, [*reach, lanes], 0, DATA_BYTES - size)
         if base is None:
             return None
         if size > 1 and random.random() < 0.9:
             strides = [s & ~1 for s in strides]
-            lane_stride &= ~1
-        fields |= {"dram_base": base, "lane_stride": lane_stride}
-        fields |= {f"dram_strides.{d}": strides[d] for d in range(4)}
+        names = [*(f"dram_strides.{d}" for d in range(4)), "lane_stride"]
+        if spec.indexed:
+            names = ["row_stride", "", "", "column_stride", "lane_stride"]
+        fields["dram_base"] = base
+        fields |= {name: stride for name, stride in zip(names, strides, strict=True) if name}
     return fields
 
 
@@ -245,13 +261,16 @@ def _addresses(access: Access) -> np.ndarray:
     return found.ravel()
 
 
-def _defined(opcode: Opcode, fields: dict[str, int]) -> bool:
-    """Whether the result is: a destination overlaps a source only element for element."""
-    found = list(accesses(opcode, fields))
+def _defined(config: CoreConfig, opcode: Opcode, fields: dict[str, int]) -> bool:
+    """Whether the result is: a destination overlaps a source only element for element, and no
+    indices."""
+    found = list(accesses(opcode, fields, config.lanes))
     for target in found:
         if not target.writes:
             continue
         mine = _addresses(target)
+        if target.space is Space.SBUF and mine.max() >= config.sbuf_depth - INDEX_WORDS:
+            return False
         for source in found:
             if source is target or source.space is not target.space:
                 continue
@@ -270,7 +289,18 @@ def _dram_bytes(opcode: Opcode, fields: dict[str, int]) -> np.ndarray | None:
     if opcode is Opcode.TEST:
         return (fields["dram_base"] & ~3) + np.arange(4)
     size = FORMATS[DType(fields["dram_dtype"])].bytes
-    return np.unique(dma.element_addresses(fields).ravel()[:, None] + np.arange(size))
+    if SPECS[opcode].indexed:  # any row
+        found = np.full(1, fields["dram_base"], np.int64)
+        for n, stride in (
+            (fields["rows"], fields["row_stride"]),
+            (fields["counts.3"], fields["column_stride"]),
+            (fields["lanes"], fields["lane_stride"]),
+        ):
+            found = (found[:, None] + np.arange(n) * stride).ravel()
+        found &= ~(size > 1)  # bit 0 of an address is ignored
+    else:
+        found = dma.element_addresses(fields).ravel()
+    return np.unique(found[:, None] + np.arange(size))
 
 
 def _legal(config: CoreConfig, element: Element, registers: Registers = _ZERO) -> bool:
@@ -281,7 +311,7 @@ def _legal(config: CoreConfig, element: Element, registers: Registers = _ZERO) -
         touched = _dram_bytes(opcode, fields)
         if touched is not None and (touched[0] < 0 or touched[-1] >= DATA_BYTES):
             return False
-        if not _defined(opcode, fields):
+        if not _defined(config, opcode, fields):
             return False
     return True
 
@@ -369,6 +399,7 @@ class _Order:
             for space, depth in depths.items()
         }
         self._bytes = np.zeros((2, count, DATA_BYTES), np.int64)
+        self._lanes = config.lanes
         self._counts = [0] * count
 
     def add(self, element: Element) -> tuple[set[str], dict[str, int]]:
@@ -380,26 +411,26 @@ class _Order:
             self._counts[self.streams.index(name)] += 1
         needed = np.zeros(len(self.streams), np.int64)
         for _, opcode, fields in executed:
-            for access in accesses(opcode, fields):
+            for access in accesses(opcode, fields, self._lanes):
                 words = self._words[access.space][:, :, : access.lanes, _addresses(access)]
                 needed = np.maximum(needed, (words if access.writes else words[:1]).max((0, 2, 3)))
             data = _dram_bytes(opcode, fields)
             if data is not None:
                 found = self._bytes[:, :, data]
-                store = opcode not in (Opcode.DMA_LOAD, Opcode.TEST)
+                store = opcode in DRAM_WRITERS
                 needed = np.maximum(needed, (found if store else found[:1]).max((0, 2)))
         for instruction in executed:
             _, opcode, fields = instruction
             stream = self.streams.index(self._stream(instruction))
             count = self._counts[stream]
-            for access in accesses(opcode, fields):
+            for access in accesses(opcode, fields, self._lanes):
                 memory = self._words[access.space]
                 for kind, here in ((0, access.writes), (1, access.reads)):
                     if here:
                         memory[kind, stream, : access.lanes, _addresses(access)] = count
             data = _dram_bytes(opcode, fields)
             if data is not None:
-                store = opcode not in (Opcode.DMA_LOAD, Opcode.TEST)
+                store = opcode in DRAM_WRITERS
                 self._bytes[0 if store else 1, stream, data] = count
         return names, {other: int(at) for other, at in zip(self.streams, needed, strict=True) if at}
 
@@ -546,8 +577,9 @@ def _break(raw: bytes, kind: EngineKind, config: CoreConfig) -> bytes | None:
         word = int.from_bytes(raw, "little")
         if random.random() < 0.6:
             names = [n for n in FIELDS[opcode] if n != "opcode"]
-            # Spaces are so small that they are seldom hit.
-            name = random.choice([*names, *(5 * [n for n in names if n.endswith("space")])])
+            # Some kinds of fields are so few or so small that they are seldom hit.
+            seldom = [n for n in names if n.endswith(("space", "sem", "chip"))]
+            name = random.choice([*names, *(5 * seldom)])
             offset, shape = FIELDS[opcode][name]
             width = Shape.cast(shape).width
             mask = (1 << width) - 1
@@ -683,6 +715,8 @@ class Rig:
             words = random_words(rng, tensor.shape)
             plain = rng.standard_normal(tensor.shape).astype(np.float32).view(np.uint32)
             words = np.where(rng.random(tensor.shape) < 0.3, words, plain)
+            if name == "sbuf":
+                words[-INDEX_WORDS:] = rng.integers(0, ROWS, (INDEX_WORDS, self.config.lanes))
             driver.write(tensor, words.view(np.float32))
         driver.run(self._set)
         loaded = driver.load(made)

@@ -147,6 +147,13 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
     if opcode in LOADS:
         fields |= {"counts.0": 1, "counts.1": 1, "counts.2": 1}
         fields["counts.3"] = random.randint(1, config.lanes)
+    if spec.indexed:
+        fields |= {"counts.1": 1, "counts.2": 1}
+        columns = -(-fields["counts.0"] // config.lanes)
+        end = config.sbuf_depth - columns
+        fields["index.base"] = random.choice((0, random.randrange(end), end, end, end + 1))
+        if not mutate:
+            fields["index.base"] = min(end, fields["index.base"])
     if opcode is Opcode.MATMUL and fields["dst.dtype"] is DType.INT32:
         # As it must be; seldom not, which is an error.
         if not mutate or random.random() < 0.8:

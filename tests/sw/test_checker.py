@@ -153,6 +153,13 @@ def test_causes() -> None:
     assert c(op.LOAD_STATIONARY_PAIR, counts__0=2, counts__3=1) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__3=5) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__2=2, counts__3=1) is FaultCause.BAD_COUNT
+    for opcode in (op.GATHER, op.SCATTER):
+        assert c(opcode, counts__0=9) is None
+        assert c(opcode, counts__0=0) is FaultCause.BAD_COUNT
+        assert c(opcode, counts__1=2) is FaultCause.BAD_COUNT
+        assert c(opcode, counts__2=2) is FaultCause.BAD_COUNT
+        assert c(opcode, dram_dtype=9) is FaultCause.BAD_TYPE
+        assert c(opcode, local__space=1) is FaultCause.BAD_SPACE
     assert c(op.NOP, wait__0__mode=1, wait__0__sem=32) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, wait__2__mode=2, wait__2__sem=63) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, signal__amount=1, signal__sem=32) is FaultCause.BAD_SEMAPHORE
@@ -213,6 +220,17 @@ def test_bounds_address_and_operand_order() -> None:
     assert address() == -100
 
 
+def test_bounds_of_indices() -> None:
+    fields = legal_fields(Opcode.GATHER) | {"counts.0": 8, "index.base": 2046}
+    assert check(encode(Opcode.GATHER, fields), EngineKind.DMA, NANO) is None
+    fields["counts.0"] = 9
+    fault = check(encode(Opcode.GATHER, fields), EngineKind.DMA, NANO)
+    assert fault == Fault(FaultCause.OUT_OF_BOUNDS, 2048)
+    fields["local.base"] = 3000  # comes before them
+    fault = check(encode(Opcode.GATHER, fields), EngineKind.DMA, NANO)
+    assert fault == Fault(FaultCause.OUT_OF_BOUNDS, 3000)
+
+
 @settings(max_examples=200)
 @given(
     opcode=st.sampled_from([op for op in Opcode if SPECS[op].operands]),
@@ -224,24 +242,31 @@ def test_bounds_against_a_walk(
 ) -> None:
     if opcode in LOADS:
         counts = (1, 1, 1, counts[3])
+    if SPECS[opcode].indexed:
+        counts = (counts[0] ** 2, 1, 1, counts[3])
     fields = legal_fields(opcode) | {f"counts.{i}": n for i, n in enumerate(counts)}
     strides = st.integers(-40, 40)
     outside = False
     for name in SPECS[opcode].operands:
-        used = 3 if opcode is Opcode.REDUCE and name == "dst" else 4
+        used = [d for d in range(4) if f"{name}.strides.{d}" in FIELDS[opcode]]
         space = fields[f"{name}.space"]
         depth = NANO.psum_depth if space else NANO.sbuf_depth
         fields[f"{name}.base"] = data.draw(
             st.one_of(st.integers(0, 60), st.integers(depth - 60, depth + 10))
         )
-        for i in range(used):
+        for i in used:
             fields[f"{name}.strides.{i}"] = data.draw(strides)
         walk = {
             fields[f"{name}.base"]
-            + sum(i * fields[f"{name}.strides.{d}"] for d, i in enumerate(index))
-            for index in itertools.product(*(range(n) for n in counts[:used]))
+            + sum(i * fields[f"{name}.strides.{d}"] for d, i in zip(used, index, strict=True))
+            for index in itertools.product(*(range(counts[d]) for d in used))
         }
         outside |= min(walk) < 0 or max(walk) >= depth
+    if SPECS[opcode].indexed:
+        # Of N indices in a column.
+        fields["index.base"] = data.draw(st.integers(NANO.sbuf_depth - 4, NANO.sbuf_depth + 1))
+        columns = {row // NANO.lanes for row in range(counts[0])}
+        outside |= fields["index.base"] + max(columns) >= NANO.sbuf_depth
     fault = check(encode(opcode, fields), kind_of(opcode), NANO)
     assert (fault is not None) == outside
     assert fault is None or fault.cause is FaultCause.OUT_OF_BOUNDS

@@ -12,7 +12,7 @@ from systolith.errors import BackendError
 from systolith.golden import Core, GoldenDevice, arithmetic
 from systolith.golden.activation import evaluate
 from systolith.golden.checker import check
-from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.formats import FORMATS, INTEGERS, DType
 from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
@@ -38,6 +38,9 @@ NANO = NANO_FP8
 DRAM_BYTES = 4096
 #: where random operands lie: small, so that elements meet
 WINDOW = 48
+#: from this word on SBUF holds indices of a table of that many rows
+INDICES = 1024
+ROWS = 20
 
 
 def engine_of(opcode: Opcode) -> str:
@@ -72,6 +75,13 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
             fields["lane_stride"] = rng.choice((0, 2, 4, 64, -64, rng.randint(-50, 50)))
             for i in range(4):
                 fields[f"dram_strides.{i}"] = rng.choice((0, 2, 4, 16, 20, rng.randint(-50, 50)))
+        if spec.indexed:
+            fields |= {"counts.0": rng.randint(1, 12), "counts.1": 1, "counts.2": 1}
+            fields["row_stride"] = fields["dram_strides.0"]
+            fields["column_stride"] = fields["dram_strides.3"]
+            fields["rows"] = rng.choice((ROWS, ROWS, ROWS - 1))
+            fields["index.base"] = rng.randrange(INDICES, INDICES + 6)
+            fields = {k: v for k, v in fields.items() if k in FIELDS[opcode]}
         fields["imm0"] = rng.choice((0, 0x3F800000, rng.getrandbits(32)))
         fields["imm1"] = rng.choice((0, 0xBF800000, rng.getrandbits(32)))
         for name in ("imm0", "imm1"):
@@ -89,6 +99,7 @@ def random_core(rng: random.Random) -> Core:
         ordinary = generator.standard_normal(memory.shape).astype(np.float32).view(np.uint32)
         wild = generator.integers(0, 2**32, memory.shape, dtype=np.uint32)
         memory[:] = np.where(generator.random(memory.shape) < 0.8, ordinary, wild)
+    core.sbuf[:, INDICES:] = generator.integers(0, ROWS, core.sbuf[:, INDICES:].shape)
     words, pairs = core.stationary.words, generator.random(NANO.lanes) < 0.5
     core.stationary.pairs[:] = pairs
     words[0] = arithmetic.round_to(words[0], DType.BF16)
@@ -125,6 +136,30 @@ class Naive:
         self.sbuf, self.psum = core.sbuf.copy(), core.psum.copy()
         self.stationary, self.dram = core.stationary.words.copy(), core.dram.copy()
         self.pairs = core.stationary.pairs.copy()
+
+    def index(self, f: dict[str, int], row: int) -> int:
+        """The index of a row of a GATHER or SCATTER."""
+        return int(self.sbuf[row % NANO.lanes, f["index.base"] + row // NANO.lanes])
+
+    def element(self, f: dict[str, int], index: tuple[int, ...], lane: int) -> int:
+        """DRAM byte address of an element."""
+        if "rows" in f:
+            address = self.index(f, index[0]) * f["row_stride"] + index[3] * f["column_stride"]
+        else:
+            address = sum(i * f[f"dram_strides.{d}"] for d, i in enumerate(index))
+        address = (f["dram_base"] + address + lane * f["lane_stride"]) % (1 << 48)
+        return address & ~(FORMATS[DType(f["dram_dtype"])].bytes > 1)
+
+    def first_bad_row(self, f: dict[str, int]) -> int | None:
+        """The first row, of one i0, that does not exist."""
+        end = DRAM_BYTES - FORMATS[DType(f["dram_dtype"])].bytes
+        for row in range(f["counts.0"]):
+            if "rows" in f and self.index(f, row) >= f["rows"]:
+                return row
+            for inner in itertools.product(*(range(f[f"counts.{d}"]) for d in (1, 2, 3))):
+                if any(self.element(f, (row, *inner), lane) > end for lane in range(f["lanes"])):
+                    return row
+        return None
 
     def execute(self, raw: bytes) -> None:
         opcode, f = decode(raw)
@@ -212,18 +247,33 @@ class Naive:
                     bias = word("src1", lane, index) if tensor else one(f["imm1"])
                     y = arithmetic.add(y, bias)
                     writes.append((lane, index, evaluate(Function(f["op0"]), y)))
-            case Opcode.DMA_LOAD | Opcode.DMA_STORE:
+            case Opcode.DMA_LOAD | Opcode.DMA_STORE | Opcode.GATHER | Opcode.SCATTER:
                 dtype = DType(f["dram_dtype"])
                 size = FORMATS[dtype].bytes
-                for lane, index in [(lane, index) for index in indices for lane in range(lanes)]:
-                    address = f["dram_base"] + lane * f["lane_stride"]
-                    address += sum(i * f[f"dram_strides.{d}"] for d, i in enumerate(index))
-                    address &= ~(size > 1)
+                load = opcode in (Opcode.DMA_LOAD, Opcode.GATHER)
+                steps = [(lane, index) for index in indices for lane in range(lanes)]
+                work = [(load, lane, index) for lane, index in steps]
+                if f["accumulate"] and not load:
+                    # A row after the other is added to SBUF and stored.
+                    work = [
+                        (loads, lane, index)
+                        for row in range(counts[0])
+                        for loads in (True, False)
+                        for lane, index in steps
+                        if index[0] == row
+                    ]
+                for loads, lane, index in work:
+                    address = self.element(f, index, lane)
                     element = slice(address, address + size)
                     target = self.sbuf[lane : lane + 1, at("local", index)]
-                    if opcode is Opcode.DMA_LOAD:
+                    if loads:
                         bits = np.frombuffer(self.dram[element].tobytes(), f"<u{size}")
-                        target[0] = arithmetic.unpack(bits, dtype)[0]
+                        word = arithmetic.unpack(bits, dtype)
+                        if f["accumulate"] and dtype in INTEGERS:
+                            word = one((int(word[0]) + int(target[0])) % (1 << 32))
+                        elif f["accumulate"]:
+                            word = arithmetic.add(target.copy(), word)
+                        target[0] = word[0]
                     else:
                         raw_bytes = arithmetic.pack(target, dtype).tobytes()
                         self.dram[element] = np.frombuffer(raw_bytes, np.uint8)
@@ -242,9 +292,18 @@ def test_instruction(opcode: Opcode, seed: int) -> None:
     core = random_core(rng)
     raw = random_instruction(rng, opcode)
     naive = Naive(core)
-    dram = decode(raw)[1].get("dram_base")
-    if core.execute(raw, engine_of(opcode)) is not None:
-        assert dram is not None  # only the bus can still refuse
+    fault = core.execute(raw, engine_of(opcode))
+    if fault is not None:
+        fields = decode(raw)[1]
+        assert "dram_base" in fields  # only the bus can still refuse, or an index be wrong
+        if SPECS[opcode].indexed or (opcode is Opcode.DMA_STORE and fields["accumulate"]):
+            # The first row that is not there; those before it have been moved.
+            bad = naive.first_bad_row(fields)
+            assert bad is not None
+            if fault.cause is FaultCause.OUT_OF_BOUNDS:
+                assert fault.address == naive.index(fields, bad) >= fields["rows"]
+            if bad:
+                naive.execute(encode(opcode, {**fields, "counts.0": bad}))
         assert (core.sbuf == naive.sbuf).all() and (core.dram == naive.dram).all()
         return
     naive.execute(raw)

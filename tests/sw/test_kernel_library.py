@@ -434,6 +434,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], tuple[np.ndarray, ...]]]:
     rates = np.array([0.01, 2.0, 3.0], np.float32)
     image = make(1, 6, 5, 5)
     lse = make(11)
+    index = rng.integers(0, 5, 19, dtype=np.int32)
     return {
         "adamw": (kernels.adamw, {"rounding": "stochastic"}, (*state, rates)),
         "attention": (kernels.attention, {"causal": True}, (q, k, v)),
@@ -456,6 +457,8 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], tuple[np.ndarray, ...]]]:
         "cross_entropy": (kernels.cross_entropy, {}, (x, labels)),
         "cross_entropy_forward": (kernels.cross_entropy_forward, {}, (x, labels)),
         "cross_entropy_grad": (kernels.cross_entropy_grad, {}, (x, labels, lse, make(11))),
+        "embedding": (kernels.embedding, {}, (x, index)),
+        "embedding_grad": (kernels.embedding_grad, {"rows": 5}, (x, index[:11])),
         "gelu_mlp": (kernels.gelu_mlp, {}, (x, make(9, 6), make(6), make(6, 5), make(5))),
         "layernorm": (kernels.layernorm, {}, (x, gain, bias)),
         "layernorm_grad": (kernels.layernorm_grad, {}, (x, gain, g)),
@@ -463,6 +466,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], tuple[np.ndarray, ...]]]:
         "max_pool": (kernels.max_pool, {"window": (3, 3), "stride": 1}, (image,)),
         "rmsnorm": (kernels.rmsnorm, {}, (x, gain)),
         "rmsnorm_grad": (kernels.rmsnorm_grad, {}, (x, gain, g)),
+        "scatter_add": (kernels.scatter_add, {}, (x, index, make(19, 9))),
         "softmax": (kernels.softmax, {}, (x,)),
         "softmax_grad": (kernels.softmax_grad, {}, (np.abs(x), g)),
         "swiglu_mlp": (kernels.swiglu_mlp, {}, (x, make(9, 6), make(9, 6), make(6, 5))),

@@ -17,6 +17,7 @@ from ..isa import (
     EngineKind,
     FaultCause,
     Header,
+    IndexedBody,
     LoopBody,
     Opcode,
     Operand,
@@ -31,6 +32,8 @@ _BODY = 128
 #: Every body has its counts first and its local operands in these slots after them.
 _OPERAND_SLOTS = {"dst": 0, "local": 0, "src0": 1, "src1": 2}
 _SLOTS = 3
+#: The DMA queues' check has the vector of indices in place of an operand that they do not have.
+_INDEX_SLOT = 1
 
 
 class Fault(data.Struct):
@@ -53,9 +56,9 @@ class Check(wiring.Component):
     checked : Out(stream of {word, fault}); fault.cause is NONE for a legal instruction
     idle : Out(1), holds no instruction
 
-    Latency: 2 cycles, and ``2 + d`` for each local operand, whose bounds are worked out with one
-    multiplier, d being the dimensions of more than one element; the next instruction is checked
-    while those before it execute.
+    Latency: 2 cycles, and ``2 + d`` for each local operand and vector of indices, whose bounds are
+    worked out with one multiplier, d being the dimensions of more than one element; the next
+    instruction is checked while those before it execute.
     """
 
     def __init__(self, config: CoreConfig, kind: EngineKind) -> None:
@@ -123,6 +126,8 @@ class Check(wiring.Component):
                     if opcode in LOADS:
                         bad_count += [tensor.counts[d] != 1 for d in range(3)]
                         bad_count.append(tensor.counts[3] > config.lanes)
+                    if spec.indexed:
+                        bad_count += [tensor.counts[d] != 1 for d in (1, 2)]
                     signal = header.signal
                     bad_semaphore = [
                         (signal.amount != 0)
@@ -145,6 +150,7 @@ class Check(wiring.Component):
                         with m.If(failed):
                             m.d.comb += cause.eq(found)
                     used = sum(1 << _OPERAND_SLOTS[name] for name in spec.operands)
+                    used |= spec.indexed << _INDEX_SLOT
                     m.d.comb += slots.eq(used)
             with m.Default():
                 m.d.comb += cause.eq(FaultCause.ILLEGAL_OPCODE)
@@ -175,10 +181,15 @@ class Check(wiring.Component):
         low = Signal(signed(40))
         high = Signal(signed(40))
         operand = Signal(Operand)
+        indices = Signal()
+        m.d.comb += indices.eq((self._kind is EngineKind.DMA) & (slot == _INDEX_SLOT))
         with m.Switch(slot):
             for index, view in enumerate(self._operands(word)):
                 with m.Case(index):
                     m.d.comb += operand.eq(view)
+        with m.If(indices):
+            vector = data.View(IndexedBody, word[_BODY:]).index
+            m.d.comb += [operand.eq(0), operand.base.eq(vector.base), operand.strides[0].eq(1)]
         limit = Mux(operand.space == Space.SBUF, config.sbuf_depth, config.psum_depth)
         after = Signal(_SLOTS)  # operands still to check once this one is
         here = Const(1, _SLOTS) << slot
@@ -191,10 +202,14 @@ class Check(wiring.Component):
 
         long = Cat(count != 1 for count in counts)
         stride = Signal(signed(16))
-        dimension = Signal(16)
+        steps = Signal(16)  # from the first to the last of a dimension
         for d in reversed(range(4)):
             with m.If(todo[d]):
-                m.d.comb += [stride.eq(operand.strides[d]), dimension.eq(counts[d])]
+                m.d.comb += [stride.eq(operand.strides[d]), steps.eq(counts[d] - 1)]
+                if d == 0:
+                    # N indices lie in a column.
+                    with m.If(indices):
+                        m.d.comb += steps.eq((counts[0] - 1) >> config.lanes.bit_length() - 1)
 
         with m.FSM():
             with m.State("TAKE"):
@@ -213,7 +228,7 @@ class Check(wiring.Component):
                 # Each cycle multiplies one dimension and adds the product of the one before; the
                 # last one compares.
                 m.d.sync += [first.eq(0), todo.eq(todo & (todo - 1)), multiplied.eq(todo.any())]
-                m.d.sync += product.eq(stride * (dimension - 1)[:16])
+                m.d.sync += product.eq(stride * steps)
                 with m.If(first):
                     m.d.sync += [low.eq(operand.base), high.eq(operand.base)]
                 with m.Elif(multiplied):

@@ -29,6 +29,8 @@ slice      start, step                 ``a[start[0]::step[0], start[1]::step[1]]
 cast                                   elements of ``a`` in another type: between integers, modulo
                                        their size; from INT8 to a float only until the passes
                                        begin, see `trace.refuse_casts`
+wrap       step, rows                  a step from an index that may be negative to one that is not;
+                                       only until the passes begin, see `trace.refuse_casts`
 fill       value                       every element is ``value``
 kernel     call                        the first result of a kernel function, see `kernel.function`
 result     index                       another result of the kernel that made the operand
@@ -364,7 +366,7 @@ def _integers_legal(op: Op) -> bool:
         return same and (made not in INTEGERS or set(types) == {DType.INT8})
     if op.kind == "cast":
         return made in INTEGERS and given[0] in INTEGERS
-    if op.kind in ("kernel", "result"):
+    if op.kind in ("kernel", "result", "wrap"):
         return True
     if op.kind == "select":
         given = given[1:]
@@ -419,6 +421,14 @@ RULES: dict[str, Rule] = {
     "reshape": Rule((1,), {}, _shape_reshape),
     "slice": Rule((1,), {"start": _pair, "step": _pair}, _shape_slice),
     "cast": Rule((1,), {}, _shape_elementwise),
+    "wrap": Rule(
+        (1,),
+        {
+            "step": lambda value: value in ("lt", "add", "index"),
+            "rows": lambda value: type(value) is int,
+        },
+        _shape_elementwise,
+    ),
     "fill": Rule((0,), {"value": _number}, lambda op: op.result.shape),
     "kernel": Rule(
         range(1 << 16), {"call": lambda value: isinstance(value, Call)}, lambda op: op.result.shape

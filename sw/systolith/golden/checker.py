@@ -90,14 +90,16 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or a
        MATMUL's dst is INT32 and its src0 is not INT8
     5. BAD_SPACE: the same for the operand's memory
-    6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or of a load of the
-       stationary operand counts 0 to 2 are not 1 or count 3 is more than N
+    6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, of a load of the stationary
+       operand counts 0 to 2 are not 1 or count 3 is more than N, or counts 1 and 2 of a GATHER or
+       SCATTER are not 1
     7. BAD_SEMAPHORE: a wait (mode not NONE) or a signal (amount not 0) names a semaphore that
        does not exist, or the signal's chip is not 0
-    8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, local; of each the lowest address is
-       below 0 (address = that), or the highest is past the memory (address = that)
+    8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, local, index; of each the lowest
+       address is below 0 (address = that), or the highest is past the memory (address = that)
 
-    DRAM addresses are not checked here: the bus answers those with an error.
+    DRAM addresses are not checked here: the bus answers those with an error. Neither are the values
+    of indices, which are read only when the instruction executes.
     """
     if raw[0] not in _OPCODES:
         return Fault(FaultCause.ILLEGAL_OPCODE)
@@ -139,6 +141,8 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
             return Fault(FaultCause.BAD_COUNT)
         if opcode in LOADS and (counts[:3] != [1, 1, 1] or counts[3] > config.lanes):
             return Fault(FaultCause.BAD_COUNT)
+        if spec.indexed and counts[1:3] != [1, 1]:
+            return Fault(FaultCause.BAD_COUNT)
     if opcode is Opcode.LOOP and fields["count"] == 0:
         return Fault(FaultCause.BAD_COUNT)
     for name in ("lanes", "columns"):
@@ -172,6 +176,10 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
         if low < 0:
             return Fault(FaultCause.OUT_OF_BOUNDS, low)
         if high >= depth:
+            return Fault(FaultCause.OUT_OF_BOUNDS, high)
+    if spec.indexed:
+        high = fields["index.base"] + (fields["counts.0"] - 1) // config.lanes
+        if high >= config.sbuf_depth:
             return Fault(FaultCause.OUT_OF_BOUNDS, high)
     return None
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import LOADS, SPECS, Opcode, Space
+from systolith_hdl.isa import DRAM_READERS, DRAM_WRITERS, LOADS, SPECS, Opcode, Space
 
 from . import dma
 from .arithmetic import nonzero
@@ -48,7 +48,6 @@ _LANEWISE = frozenset(
         Opcode.ACTIVATE_TENSOR_BIAS,
     }
 )
-_DMA = (Opcode.DMA_LOAD, Opcode.DMA_STORE)
 _NEVER = 1  #: mark of a word never written; higher ones number the instruction that read such a one
 _EVER = np.iinfo(np.int64).max
 _CHUNK = 1 << 20  #: bytes by which what is known of DRAM grows, at least
@@ -95,12 +94,22 @@ class Undefined(NamedTuple):
     reader: Step
 
 
-def accesses(opcode: Opcode, fields: dict[str, int]) -> Iterator[Access]:
+def accesses(opcode: Opcode, fields: dict[str, int], lanes: int) -> Iterator[Access]:
     """The words of SBUF and PSUM that an instruction reads and writes, operand by operand, sources
-    first. One that writes only some elements counts as writing all."""
+    first. One that writes only some elements counts as writing all. `lanes` are those of the core.
+    """
+    if SPECS[opcode].indexed:
+        full, rest = divmod(fields["counts.0"], lanes)
+        for first, columns, used in ((0, full, lanes), (full, 1, rest)):
+            if columns and used:
+                base = fields["index.base"] + first
+                shape = (1, 1, 1, columns), (0, 0, 0, 1)
+                yield Access("index", Space.SBUF, base, used, *shape, True, False)
     for name in sorted(SPECS[opcode].operands, key=lambda name: name == "dst"):
-        writes = name == "dst" or (name == "local" and opcode is Opcode.DMA_LOAD)
-        reads = not writes or bool(fields.get("accumulate"))
+        accumulate = bool(fields.get("accumulate"))
+        # A store that adds leaves the sums in its source, too.
+        writes = name == "dst" or (name == "local" and (opcode in DRAM_READERS or accumulate))
+        reads = not writes or accumulate
         lanes = fields["columns"] if writes and "columns" in fields else fields["lanes"]
         yield Access(
             name,
@@ -244,6 +253,7 @@ class Checks:
         memories: Mapping[Space, np.ndarray],
         undefined: Sequence[tuple[int, int]] = (),
     ) -> None:
+        self._lanes = config.lanes
         self._memories = memories
         self.used: Undefined | None = None
         self.clocks = Clocks(config)
@@ -271,7 +281,7 @@ class Checks:
         marks: dict[str, np.ndarray] = {}
         mask: np.ndarray | None = None
         elements = self._dram_elements(opcode, fields, dram_bytes)
-        for access in accesses(opcode, fields):
+        for access in accesses(opcode, fields, self._lanes):
             words = self._words[access.space]
             self._order(words, access, relied)
             if access.reads:
@@ -290,7 +300,8 @@ class Checks:
                 words.window(words.written, access)[stream] = number
                 self._define(words, access, opcode, marks, mask)
         if elements is not None:
-            self._transfer(step, opcode, elements, stream, number, relied)
+            accumulate = bool(fields["accumulate"])
+            self._transfer(step, opcode, accumulate, elements, stream, number, relied)
 
     def define_everything(self) -> None:
         """Takes whatever the memories hold now as written, by the host perhaps."""
@@ -363,15 +374,18 @@ class Checks:
 
     # -- DRAM ----------------------------------------------------------------------------------
 
-    @staticmethod
     def _dram_elements(
-        opcode: Opcode, fields: dict[str, int], dram_bytes: int
+        self, opcode: Opcode, fields: dict[str, int], dram_bytes: int
     ) -> np.ndarray | None:
         """The bytes a transfer touches; None if there are none, or some do not exist."""
-        if opcode not in _DMA:
+        if opcode not in DRAM_READERS | DRAM_WRITERS:
             return None
         size = FORMATS[DType(fields["dram_dtype"])].bytes
-        found = dma.element_addresses(fields).ravel()
+        rows = dma.rows(opcode, self._memories[Space.SBUF], fields)
+        try:
+            found = np.concatenate([dma.element_addresses(row).ravel() for row in rows])
+        except dma.DmaFault:
+            return None  # an index names no row
         if int(found.max()) + size > dram_bytes:
             return None  # the bus refuses it
         return (found[:, None] + np.arange(size)).ravel()
@@ -380,6 +394,7 @@ class Checks:
         self,
         step: Step,
         opcode: Opcode,
+        accumulate: bool,
         touched: np.ndarray,
         stream: int,
         number: int,
@@ -388,7 +403,7 @@ class Checks:
         dram, first = self._dram, self._first_queue
         relied = relied[first : first + len(dram.read), None]
         dram.reach(int(touched.max()) + 1)
-        store = opcode is Opcode.DMA_STORE
+        store = opcode in DRAM_WRITERS
         for last, wrote in [(dram.written, True)] + ([(dram.read, False)] if store else []):
             found = last[:, touched]
             late = found > relied
@@ -396,12 +411,12 @@ class Checks:
                 other, at = (int(i) for i in np.argwhere(late)[0])
                 culprit = self.clocks.history[first + other][int(found[other, at]) - 1]
                 raise Race(culprit, "dram", f"byte {int(touched[at]):#x} of DRAM", wrote, store)
+        undefined = dram.undefined[touched]
+        if undefined.any() and self.used is None and (accumulate or not store):
+            at = int(touched[int(np.argmax(undefined))])
+            self.used = Undefined(step, "dram", f"byte {at:#x} of DRAM", step)
         if store:
             dram.written[stream - first, touched] = number
             dram.undefined[touched] = False
             return
-        undefined = dram.undefined[touched]
-        if undefined.any() and self.used is None:
-            at = int(touched[int(np.argmax(undefined))])
-            self.used = Undefined(step, "dram", f"byte {at:#x} of DRAM", step)
         dram.read[stream - first, touched] = number

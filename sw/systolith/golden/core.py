@@ -616,6 +616,8 @@ class Core:
         return run
 
     def _dma(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], Fault | None]:
+        if SPECS[opcode].indexed or fields["accumulate"]:
+            return self._dma_by_definition(opcode, fields)
         load = opcode is Opcode.DMA_LOAD
         local = self._pattern(opcode, "local", fields)
         dtype = DType(fields["dram_dtype"])
@@ -668,13 +670,10 @@ class Core:
         draw = self._draw(fields)
 
         def run() -> Fault | None:
+            random = draw()
+            flat = None if random is None else random.reshape(fields["lanes"], -1)
             try:
-                if opcode is Opcode.DMA_LOAD:
-                    dma.dma_load(self.dram, self.sbuf, fields)
-                else:
-                    random = draw()
-                    flat = None if random is None else random.reshape(fields["lanes"], -1)
-                    dma.dma_store(self.dram, self.sbuf, fields, flat)
+                dma.execute(opcode, self.dram, self.sbuf, fields, flat)
             except dma.DmaFault as fault:
                 return Fault(fault.cause, fault.address)
             return None
@@ -696,4 +695,6 @@ _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Faul
     Opcode.ACTIVATE_TENSOR_BIAS: Core._activate,
     Opcode.DMA_LOAD: Core._dma,
     Opcode.DMA_STORE: Core._dma,
+    Opcode.GATHER: Core._dma,
+    Opcode.SCATTER: Core._dma,
 }

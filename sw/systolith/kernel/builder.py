@@ -21,6 +21,7 @@ from systolith_hdl.formats import (
     dtype_of,
 )
 from systolith_hdl.isa import (
+    DRAM_WRITERS,
     LOOP_DEPTH,
     MAX_WAITS,
     REDUCTIONS,
@@ -771,6 +772,7 @@ class _Dma(_Engine):
         dram_strides: Sequence[int] | None = None,
         lane_stride: int = 0,
         queue: int | None = None,
+        accumulate: bool = False,
     ) -> None:
         """view <- dram, converted to FP32 words, integers to 32 bits.
 
@@ -780,9 +782,18 @@ class _Dma(_Engine):
         dram_strides : bytes, one for each dimension of the view; default: dense
         lane_stride : bytes from one lane to the next
         queue : number of the DMA queue; default: the least loaded of those kept for loads
+        accumulate : add to the words of the view, in FP32, or modulo 2**32 if the tensor is of
+            integers; a column that the view names more than once is added to each time
         """
         self._transfer(
-            Opcode.DMA_LOAD, view, dram, base_offset_bytes, dram_strides, lane_stride, queue
+            Opcode.DMA_LOAD,
+            view,
+            dram,
+            base_offset_bytes,
+            dram_strides,
+            lane_stride,
+            queue,
+            accumulate=accumulate,
         )
 
     def store(
@@ -794,11 +805,14 @@ class _Dma(_Engine):
         lane_stride: int = 0,
         queue: int | None = None,
         rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
     ) -> None:
         """dram <- view, rounded to the type of the tensor, or the low bits of integers.
 
         Parameters as for `load`; `rounding`, a `Rounding` or its name in lower case, says how the
-        words become a narrow type."""
+        words become a narrow type. With `accumulate` the view is added to the tensor, and holds the
+        sums, too: what meets in DRAM at different indices of the first of four dimensions is added
+        in order."""
         self._transfer(
             Opcode.DMA_STORE,
             view,
@@ -808,6 +822,129 @@ class _Dma(_Engine):
             lane_stride,
             queue,
             rounding,
+            accumulate=accumulate,
+        )
+
+    def gather(
+        self,
+        view: View,
+        dram: DramTensor,
+        index: View,
+        base_offset_bytes: int = 0,
+        rows: int | None = None,
+        row_stride: int | None = None,
+        column_stride: int | None = None,
+        lane_stride: int | None = None,
+        queue: int | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        """view[i] <- row index[i] of dram, converted as `load` does.
+
+        Parameters
+        ----------
+        view : of shape (indices, columns): row i goes to columns i, element c * lanes + l of it to
+            lane l of column c by default
+        index : INT32 words in SBUF, N in a column: index i lies in partition i % N of column i // N
+        base_offset_bytes : of element 0 of row 0, from the start of the tensor
+        rows : of the table; an index outside is a fault. Default: the tensor's first dimension
+        row_stride : bytes; default: those of one of the tensor's first dimension
+        column_stride, lane_stride : bytes from column to column and from lane to lane of a row;
+            default: dense
+        queue, accumulate : as for `load`
+        """
+        strides = (rows, row_stride, column_stride, lane_stride)
+        self._indexed(
+            Opcode.GATHER,
+            view,
+            dram,
+            index,
+            base_offset_bytes,
+            strides,
+            queue,
+            accumulate=accumulate,
+        )
+
+    def scatter(
+        self,
+        view: View,
+        dram: DramTensor,
+        index: View,
+        base_offset_bytes: int = 0,
+        rows: int | None = None,
+        row_stride: int | None = None,
+        column_stride: int | None = None,
+        lane_stride: int | None = None,
+        queue: int | None = None,
+        rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
+    ) -> None:
+        """Row index[i] of dram <- view[i], converted as `store` does; of rows of one index the last
+        one stays, and with `accumulate` all are added, in order. Parameters as for `gather` and
+        `store`."""
+        strides = (rows, row_stride, column_stride, lane_stride)
+        self._indexed(
+            Opcode.SCATTER,
+            view,
+            dram,
+            index,
+            base_offset_bytes,
+            strides,
+            queue,
+            rounding,
+            accumulate,
+        )
+
+    def _indexed(
+        self,
+        opcode: Opcode,
+        view: View,
+        dram: DramTensor,
+        index: View,
+        offset: int,
+        strides: tuple[int | None, int | None, int | None, int | None],
+        queue: int | None,
+        rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
+    ) -> None:
+        self._operand("the vector of indices", index, (Space.SBUF,), (DType.INT32,))
+        if not isinstance(dram, DramTensor) or not isinstance(view, View):
+            refuse("indices pick rows of a DRAM tensor, from or to a view")
+        if len(view.shape) != 2:
+            refuse(f"the view must have the shape (indices, columns): {view}")
+        if not dram.shape:
+            refuse(f"{dram} has no rows")
+        lanes = self._builder.config.lanes
+        flat = index.flatten()
+        if flat is None or (flat.size > 1 and flat.strides != (1,)):
+            refuse(f"the columns of indices must follow each other: {index}")
+        if index.size * lanes < view.shape[0] or index.lanes < min(lanes, view.shape[0]):
+            refuse(
+                f"{view.shape[0]} indices are wanted, there are {index.size} columns of "
+                f"{index.lanes}: {index}"
+            )
+        low, high = view.span
+        writes = accumulate or opcode is Opcode.GATHER
+        if writes and low <= index.span[1] and index.span[0] <= high:
+            refuse(f"rows are written over the indices: {view} and {index}")
+        rows, row_stride, column_stride, lane_stride = strides
+        rows = dram.shape[0] if rows is None else int(rows)
+        if not 1 <= rows < 1 << 32:
+            refuse(f"rows = {rows} is not 1 to {(1 << 32) - 1}")
+        self._transfer(
+            opcode,
+            view,
+            dram,
+            offset,
+            (
+                dram.nbytes // dram.shape[0] if row_stride is None else row_stride,
+                view.lanes * dram.itemsize if column_stride is None else column_stride,
+            ),
+            dram.itemsize if lane_stride is None else lane_stride,
+            queue,
+            rounding,
+            accumulate,
+            index=flat,
+            rows=rows,
         )
 
     def _transfer(
@@ -820,8 +957,12 @@ class _Dma(_Engine):
         lane_stride: int,
         queue: int | None,
         rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
+        index: View | None = None,
+        rows: int = 0,
     ) -> None:
-        store = opcode is Opcode.DMA_STORE
+        """With `index`, the view is (indices, columns) and the tensor's part (rows, columns)."""
+        store = opcode in DRAM_WRITERS
         self._operand("the local operand", view, (Space.SBUF,), FORMATS)
         if not isinstance(dram, DramTensor):
             refuse(f"dram must be a DRAM tensor, not {type(dram).__name__}")
@@ -837,7 +978,9 @@ class _Dma(_Engine):
             strides = tuple(item * step for step in c_strides(view.shape))
         if len(strides) != len(view.shape):
             refuse(f"{len(strides)} DRAM strides for a view of shape {view.shape}")
-        strides = tuple(int(s) if n > 1 else 0 for s, n in zip(strides, view.shape, strict=True))
+        # What of the tensor may be touched: with indices any row of it.
+        shape = view.shape if index is None else (rows, view.shape[1])
+        strides = tuple(int(s) if n > 1 else 0 for s, n in zip(strides, shape, strict=True))
         lane_stride = int(lane_stride) if view.lanes > 1 else 0
         place = Affine.of(offset, "base_offset_bytes")
         for what, value in (
@@ -850,38 +993,50 @@ class _Dma(_Engine):
                 refuse(f"{what} = {value} is not a multiple of the {item} bytes of an element")
             if not -(1 << 31) <= value < 1 << 31 and not what.endswith("base_offset_bytes"):
                 refuse(f"{what} = {value} does not fit 32 bits")
-        low, high = extent((*view.shape, view.lanes), (*strides, lane_stride))
+        low, high = extent((*shape, view.lanes), (*strides, lane_stride))
         low += place.span[0]
         high += place.span[1] + item - 1
         if low < 0 or high >= dram.nbytes:
             refuse(
                 f"the transfer reaches bytes {low} to {high} of the {dram.nbytes} of {dram}: "
-                f"view shape {view.shape}, strides {strides}, offset {place}, "
-                f"lane_stride {lane_stride}"
+                f"shape {shape}, strides {strides}, offset {place}, lane_stride {lane_stride}"
             )
         intervals = [(low, high)]
         if (store or dram.kind == "scratch") and not place.steps:
-            shape = (*view.shape, view.lanes)
-            intervals = _runs(shape, (*strides, lane_stride), place.const, item) or intervals
+            exact = _runs((*shape, view.lanes), (*strides, lane_stride), place.const, item)
+            intervals = exact or intervals
         queue = self._queue(queue, store, view.size * view.lanes * item)
-        padded = (0,) * (MAX_DIMS - len(strides)) + strides
+        accesses = [self._access(view, accumulate or not store)]
+        places: dict[str, Any]
+        if index is None:
+            counts = self._counts(view.shape)
+            local = self._pad("view", view, view.shape)
+            padded = (0,) * (MAX_DIMS - len(strides)) + strides
+            places = {f"dram_strides.{i}": s for i, s in enumerate(padded) if s}
+        else:
+            counts = self._counts((view.shape[0], 1, 1, view.shape[1]))
+            first, second = self._pad("view", view, view.shape)[-2:]
+            local = (first, 0, 0, second)
+            places = {"row_stride": strides[0], "column_stride": strides[1]}
+            places |= {"rows": rows, "index.base": index.base}
+            places |= {"index.index": index.steps} if index.steps else {}
+            accesses.insert(0, self._access(index, False))
         self._builder._append(
             self._builder._queues[queue],
             opcode,
             {
                 "lanes": view.lanes,
-                **self._counts(view.shape),
-                **self._encode_operand(
-                    "local", view, self._pad("view", view, view.shape), DType.FP32
-                ),
+                **counts,
+                **self._encode_operand("local", view, local, DType.FP32),
                 "dram_base": place.const,
                 **({"dram_index": place.steps} if place.steps else {}),
-                **{f"dram_strides.{i}": s for i, s in enumerate(padded) if s},
+                **places,
                 "lane_stride": lane_stride,
                 "dram_dtype": dram.dtype.value,
+                "accumulate": int(bool(accumulate)),
                 **how,
             },
-            [self._access(view, not store)],
+            accesses,
             dram=(dram.index, intervals, store),
         )
 
