@@ -12,15 +12,16 @@ One step touches one *column*: the word at one address in every partition 0 to l
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from amaranth.hdl import Shape, signed, unsigned
+from amaranth.hdl import Shape, Value, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES, CoreConfig
 from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
 
-ISA_VERSION = 2
+ISA_VERSION = 3
 MAX_WAITS = 3
 INSTRUCTION_BITS = 8 * INSTRUCTION_BYTES
 
@@ -84,6 +85,17 @@ class Opcode(enum.Enum, shape=8):
     MEMSET = 0x23
     #: dst = src1 where src0 is not zero; other elements of dst keep their value
     COPY_PREDICATED = 0x24
+    #: dst = base + i0*steps.0 + i1*steps.1 + i2*steps.2 + i3*steps.3 + lane*lane_step, modulo 2**32
+    #: as a signed number; of type INT32 the number itself, of FP32 rounded to the nearest float
+    IOTA = 0x26
+    #: dst = src0 where the number that IOTA would write satisfies ``number op0 0``, elsewhere
+    #: `fill`, the upper half of an FP32 word
+    AFFINE_SELECT = 0x27
+    #: dst = src1 where ``src0 op0 0`` holds, elsewhere imm0
+    SELECT = 0x28
+    #: dst = src0 where low <= i3 < high, elsewhere imm0. Low and high are two words of each
+    #: partition, signed integers: the first and the second column of src1
+    RANGE_SELECT = 0x29
     #: dst = function(src0 * imm0 + imm1)
     ACTIVATE = 0x30
     #: dst = function(src0 * imm0 + src1)
@@ -150,6 +162,11 @@ REDUCTIONS: dict[AluOp, int] = {
 #: REDUCE keeps this many accumulators: element i of the innermost dimension goes to accumulator
 #: i mod 4, and the result is (acc0 op acc1) op (acc2 op acc3).
 REDUCE_ACCUMULATORS = 4
+
+
+#: Comparisons with zero that AFFINE_SELECT and SELECT take as op0. A NaN satisfies NE alone, and
+#: -0 is zero.
+COMPARISONS = frozenset({AluOp.EQ, AluOp.NE, AluOp.LT, AluOp.LE, AluOp.GT, AluOp.GE})
 
 
 class Function(enum.Enum, shape=6):
@@ -309,6 +326,18 @@ class TensorScalarBody(data.Struct):
     imm0: unsigned(32)
 
 
+class AffineBody(data.Struct):
+    """Elementwise body with an integer that depends on the indices and the lane."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    base: signed(32)
+    steps: data.ArrayLayout(signed(16), 4)
+    lane_step: signed(16)
+    fill: unsigned(16)
+
+
 class TensorBody(data.Struct):
     """Tensor-engine body: `src0` is the stationary or the moving operand, `columns` is M."""
 
@@ -363,7 +392,10 @@ class Spec:
     body : layout of its body
     header : header fields it uses beside opcode, signal and wait
     operands : local operands it uses -> (spaces allowed, types allowed)
-    unused : dotted body fields that must be zero though the body has them
+    unused : dotted body fields that must be zero though the body has them; an operand that lacks
+        the stride of a dimension does not walk it
+    inner : operand -> what it walks in the innermost dimension instead of count 3, from a function
+        that gives the instruction's fields
     pairs : works on pairs of FP8 numbers, which only some cores have
     """
 
@@ -374,6 +406,9 @@ class Spec:
         default_factory=dict
     )
     unused: frozenset[str] = frozenset()
+    inner: dict[str, Callable[[Callable[[str], Any]], Any]] = dataclasses.field(
+        default_factory=dict
+    )
     pairs: bool = False
 
     def exists(self, config: CoreConfig) -> bool:
@@ -393,6 +428,7 @@ _WRITE = frozenset(FLOATS)
 _MATMUL = frozenset({*NARROW_FLOATS, DType.INT8})
 _FP8 = frozenset(FP8_TYPES)
 _SUMS = frozenset({DType.FP32, DType.INT32})
+_INTEGER = frozenset({DType.INT32})
 #: types DMA moves between DRAM and 32-bit words
 DMA_TYPES = frozenset({*FLOATS, *INTEGERS})
 
@@ -464,6 +500,33 @@ SPECS: dict[Opcode, Spec] = {
         operands={**_DST, **_SRC0, **_SRC1},
         unused=frozenset({"imm0"}),
     ),
+    Opcode.IOTA: Spec(
+        kind=EngineKind.VECTOR,
+        body=AffineBody,
+        header=frozenset({"lanes"}),
+        operands={"dst": (_BOTH, _SUMS)},
+        unused=frozenset({"src0", "fill"}),
+    ),
+    Opcode.AFFINE_SELECT: Spec(
+        kind=EngineKind.VECTOR,
+        body=AffineBody,
+        header=frozenset({"op0", "lanes", "rounding"}),
+        operands={**_DST, **_SRC0},
+    ),
+    Opcode.SELECT: Spec(
+        kind=EngineKind.VECTOR,
+        body=TensorTensorBody,
+        header=frozenset({"op0", "lanes", "rounding"}),
+        operands={**_DST, **_SRC0, **_SRC1},
+    ),
+    Opcode.RANGE_SELECT: Spec(
+        kind=EngineKind.VECTOR,
+        body=TensorTensorBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={**_DST, **_SRC0, "src1": (_BOTH, _INTEGER)},
+        unused=frozenset({"src1.strides.0", "src1.strides.1", "src1.strides.2"}),
+        inner={"src1": lambda field: 2},
+    ),
     Opcode.ACTIVATE: Spec(
         kind=EngineKind.SCALAR,
         body=TensorScalarBody,
@@ -511,11 +574,32 @@ def operation_enums(opcode: Opcode) -> dict[str, type[enum.Enum]]:
     return {field: kind for field in ("op0", "op1") if field in spec.header}
 
 
+#: What op0 or op1 may be where it is not any operation of the engine.
+_OPERATIONS: dict[tuple[Opcode, str], frozenset[AluOp]] = {
+    (Opcode.REDUCE, "op1"): frozenset(REDUCTIONS),
+    (Opcode.AFFINE_SELECT, "op0"): COMPARISONS,
+    (Opcode.SELECT, "op0"): COMPARISONS,
+}
+
+
 def legal_operations(opcode: Opcode, field: str) -> frozenset[int]:
     """Returns the codes `opcode` accepts in op0 or op1."""
-    if opcode is Opcode.REDUCE and field == "op1":
-        return frozenset(op.value for op in REDUCTIONS)
-    return frozenset(op.value for op in operation_enums(opcode)[field])
+    allowed = _OPERATIONS.get((opcode, field), operation_enums(opcode)[field])
+    return frozenset(op.value for op in allowed)
+
+
+def operand_counts(
+    opcode: Opcode, operand: str, counts: Sequence[Any], field: Callable[[str], Any]
+) -> list[Any]:
+    """The four counts an operand walks, of the instruction's `counts`; numbers or, with `field`
+    giving values in hardware, such values."""
+    spec = SPECS[opcode]
+    walked = [
+        1 if f"{operand}.strides.{d}" in spec.unused else count for d, count in enumerate(counts)
+    ]
+    if operand in spec.inner:
+        walked[3] = spec.inner[operand](field)
+    return walked
 
 
 class EncodeError(ValueError):
@@ -566,6 +650,14 @@ def _build_tables() -> None:
 
 
 _build_tables()
+
+
+def field_of(word: Value, opcode: Opcode, name: str) -> Value:
+    """A field of an instruction of that opcode, in hardware."""
+    offset, shape = FIELDS[opcode][name]
+    width, is_signed = _width(shape)
+    bits = word[offset : offset + width]
+    return bits.as_signed() if is_signed else bits
 
 
 def encode(opcode: Opcode, fields: dict[str, Any]) -> bytes:

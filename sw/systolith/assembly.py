@@ -43,6 +43,13 @@ from .errors import ProgramError
 _BITWISE = {AluOp.BIT_AND.value, AluOp.BIT_OR.value, AluOp.BIT_XOR.value}
 
 
+#: fields that have a form of their own
+_SPECIAL = (
+    *("opcode", "signal", "wait", "op0", "op1", "lanes", "columns", "accumulate", "rounding"),
+    *("counts", "dram_base", "dram_strides", "dram_dtype", "lane_stride", "imm0", "imm1"),
+)
+
+
 @functools.cache
 def _codes(kind: type) -> dict[int, str]:
     return {member.value: member.name for member in kind}  # type: ignore[attr-defined]
@@ -142,9 +149,23 @@ def disassemble_instruction(raw: bytes) -> str:
             parts.append(
                 f"{name}={fields[name]:#010x}" if bitwise else f"{name}={_immediate(fields[name])}"
             )
+    for name in _others(opcode):
+        if f"{name}.0" in FIELDS[opcode]:
+            if any(fields[f] for f in FIELDS[opcode] if f.startswith(f"{name}.")):
+                parts.append(f"{name}={_bracket(fields, name)}")
+        elif fields[name]:
+            parts.append(f"{name}={fields[name]}")
     if sem or amount or chip:
         parts.append(f"signal(s{sem}+{amount}" + (f"@{chip})" if chip else ")"))
     return " ".join(parts)
+
+
+@functools.cache
+def _others(opcode: Opcode) -> tuple[str, ...]:
+    """Fields, and arrays of four, that are written as plain numbers."""
+    special = {*_SPECIAL, *SPECS[opcode].operands}
+    names = (name.split(".")[0] for name in FIELDS[opcode])
+    return tuple(dict.fromkeys(name for name in names if name not in special))
 
 
 _WAIT = re.compile(r"s(\d+)(?:(>=|-=)|#(\d+):)(\d+)")
@@ -227,6 +248,11 @@ def _assemble_words(words: list[str]) -> bytes:
                 fields[name] = _parse_immediate(value)
             elif name == "counts":
                 fields.update(_four(value.strip("[]"), "counts", known))
+            elif name in _others(opcode):
+                if f"{name}.0" in known:
+                    fields.update(_four(value.strip("[]"), name, known))
+                else:
+                    fields[name] = int(value)
             elif name == "dram":
                 dtype, base, strides = _match(_DRAM, value).groups()
                 fields["dram_dtype"] = _code(DType, dtype)

@@ -19,6 +19,7 @@ from systolith_hdl.emit import side_by_side, to_verilog
 from systolith_hdl.scalar.lane import ScalarLane
 from systolith_hdl.tensor.array import ProcessingElement
 from systolith_hdl.toolchain import sources_hash
+from systolith_hdl.vector.front import FrontLane
 from systolith_hdl.vector.lane import VectorLane
 
 LANES = 4
@@ -26,6 +27,13 @@ LANES = 4
 #: name -> component, and what its copies share: everything that the chip places side by side
 COMPONENTS: dict[str, tuple[Callable[[], wiring.Component], tuple[str, ...]]] = {
     "vector_lane": (VectorLane, ("en", "op0", "op1", "imm0", "second", "index", "clear")),
+    "vector_front": (
+        FrontLane,
+        (
+            *("data", "condition", "holds", "otherwise", "index", "bounds", "start", "base"),
+            *("step", "increment", "predicated", "tensor", "imm1"),
+        ),
+    ),
     "scalar_lane": (ScalarLane, ("en", "control", "dtype", "stochastic", "scale")),
     "psum_lane": (psum.Lane, ("integer", "accumulate")),
     "processing_element": (lambda: ProcessingElement(get_config("nano")), ()),

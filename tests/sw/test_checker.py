@@ -5,15 +5,17 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from systolith.golden.checker import Fault, check
+from systolith.golden.checker import Fault, check, operand_counts
 from systolith_hdl.config import PRESETS
 from systolith_hdl.formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
 from systolith_hdl.isa import (
+    COMPARISONS,
     FIELDS,
     LOADS,
     PAIRS,
     SPECS,
     USED_BITS,
+    AluOp,
     EngineKind,
     FaultCause,
     Function,
@@ -125,6 +127,15 @@ def test_causes() -> None:
         assert c(op.DMA_STORE, local__dtype=dtype.value) is FaultCause.BAD_TYPE
         assert c(op.TENSOR_SCALAR, dst__dtype=dtype.value) is FaultCause.BAD_TYPE
         assert c(op.TENSOR_SCALAR, src0__dtype=dtype.value) is FaultCause.BAD_TYPE
+    for opcode in (op.AFFINE_SELECT, op.SELECT):
+        for operation in AluOp:
+            legal = None if operation in COMPARISONS else FaultCause.ILLEGAL_OPERATION
+            assert c(opcode, op0=operation.value) is legal
+    for dtype in DType:
+        legal = None if dtype in (DType.FP32, DType.INT32) else FaultCause.BAD_TYPE
+        assert c(op.IOTA, dst__dtype=dtype.value) is legal
+        legal = None if dtype is DType.INT32 else FaultCause.BAD_TYPE
+        assert c(op.RANGE_SELECT, src1__dtype=dtype.value) is legal
     assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT8.value) is None
     assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT32.value) is FaultCause.BAD_TYPE
     # Sums are FP32, those of INT8 may be INT32.
@@ -159,6 +170,20 @@ def test_causes() -> None:
     # Slots that do nothing are not looked at.
     assert c(op.NOP, wait__0__sem=63, wait__0__value=7) is None
     assert c(op.NOP, signal__sem=63, signal__chip=5) is None
+
+
+def test_what_operands_walk() -> None:
+    """Dimensions without a stride are not walked, and some innermost counts are their own."""
+    counts = {f"counts.{d}": n for d, n in enumerate((2, 3, 4, 5))}
+
+    def walked(opcode: Opcode, operand: str) -> list[int]:
+        return operand_counts(opcode, operand, counts)
+
+    assert walked(Opcode.TENSOR_SCALAR, "dst") == [2, 3, 4, 5]
+    assert walked(Opcode.REDUCE, "src0") == [2, 3, 4, 5]
+    assert walked(Opcode.REDUCE, "dst") == [2, 3, 4, 1]
+    assert walked(Opcode.RANGE_SELECT, "src0") == [2, 3, 4, 5]
+    assert walked(Opcode.RANGE_SELECT, "src1") == [1, 1, 1, 2]
 
 
 def test_order_of_causes() -> None:
@@ -227,18 +252,19 @@ def test_bounds_against_a_walk(
     strides = st.integers(-40, 40)
     outside = False
     for name in SPECS[opcode].operands:
-        used = 3 if opcode is Opcode.REDUCE and name == "dst" else 4
+        walked = operand_counts(opcode, name, fields)
         space = fields[f"{name}.space"]
         depth = NANO.psum_depth if space else NANO.sbuf_depth
         fields[f"{name}.base"] = data.draw(
             st.one_of(st.integers(0, 60), st.integers(depth - 60, depth + 10))
         )
-        for i in range(used):
-            fields[f"{name}.strides.{i}"] = data.draw(strides)
+        for i in range(4):
+            if f"{name}.strides.{i}" in FIELDS[opcode]:
+                fields[f"{name}.strides.{i}"] = data.draw(strides)
         walk = {
             fields[f"{name}.base"]
-            + sum(i * fields[f"{name}.strides.{d}"] for d, i in enumerate(index))
-            for index in itertools.product(*(range(n) for n in counts[:used]))
+            + sum(i * fields.get(f"{name}.strides.{d}", 0) for d, i in enumerate(index))
+            for index in itertools.product(*(range(n) for n in walked))
         }
         outside |= min(walk) < 0 or max(walk) >= depth
     fault = check(encode(opcode, fields), kind_of(opcode), NANO)

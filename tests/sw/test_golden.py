@@ -20,6 +20,7 @@ from systolith_hdl.isa import (
     REDUCE_ACCUMULATORS,
     REDUCTIONS,
     SPECS,
+    AffineBody,
     AluOp,
     EngineKind,
     FaultCause,
@@ -64,14 +65,22 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
             fields[f"{name}.space"] = rng.choice(sorted(s.value for s in spaces))
             fields[f"{name}.dtype"] = rng.choice(sorted(t.value for t in types))
             fields[f"{name}.base"] = rng.randrange(WINDOW)
-            for i in range(3 if opcode is Opcode.REDUCE and name == "dst" else 4):
-                fields[f"{name}.strides.{i}"] = rng.choice((0, 1, 1, 2, 5, -1, -3))
+            for i in range(4):
+                if f"{name}.strides.{i}" in FIELDS[opcode]:
+                    fields[f"{name}.strides.{i}"] = rng.choice((0, 1, 1, 2, 5, -1, -3))
         if spec.kind is EngineKind.DMA:
             fields["dram_base"] = rng.randrange(DRAM_BYTES // 2)
             fields["dram_dtype"] = rng.choice(sorted(t.value for t in DMA_TYPES))
             fields["lane_stride"] = rng.choice((0, 2, 4, 64, -64, rng.randint(-50, 50)))
             for i in range(4):
                 fields[f"dram_strides.{i}"] = rng.choice((0, 2, 4, 16, 20, rng.randint(-50, 50)))
+        if spec.body is AffineBody:
+            fields["base"] = rng.choice((0, rng.randint(-9, 9), rng.randint(-(1 << 31), 1 << 30)))
+            fields["fill"] = rng.getrandbits(16)
+            for name in ("lane_step", *(f"steps.{d}" for d in range(4))):
+                fields[name] = rng.choice((0, 1, -1, rng.randint(-(1 << 15), (1 << 15) - 1)))
+        if opcode is Opcode.IOTA:
+            del fields["fill"]
         fields["imm0"] = rng.choice((0, 0x3F800000, rng.getrandbits(32)))
         fields["imm1"] = rng.choice((0, 0xBF800000, rng.getrandbits(32)))
         for name in ("imm0", "imm1"):
@@ -91,6 +100,9 @@ def random_core(rng: random.Random) -> Core:
         memory[:] = np.where(generator.random(memory.shape) < 0.8, ordinary, wild)
     words, pairs = core.stationary.words, generator.random(NANO.lanes) < 0.5
     core.stationary.pairs[:] = pairs
+    for memory in (core.sbuf, core.psum):  # bounds of a range, for one
+        small = generator.integers(-2, 7, memory.shape).astype(np.int32).view(np.uint32)
+        memory[:] = np.where(generator.random(memory.shape) < 0.1, small, memory)
     words[0] = arithmetic.round_to(words[0], DType.BF16)
     words[:, :, pairs] = arithmetic.round_to(words[:, :, pairs], DType.FP8_E5M2)
     core.weights.assign(core.stationary)
@@ -112,6 +124,30 @@ def integer(value: np.float32) -> int:
     if np.isinf(value):
         return (1 << 31) - 1 if value > 0 else -(1 << 31)
     return max(-(1 << 31), min((1 << 31) - 1, int(value)))
+
+
+def affine(f: dict[str, int], lane: int, index: tuple[int, ...]) -> int:
+    """The affine number of an element, signed."""
+    number = (
+        f["base"] + lane * f["lane_step"] + sum(i * f[f"steps.{d}"] for d, i in enumerate(index))
+    )
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def compares(operation: int, number: float) -> bool:
+    """Whether a number compares with zero."""
+    match AluOp(operation):
+        case AluOp.EQ:
+            return number == 0
+        case AluOp.NE:
+            return number != 0
+        case AluOp.LT:
+            return number < 0
+        case AluOp.LE:
+            return number <= 0
+        case AluOp.GT:
+            return number > 0
+    return number >= 0
 
 
 def one(value: object) -> np.ndarray:
@@ -205,6 +241,36 @@ class Naive:
                 for lane, index in steps:
                     if word("src0", lane, index)[0] & 0x7FFFFFFF:
                         writes.append((lane, index, word("src1", lane, index)))
+            case Opcode.IOTA:
+                for lane, index in steps:
+                    number = affine(f, lane, index)
+                    if f["dst.dtype"] == DType.FP32.value:
+                        writes.append((lane, index, one(np.float32(number).view(np.uint32))))
+                    else:
+                        writes.append((lane, index, one(number % (1 << 32))))
+                f["dst.dtype"] = DType.FP32.value  # whatever it is, nothing is rounded any more
+            case Opcode.AFFINE_SELECT:
+                for lane, index in steps:
+                    found = word("src0", lane, index)
+                    if not compares(f["op0"], affine(f, lane, index)):
+                        found = one(f["fill"] << 16)
+                    writes.append((lane, index, found))
+            case Opcode.SELECT:
+                for lane, index in steps:
+                    condition = float(word("src0", lane, index).view(np.float32)[0])
+                    chosen = compares(f["op0"], condition)
+                    writes.append(
+                        (lane, index, word("src1", lane, index) if chosen else one(f["imm0"]))
+                    )
+            case Opcode.RANGE_SELECT:
+                for lane, index in steps:
+                    low, high = (
+                        int(word("src1", lane, (0, 0, 0, i)).view(np.int32)[0]) for i in (0, 1)
+                    )
+                    inside = low <= index[3] < high
+                    writes.append(
+                        (lane, index, word("src0", lane, index) if inside else one(f["imm0"]))
+                    )
             case Opcode.ACTIVATE | Opcode.ACTIVATE_TENSOR_BIAS:
                 for lane, index in steps:
                     y = arithmetic.mul(word("src0", lane, index), one(f["imm0"]))

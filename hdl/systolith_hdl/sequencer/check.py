@@ -1,5 +1,7 @@
 """The instruction checker: an instruction that faults does nothing."""
 
+import functools
+
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -22,6 +24,7 @@ from ..isa import (
     Space,
     TensorBody,
     WaitMode,
+    field_of,
     legal_operations,
     operation_enums,
 )
@@ -162,7 +165,7 @@ class Check(wiring.Component):
         word = Signal(INSTRUCTION_BITS)
         fault = Signal(Fault)
         cause, slots = self._legality(m, word)
-        counts = data.View(TensorBody, word[_BODY:]).counts
+        counts = list(data.View(TensorBody, word[_BODY:]).counts)
 
         slot = Signal(range(_SLOTS))
         first = Signal()  # cycle of an operand
@@ -186,12 +189,30 @@ class Check(wiring.Component):
                 with m.If(mask[index]):
                     m.d.sync += slot.eq(index)
 
-        long = Cat(count != 1 for count in counts)
+        # An operand walks the counts, but for the innermost one of some. Where it lacks a stride,
+        # that is zero, and so is what it reaches.
+        inner = Signal(16)
+        other = Signal()  # an operand of this instruction walks another one
+        m.d.comb += inner.eq(counts[3])
+        with m.Switch(word[:8]):
+            for opcode, spec in SPECS.items():
+                if not spec.inner or spec.kind is not self._kind:
+                    continue
+                field = functools.partial(field_of, word, opcode)
+                with m.Case(opcode.value):
+                    m.d.comb += other.eq(1)
+                    for name, walks in spec.inner.items():
+                        with m.If(slot == _OPERAND_SLOTS[name]):
+                            m.d.comb += inner.eq(walks(field))
+        long = Cat(*(count != 1 for count in counts[:3]), (counts[3] != 1) | other)
         stride = Signal(signed(16))
         dimension = Signal(16)
         for d in reversed(range(4)):
             with m.If(todo[d]):
-                m.d.comb += [stride.eq(operand.strides[d]), dimension.eq(counts[d])]
+                m.d.comb += [
+                    stride.eq(operand.strides[d]),
+                    dimension.eq(inner if d == 3 else counts[d]),
+                ]
 
         with m.FSM():
             with m.State("TAKE"):

@@ -7,6 +7,7 @@ import functools
 from enum import Enum
 from typing import Any
 
+from systolith_hdl import isa
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import DType
 from systolith_hdl.isa import (
@@ -66,11 +67,9 @@ _OPCODES = frozenset(opcode.value for opcode in Opcode)
 
 
 def operand_counts(opcode: Opcode, operand: str, fields: dict[str, int]) -> list[int]:
-    """The four counts an operand walks: REDUCE writes once for each innermost row."""
+    """The four counts an operand walks."""
     counts = [fields[f"counts.{i}"] for i in range(4)]
-    if opcode is Opcode.REDUCE and operand == "dst":
-        counts[3] = 1
-    return counts
+    return isa.operand_counts(opcode, operand, counts, fields.__getitem__)
 
 
 def operand_strides(operand: str, fields: dict[str, int]) -> list[int]:

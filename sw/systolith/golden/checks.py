@@ -34,20 +34,21 @@ from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import LOADS, SPECS, Opcode, Space
 
 from . import dma
-from .arithmetic import nonzero
 from .checker import operand_counts, operand_strides
+from .marks import PASSES
 
-#: opcodes whose result in a lane depends on nothing but that lane: undefined words pass through
+#: opcodes whose result in an element depends on nothing but that element of their sources, which
+#: broadcast: undefined words pass through
 _LANEWISE = frozenset(
     {
         Opcode.TENSOR_TENSOR,
         Opcode.TENSOR_SCALAR,
-        Opcode.REDUCE,
-        Opcode.COPY_PREDICATED,
         Opcode.ACTIVATE,
         Opcode.ACTIVATE_TENSOR_BIAS,
     }
 )
+#: opcodes that undefined words pass through
+_PASSING = _LANEWISE | PASSES.keys()
 _DMA = (Opcode.DMA_LOAD, Opcode.DMA_STORE)
 _NEVER = 1  #: mark of a word never written; higher ones number the instruction that read such a one
 _EVER = np.iinfo(np.int64).max
@@ -269,7 +270,7 @@ class Checks:
         number = len(self.clocks.history[stream])
         self._origin = None
         marks: dict[str, np.ndarray] = {}
-        mask: np.ndarray | None = None
+        held: dict[str, np.ndarray] = {}
         elements = self._dram_elements(opcode, fields, dram_bytes)
         for access in accesses(opcode, fields):
             words = self._words[access.space]
@@ -277,18 +278,17 @@ class Checks:
             if access.reads:
                 found = words.window(words.undefined, access)
                 if found.any():
-                    if opcode not in _LANEWISE:
+                    if opcode not in _PASSING:
                         self._use(step, access, found)
                     never = found == _NEVER
                     if never.any():
                         found = np.where(never, self._mark(step, access, never), found)
                 marks[access.operand] = found
-                if opcode is Opcode.COPY_PREDICATED and access.operand == "src0":
-                    mask = nonzero(words.window(self._memories[access.space], access))
+                held[access.operand] = words.window(self._memories[access.space], access)
                 words.window(words.read, access)[stream] = number
             if access.writes:
                 words.window(words.written, access)[stream] = number
-                self._define(words, access, opcode, marks, mask)
+                self._define(words, access, opcode, fields, marks, held)
         if elements is not None:
             self._transfer(step, opcode, elements, stream, number, relied)
 
@@ -340,24 +340,18 @@ class Checks:
         words: _Words,
         access: Access,
         opcode: Opcode,
+        fields: dict[str, int],
         marks: dict[str, np.ndarray],
-        mask: np.ndarray | None,
+        held: dict[str, np.ndarray],
     ) -> None:
-        """What a destination is after the instruction, from the marks of its sources."""
+        """What a destination is after the instruction, from its fields and the marks and words of
+        its sources."""
         dst = words.window(words.undefined, access)
-        if opcode not in _LANEWISE:
-            dst[...] = 0
-            return
         result = np.zeros_like(dst)
-        if mask is not None:
-            # The mask decides everything, and the source counts where it is chosen.
-            result[...] = marks["src0"]
-            chosen = np.where(mask, marks["src1"], dst)
-            np.maximum(result, chosen, out=result)
-        else:
+        if opcode in PASSES:
+            result[...] = PASSES[opcode](fields, {**marks, "dst": dst}, held)
+        elif opcode in _LANEWISE:
             for found in marks.values():
-                if opcode is Opcode.REDUCE:
-                    found = found.max(axis=-1, keepdims=True)
                 np.maximum(result, found, out=result)
         dst[...] = result
 

@@ -36,7 +36,7 @@ from systolith_hdl.isa import (
 
 from systolith.errors import BackendError
 
-from . import arithmetic, dither, dma
+from . import arithmetic, choose, dither, dma
 from .activation import evaluate
 from .arithmetic import Words
 from .checker import Fault, check, operand_counts, operand_strides
@@ -522,6 +522,45 @@ class Core:
         write = self._writer(opcode, fields)
         return lambda: write(source.read(), arithmetic.nonzero(mask.read()))
 
+    def _iota(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        numbers = choose.affine(fields, operand_counts(opcode, "dst", fields))
+        integer = DType(fields["dst.dtype"]) is DType.INT32
+        words = (numbers if integer else numbers.astype(np.float32)).view(np.uint32)
+        pattern = self._pattern(opcode, "dst", fields)
+        return lambda: pattern.write(words)
+
+    def _affine_select(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        numbers = choose.affine(fields, operand_counts(opcode, "dst", fields))
+        chosen = choose.affine_compares(AluOp(fields["op0"]), numbers)
+        source = self._pattern(opcode, "src0", fields)
+        fill = np.uint32(fields["fill"] << 16)
+        write = self._writer(opcode, fields)
+        return lambda: write(np.where(chosen, source.read(), fill))
+
+    def _select(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        condition = self._pattern(opcode, "src0", fields)
+        source = self._pattern(opcode, "src1", fields)
+        operation, otherwise = AluOp(fields["op0"]), np.uint32(fields["imm0"])
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            chosen = choose.compares(operation, condition.read())
+            write(np.where(chosen, source.read(), otherwise))
+
+        return run
+
+    def _range_select(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        bounds = self._pattern(opcode, "src1", fields)
+        lanes, otherwise = fields["lanes"], np.uint32(fields["imm0"])
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            chosen = choose.within(bounds.read().reshape(lanes, 2), fields["counts.3"])
+            write(np.where(chosen[:, None, None, None], source.read(), otherwise))
+
+        return run
+
     def _activate(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         source = self._pattern(opcode, "src0", fields)
         scale = np.full(1, fields["imm0"], np.uint32)
@@ -616,6 +655,10 @@ _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Faul
     Opcode.REDUCE: Core._reduce,
     Opcode.MEMSET: Core._memset,
     Opcode.COPY_PREDICATED: Core._copy_predicated,
+    Opcode.IOTA: Core._iota,
+    Opcode.AFFINE_SELECT: Core._affine_select,
+    Opcode.SELECT: Core._select,
+    Opcode.RANGE_SELECT: Core._range_select,
     Opcode.ACTIVATE: Core._activate,
     Opcode.ACTIVATE_TENSOR_BIAS: Core._activate,
     Opcode.DMA_LOAD: Core._dma,

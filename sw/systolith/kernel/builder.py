@@ -20,6 +20,7 @@ from systolith_hdl.formats import (
     dtype_of,
 )
 from systolith_hdl.isa import (
+    COMPARISONS,
     MAX_WAITS,
     REDUCTIONS,
     AluOp,
@@ -361,14 +362,15 @@ class _Elementwise(_Engine):
             refuse(f"{what} must be a number, not {value!r}")
 
     def _check_overlap(
-        self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...]
+        self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...] | None
     ) -> None:
-        """A destination may be a source, element for element; else they must be disjoint."""
+        """A destination may be a source, element for element, of an instruction that walks `shape`;
+        else they must be disjoint."""
         low, high = dst.span
         for what, source in sources.items():
             if source.space is not dst.space or source.span[0] > high or source.span[1] < low:
                 continue
-            if source.base == dst.base and dst.shape == shape:
+            if shape is not None and source.base == dst.base and dst.shape == shape:
                 if self._pad("dst", dst, shape) == self._pad(what, source, shape):
                     continue
             if np.intersect1d(source.addresses(), dst.addresses()).size:
@@ -386,12 +388,13 @@ class _Elementwise(_Engine):
         rounding: Rounding | str,
         shape: tuple[int, ...] | None = None,
         words: bool = False,
+        apart: Mapping[str, tuple[str, View]] | None = None,
     ) -> None:
         """Checks operands and appends the instruction.
 
         `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
         space, that of `dst` unless given. With `words` the instruction does no arithmetic, so it
-        moves integers, too.
+        moves integers, too. `apart` are sources of INT32 that it walks in their own shape.
         """
         types = (*FLOATS, *INTEGERS) if words else FLOATS
         self._operand("dst", dst, self._BOTH, types)
@@ -412,7 +415,15 @@ class _Elementwise(_Engine):
         for name, (what, view) in sources.items():
             strides = self._pad(what, view, shape)
             encoded.update(self._encode_operand(name, view, strides, DType.FP32))
+        for name, (what, view) in (apart or {}).items():
+            self._operand(what, view, self._BOTH, (DType.INT32,))
+            if view.lanes != dst.lanes:
+                refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
+            strides = self._pad(what, view, view.shape)
+            encoded.update(self._encode_operand(name, view, strides, DType.INT32))
         self._check_overlap(dst, dict(sources.values()), shape)
+        self._check_overlap(dst, dict((apart or {}).values()), None)
+        sources = {**sources, **(apart or {})}
         accesses = [self._access(view, False) for _, view in sources.values()]
         accesses.append(self._access(dst, True))
         self._builder._append(self._stream, opcode, {**encoded, **fields}, accesses)
@@ -523,6 +534,122 @@ class _Vector(_Elementwise):
         """dst = src where mask is not zero (NaN is not zero); elsewhere dst keeps its value."""
         sources = {"src0": ("mask", mask), "src1": ("src", src)}
         self._emit(Opcode.COPY_PREDICATED, dst, sources, {}, rounding, words=True)
+
+    def _affine(self, dst: View, base: int, steps: Sequence[int], lane_step: int) -> dict[str, int]:
+        """Fields of an affine number over the shape of dst."""
+        self._operand("dst", dst, self._BOTH, FORMATS)
+        if len(steps) != len(dst.shape):
+            refuse(f"{len(steps)} steps for a dst of shape {dst.shape}")
+        # The step of a dimension of one element is never used.
+        used = [int(s) if n > 1 else 0 for s, n in zip(steps, dst.shape, strict=True)]
+        lane_step = int(lane_step) if dst.lanes > 1 else 0
+        for what, value, bits in (
+            ("base", int(base), 32),
+            ("lane_step", lane_step, 16),
+            *(("a step", step, 16) for step in used),
+        ):
+            if not -(1 << bits - 1) <= value < 1 << bits - 1:
+                refuse(f"{what} = {value} does not fit {bits} bits with a sign")
+        padded = (0,) * (MAX_DIMS - len(used)) + tuple(used)
+        return {
+            "base": int(base),
+            "lane_step": lane_step,
+            **{f"steps.{d}": step for d, step in enumerate(padded) if step},
+        }
+
+    def iota(self, dst: View, steps: Sequence[int], base: int = 0, lane_step: int = 0) -> None:
+        """dst = base + sum of index * step + lane * lane_step, modulo 2**32, as a signed integer if
+        dst is of type INT32, or the nearest float if it is FP32.
+
+        `steps` has a number for each dimension of dst.
+        """
+        fields: dict[str, Any] = self._affine(dst, base, steps, lane_step)
+        if dst.dtype not in (DType.FP32, DType.INT32):
+            refuse(f"dst of iota must be FP32 or INT32, not {dst.dtype.name}: {dst}")
+        fields["dst.dtype"] = dst.dtype.value
+        self._emit(Opcode.IOTA, dst, {}, fields, Rounding.NEAREST, words=True)
+
+    def affine_select(
+        self,
+        dst: View,
+        src0: View,
+        comparison: AluOp,
+        fill: float | int,
+        steps: Sequence[int],
+        base: int = 0,
+        lane_step: int = 0,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = src0 where ``number comparison 0`` holds, elsewhere `fill`; the numbers are those
+        that `iota` would write.
+
+        `fill` must be a bfloat16 number, or, as an int if dst is of an integer type, have 16 low
+        bits of 0.
+        """
+        integer = isinstance(dst, View) and dst.dtype in INTEGERS
+        word = self._immediate("fill", fill, integer)
+        if word & 0xFFFF:
+            refuse(
+                f"fill = {fill} is not a bfloat16 number, which is what the instruction holds; "
+                "select with a mask takes any"
+            )
+        fields = {
+            **self._affine(dst, base, steps, lane_step),
+            "op0": self._operation("comparison", comparison, AluOp, COMPARISONS),
+            "fill": word >> 16,
+        }
+        sources = {"src0": ("src0", src0)}
+        self._emit(Opcode.AFFINE_SELECT, dst, sources, fields, rounding, words=True)
+
+    def select(
+        self,
+        dst: View,
+        condition: View,
+        src: View,
+        otherwise: float | int,
+        comparison: AluOp = AluOp.NE,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = src where ``condition comparison 0`` holds, elsewhere `otherwise`, a number.
+
+        A NaN satisfies NE alone. To keep what dst holds elsewhere: `copy_predicated`; to choose
+        between two views: copy one to dst, and the other with `copy_predicated`.
+        """
+        integer = isinstance(dst, View) and dst.dtype in INTEGERS
+        fields = {
+            "op0": self._operation("comparison", comparison, AluOp, COMPARISONS),
+            "imm0": self._immediate("otherwise", otherwise, integer),
+        }
+        sources = {"src0": ("condition", condition), "src1": ("src", src)}
+        self._emit(Opcode.SELECT, dst, sources, fields, rounding, words=True)
+
+    def range_select(
+        self,
+        dst: View,
+        src0: View,
+        bounds: View,
+        otherwise: float | int,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = src0 where low <= i < high, elsewhere `otherwise`, i the index in the innermost
+        dimension.
+
+        `bounds`, of type INT32 and shape (2,), holds low and high of each partition. A range that
+        all partitions share needs no instruction of its own: slice the views.
+        """
+        integer = isinstance(dst, View) and dst.dtype in INTEGERS
+        fields = {"imm0": self._immediate("otherwise", otherwise, integer)}
+        if not isinstance(bounds, View) or bounds.shape != (2,):
+            refuse(f"bounds must be a view of shape (2,), not {bounds}")
+        self._emit(
+            Opcode.RANGE_SELECT,
+            dst,
+            {"src0": ("src0", src0)},
+            fields,
+            rounding,
+            words=True,
+            apart={"src1": ("bounds", bounds)},
+        )
 
 
 class _Scalar(_Elementwise):
