@@ -91,8 +91,8 @@ def _parse_immediate(text: str) -> int:
     return int(text, 16) if text.startswith("0x") else float_to_bits(float(text))
 
 
-def _bracket(fields: dict[str, int], prefix: str) -> str:
-    return "[" + ",".join(str(fields.get(f"{prefix}.{i}", 0)) for i in range(4)) + "]"
+def _bracket(fields: dict[str, int], prefix: str, count: int = 4) -> str:
+    return "[" + ",".join(str(fields.get(f"{prefix}.{i}", 0)) for i in range(count)) + "]"
 
 
 def disassemble_instruction(raw: bytes) -> str:
@@ -151,8 +151,9 @@ def disassemble_instruction(raw: bytes) -> str:
             )
     for name in _others(opcode):
         if f"{name}.0" in FIELDS[opcode]:
-            if any(fields[f] for f in FIELDS[opcode] if f.startswith(f"{name}.")):
-                parts.append(f"{name}={_bracket(fields, name)}")
+            members = [member for member in FIELDS[opcode] if member.startswith(f"{name}.")]
+            if any(fields[member] for member in members):
+                parts.append(f"{name}={_bracket(fields, name, len(members))}")
         elif fields[name]:
             parts.append(f"{name}={fields[name]}")
     if sem or amount or chip:
@@ -162,7 +163,7 @@ def disassemble_instruction(raw: bytes) -> str:
 
 @functools.cache
 def _others(opcode: Opcode) -> tuple[str, ...]:
-    """Fields, and arrays of four, that are written as plain numbers."""
+    """Fields, and arrays, that are written as plain numbers."""
     special = {*_SPECIAL, *SPECS[opcode].operands}
     names = (name.split(".")[0] for name in FIELDS[opcode])
     return tuple(dict.fromkeys(name for name in names if name not in special))
@@ -181,10 +182,10 @@ def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
     return found
 
 
-def _four(text: str, prefix: str, known: dict) -> Iterator[tuple[str, int]]:
+def _numbers(text: str, prefix: str, known: dict, count: int = 4) -> Iterator[tuple[str, int]]:
     values = [int(item) for item in text.split(",")]
-    if len(values) != 4:
-        raise ProgramError(f"{prefix} needs four numbers, not {len(values)}")
+    if len(values) != count:
+        raise ProgramError(f"{prefix} needs {count} numbers, not {len(values)}")
     for i, value in enumerate(values):
         # A stride that the format lacks (that of REDUCE's innermost dimension) is written as 0.
         if value or f"{prefix}.{i}" in known:
@@ -247,23 +248,24 @@ def _assemble_words(words: list[str]) -> bytes:
             elif name in ("imm0", "imm1"):
                 fields[name] = _parse_immediate(value)
             elif name == "counts":
-                fields.update(_four(value.strip("[]"), "counts", known))
+                fields.update(_numbers(value.strip("[]"), "counts", known))
             elif name in _others(opcode):
                 if f"{name}.0" in known:
-                    fields.update(_four(value.strip("[]"), name, known))
+                    count = sum(member.startswith(f"{name}.") for member in known)
+                    fields.update(_numbers(value.strip("[]"), name, known, count))
                 else:
                     fields[name] = int(value)
             elif name == "dram":
                 dtype, base, strides = _match(_DRAM, value).groups()
                 fields["dram_dtype"] = _code(DType, dtype)
                 fields["dram_base"] = int(base, 16)
-                fields.update(_four(strides, "dram_strides", known))
+                fields.update(_numbers(strides, "dram_strides", known))
             else:
                 space, dtype, base, strides = _match(_OPERAND, value).groups()
                 fields[f"{name}.space"] = _code(Space, space)
                 fields[f"{name}.dtype"] = _code(DType, dtype)
                 fields[f"{name}.base"] = int(base)
-                fields.update(_four(strides, f"{name}.strides", known))
+                fields.update(_numbers(strides, f"{name}.strides", known))
     if opcode is None:
         raise ProgramError("no opcode")
     return encode(opcode, fields)

@@ -23,10 +23,12 @@ from systolith_hdl.isa import (
     Opcode,
     Rounding,
     Space,
+    decode,
     encode,
     legal_operations,
 )
 from systolith_hdl.vector.engine import FIXED_CYCLES, REDUCE_CYCLES, fixed_cycles
+from systolith_hdl.vector.lane import LANE_LATENCY
 
 from .memory import MemoryModel
 from .stimulus import CORNERS, operand_fields, random_counter, random_counts, random_words
@@ -124,7 +126,7 @@ def random_number(shape: Any) -> int:
     cast = Shape.cast(shape)
     low = -(1 << cast.width - 1) if cast.signed else 0
     high = low + (1 << cast.width) - 1
-    return random.choice((0, random.randint(max(low, -9), 9), random.randint(low, high)))
+    return random.choice((0, random.randint(max(low, -9), min(9, high)), random.randint(low, high)))
 
 
 def random_instruction() -> bytes:
@@ -134,6 +136,9 @@ def random_instruction() -> bytes:
     counts = random_counts(60)
     fields: dict[str, Any] = {f"counts.{d}": counts[d] for d in range(4)}
     fields["lanes"] = random.randint(1, N)
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, CONFIG)
+        fields[name] = random.randint(least, most) if most < 60 else max(least, fields[name])
     half, psum_half = CONFIG.sbuf_depth // 2, CONFIG.psum_depth // 2
     sources = {Space.SBUF: (half, 2 * half), Space.PSUM: (psum_half, 2 * psum_half)}
     targets = {Space.SBUF: (0, half), Space.PSUM: (0, psum_half)}
@@ -220,10 +225,18 @@ async def cycles(dut: Any) -> None:
         opcode = Opcode(word & 0xFF)
         columns = math.prod(counts)
         fixed = fixed_cycles(opcode, CONFIG)
+        rows = columns // counts[3]
         if opcode is Opcode.REDUCE:
-            results = columns // counts[3]
-            assert took <= columns + FIXED_CYCLES + results * REDUCE_CYCLES
-        elif "src0" not in SPECS[opcode].operands:
+            assert took <= columns + FIXED_CYCLES + rows * REDUCE_CYCLES
+            continue
+        if opcode is Opcode.SCAN:
+            columns = LANE_LATENCY * (rows - 1) + counts[3]
+        elif opcode is Opcode.TOP:
+            columns += 2 * decode(raw)[1]["kept"] * rows
+        elif opcode is Opcode.TRANSPOSE:
+            turned = decode(raw)[1]["lanes"]
+            columns = counts[3] + (rows - 1) * max(counts[3], turned) + turned + 1
+        if "src0" not in SPECS[opcode].operands:
             assert took <= columns + fixed
         else:
             assert took == columns + fixed, f"{opcode.name}: {took} cycles for {columns} columns"

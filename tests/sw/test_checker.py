@@ -12,7 +12,10 @@ from systolith_hdl.isa import (
     COMPARISONS,
     FIELDS,
     LOADS,
+    MAX_KEPT,
     PAIRS,
+    SCAN_OPERATIONS,
+    SCAN_ROWS,
     SPECS,
     USED_BITS,
     AluOp,
@@ -44,6 +47,9 @@ def legal_fields(opcode: Opcode) -> dict[str, int]:
     for name in ("lanes", "columns"):
         if name in FIELDS[opcode]:
             fields[name] = 4
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, NANO)
+        fields[name] = min(max(fields.get(name, 0), least), most)
     for name in ("op0", "op1"):
         if name in spec.header:
             fields[name] = min(legal_operations(opcode, name))
@@ -134,6 +140,7 @@ def test_causes() -> None:
     for dtype in DType:
         legal = None if dtype in (DType.FP32, DType.INT32) else FaultCause.BAD_TYPE
         assert c(op.IOTA, dst__dtype=dtype.value) is legal
+        assert c(op.RANDOM, dst__dtype=dtype.value) is legal
         legal = None if dtype is DType.INT32 else FaultCause.BAD_TYPE
         assert c(op.RANGE_SELECT, src1__dtype=dtype.value) is legal
     assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT8.value) is None
@@ -163,6 +170,32 @@ def test_causes() -> None:
     assert c(op.LOAD_STATIONARY_PAIR, counts__0=2, counts__3=1) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__3=5) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__2=2, counts__3=1) is FaultCause.BAD_COUNT
+    for rows in range(1, 10):
+        legal = None if rows <= SCAN_ROWS else FaultCause.BAD_COUNT
+        assert c(op.SCAN, counts__3=rows) is legal
+    for columns in range(1, 10):
+        legal = None if columns <= NANO.lanes else FaultCause.BAD_COUNT
+        assert c(op.TRANSPOSE, counts__3=columns) is legal
+        assert c(op.SHUFFLE, lane=columns - 1) is legal
+        if columns <= 8:
+            assert c(op.SHUFFLE, select__1=columns - 1) is legal
+            assert c(op.SHUFFLE, select__7=columns - 1) is legal
+    for kept in range(16):
+        legal = None if 1 <= kept <= MAX_KEPT else FaultCause.BAD_COUNT
+        assert c(op.TOP, kept=kept, counts__3=40) is legal
+        if 1 < kept <= MAX_KEPT:
+            assert c(op.TOP, kept=kept, counts__3=kept) is None
+            assert c(op.TOP, kept=kept, counts__3=kept - 1) is FaultCause.BAD_COUNT
+    for operation in AluOp:
+        legal = None if operation in SCAN_OPERATIONS else FaultCause.ILLEGAL_OPERATION
+        assert c(op.SCAN, op0=operation.value) is legal
+        assert c(op.SCAN, op1=operation.value) is legal
+        found = c(op.TOP, op0=operation.value)
+        legal = operation in (AluOp.MAX, AluOp.MIN)
+        assert found is (None if legal else FaultCause.ILLEGAL_OPERATION)
+    for dtype in DType:
+        found = c(op.TOP, dst__dtype=dtype.value)
+        assert found is (None if dtype is DType.FP32 else FaultCause.BAD_TYPE)
     assert c(op.NOP, wait__0__mode=1, wait__0__sem=32) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, wait__2__mode=2, wait__2__sem=63) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, signal__amount=1, signal__sem=32) is FaultCause.BAD_SEMAPHORE
@@ -184,6 +217,10 @@ def test_what_operands_walk() -> None:
     assert walked(Opcode.REDUCE, "dst") == [2, 3, 4, 1]
     assert walked(Opcode.RANGE_SELECT, "src0") == [2, 3, 4, 5]
     assert walked(Opcode.RANGE_SELECT, "src1") == [1, 1, 1, 2]
+    counts |= {"kept": 3, "lanes": 7}
+    assert walked(Opcode.TRANSPOSE, "src0") == [2, 3, 4, 5]
+    assert walked(Opcode.TRANSPOSE, "dst") == [2, 3, 4, 7]
+    assert walked(Opcode.TOP, "dst") == [2, 3, 4, 6]
 
 
 def test_order_of_causes() -> None:

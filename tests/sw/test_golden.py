@@ -12,11 +12,12 @@ from systolith.errors import BackendError
 from systolith.golden import Core, GoldenDevice, arithmetic
 from systolith.golden.activation import evaluate
 from systolith.golden.checker import check
-from systolith_hdl.formats import FORMATS, DType
+from systolith.golden.dither import random_words
+from systolith_hdl.arith.dither import RANDOM_STREAM
+from systolith_hdl.formats import CANONICAL_NAN, FORMATS, DType
 from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
-    LOADS,
     REDUCE_ACCUMULATORS,
     REDUCTIONS,
     SPECS,
@@ -26,6 +27,7 @@ from systolith_hdl.isa import (
     FaultCause,
     Function,
     Opcode,
+    RandomBody,
     Space,
     decode,
     encode,
@@ -51,9 +53,10 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
     spec = SPECS[opcode]
     while True:
         counts = [rng.choice((1, 1, 2, 3, 5)) for _ in range(4)]
-        if opcode in LOADS:
-            counts = [1, 1, 1, rng.randint(1, 4)]
         fields = {f"counts.{i}": n for i, n in enumerate(counts)}
+        for name, limit in spec.limits.items():
+            least, most = limit(fields.__getitem__, NANO)
+            fields[name] = rng.randint(least, min(most, least + 3))
         for name in ("lanes", "columns", "accumulate", "op0", "op1"):
             if name not in FIELDS[opcode]:
                 continue
@@ -81,6 +84,12 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
                 fields[name] = rng.choice((0, 1, -1, rng.randint(-(1 << 15), (1 << 15) - 1)))
         if opcode is Opcode.IOTA:
             del fields["fill"]
+        if opcode is Opcode.SHUFFLE:
+            fields["spread"] = rng.randint(0, 1)
+        if spec.body is RandomBody:
+            fields["key"] = rng.getrandbits(32)
+        if opcode is Opcode.DROPOUT:
+            fields["threshold"] = rng.choice((0, 1 << 31, (1 << 32) - 1, rng.getrandbits(32)))
         fields["imm0"] = rng.choice((0, 0x3F800000, rng.getrandbits(32)))
         fields["imm1"] = rng.choice((0, 0xBF800000, rng.getrandbits(32)))
         for name in ("imm0", "imm1"):
@@ -99,6 +108,7 @@ def random_core(rng: random.Random) -> Core:
         wild = generator.integers(0, 2**32, memory.shape, dtype=np.uint32)
         memory[:] = np.where(generator.random(memory.shape) < 0.8, ordinary, wild)
     words, pairs = core.stationary.words, generator.random(NANO.lanes) < 0.5
+    core.seed = rng.getrandbits(32)
     core.stationary.pairs[:] = pairs
     for memory in (core.sbuf, core.psum):  # bounds of a range, for one
         small = generator.integers(-2, 7, memory.shape).astype(np.int32).view(np.uint32)
@@ -150,6 +160,14 @@ def compares(operation: int, number: float) -> bool:
     return number >= 0
 
 
+def rank(word: np.uint32, sign: int) -> float:
+    """Place of a word among others: by its bits below the sign, NaN before all."""
+    magnitude = int(word) & 0x7FFFFFFF
+    if magnitude > 0x7F800000:
+        return np.inf
+    return sign * (-1 - magnitude if int(word) >> 31 else magnitude)
+
+
 def one(value: object) -> np.ndarray:
     return np.array([value], np.uint32)
 
@@ -161,6 +179,7 @@ class Naive:
         self.sbuf, self.psum = core.sbuf.copy(), core.psum.copy()
         self.stationary, self.dram = core.stationary.words.copy(), core.dram.copy()
         self.pairs = core.stationary.pairs.copy()
+        self.seed = core.seed
 
     def execute(self, raw: bytes) -> None:
         opcode, f = decode(raw)
@@ -271,6 +290,55 @@ class Naive:
                     writes.append(
                         (lane, index, word("src0", lane, index) if inside else one(f["imm0"]))
                     )
+            case Opcode.SCAN:
+                last: dict[tuple[int, ...], np.ndarray] = {}
+                for lane, index in steps:
+                    row = (lane, *index[:2], index[3])
+                    if index[2] == 0:
+                        first = word("src1", lane, index) if f["accumulate"] else one(f["imm0"])
+                        last[row] = first
+                    b = one(f["imm0"]) if f["accumulate"] else word("src1", lane, index)
+                    a = alu(f["op0"], word("src0", lane, index), last[row])
+                    last[row] = alu(f["op1"], a, b)
+                    writes.append((lane, index, last[row]))
+            case Opcode.TOP:
+                sign = -1 if f["op0"] == AluOp.MIN.value else 1
+                for outer in itertools.product(*(range(n) for n in counts[:3])):
+                    for lane in range(lanes):
+                        row = [word("src0", lane, (*outer, i))[0] for i in range(counts[3])]
+                        ranked = sorted(
+                            range(counts[3]), key=lambda i: (rank(row[i], sign), -i), reverse=True
+                        )
+                        for place, i in enumerate(reversed(ranked[: f["kept"]])):
+                            value = row[i] if rank(row[i], sign) < np.inf else CANONICAL_NAN
+                            writes.append((lane, (*outer, 2 * place), one(i)))
+                            writes.append((lane, (*outer, 2 * place + 1), one(value)))
+            case Opcode.TRANSPOSE:
+                for lane, index in steps:
+                    turned = (*index[:3], lane)
+                    writes.append((index[3], turned, word("src0", lane, index)))
+                writes.sort(key=lambda write: write[1])  # in the order of dst's columns
+            case Opcode.SHUFFLE:
+                for lane, index in steps:
+                    source = f["lane"] if f["spread"] else f[f"select.{lane}"]
+                    writes.append((lane, index, word("src0", source, index)))
+            case Opcode.RANDOM | Opcode.DROPOUT:
+                words = random_words(
+                    self.seed, f["key"], RANDOM_STREAM, elements=len(indices), lanes=NANO.lanes
+                )
+                for lane, index in steps:
+                    drawn = int(words[lane, indices.index(index)])
+                    if opcode is Opcode.DROPOUT:
+                        kept = drawn >= f["threshold"]
+                        value = word("src0", lane, index) if kept else one(0)
+                        value = arithmetic.mul(value, one(f["imm0"]))
+                    elif f["dst.dtype"] == DType.FP32.value:
+                        value = one(np.float32((drawn >> 9) / 2**23).view(np.uint32))
+                    else:
+                        value = one(drawn)
+                    writes.append((lane, index, value))
+                if opcode is Opcode.RANDOM:
+                    f["dst.dtype"] = DType.FP32.value
             case Opcode.ACTIVATE | Opcode.ACTIVATE_TENSOR_BIAS:
                 for lane, index in steps:
                     y = arithmetic.mul(word("src0", lane, index), one(f["imm0"]))

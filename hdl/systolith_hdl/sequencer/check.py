@@ -12,7 +12,6 @@ from ..isa import (
     DMA_TYPES,
     FIELDS,
     INSTRUCTION_BITS,
-    LOADS,
     SPECS,
     USED_BITS,
     DmaBody,
@@ -92,9 +91,9 @@ class Check(wiring.Component):
                     reserved = ((1 << INSTRUCTION_BITS) - 1) & ~USED_BITS[opcode]
                     last_mode = WaitMode.ACQUIRE.value
                     bad_operation = [w.mode.as_value() > last_mode for w in header.wait]
-                    for field in operation_enums(opcode):
-                        code = getattr(header, field)
-                        bad_operation.append(~_one_of(code, legal_operations(opcode, field)))
+                    for name in operation_enums(opcode):
+                        code = getattr(header, name)
+                        bad_operation.append(~_one_of(code, legal_operations(opcode, name)))
                     bad_type, bad_space = [], []
                     for name, (spaces, types) in spec.operands.items():
                         operand = operands[_OPERAND_SLOTS[name]]
@@ -120,9 +119,10 @@ class Check(wiring.Component):
                     if "columns" in FIELDS[opcode]:
                         columns = data.View(spec.body, word[_BODY:]).columns
                         bad_count += [columns == 0, columns > config.lanes]
-                    if opcode in LOADS:
-                        bad_count += [tensor.counts[d] != 1 for d in range(3)]
-                        bad_count.append(tensor.counts[3] > config.lanes)
+                    field = functools.partial(field_of, word, opcode)
+                    for name, limit in spec.limits.items():
+                        least, most = limit(field, config)
+                        bad_count += [field(name) < least, field(name) > most]
                     signal = header.signal
                     bad_semaphore = [
                         (signal.amount != 0)

@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In
 
 from ..access import Pattern, elementwise_ports, pattern, place_streamers
 from ..arith import DITHER_LATENCY, Dither, RoundNarrow, engine_key
+from ..arith.dither import RANDOM_STREAM
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
 from ..formats import DType
@@ -25,10 +26,13 @@ from ..isa import (
 )
 from ..ports import IssuePort, split_words
 from .affine import Affine, affine_setup
-from .front import HALVES_OFFSET, Condition, FrontLane
+from .exchange import Shuffle, Transposer
+from .front import HALVES_OFFSET, ONE, Condition, FrontLane
 from .front import Data as FrontData
 from .lane import LANE_LATENCY, VectorLane
 from .reduce import REDUCE_CYCLES, Steering
+from .scan import Scan
+from .top import Top
 
 __all__ = ["FIXED_CYCLES", "REDUCE_CYCLES", "VectorEngine", "fixed_cycles", "lane_mask"]
 
@@ -41,6 +45,10 @@ FIXED_CYCLES = 4 + LANE_LATENCY + 1
 assert DITHER_LATENCY <= 4 + LANE_LATENCY
 
 
+#: Opcodes that take random words.
+_RANDOM = frozenset({Opcode.RANDOM, Opcode.DROPOUT})
+
+
 def fixed_cycles(opcode: Opcode, config: CoreConfig) -> int:
     """Cycles an instruction takes from being taken to `done`, beyond one per column, when no memory
     port stalls; at most."""
@@ -48,6 +56,8 @@ def fixed_cycles(opcode: Opcode, config: CoreConfig) -> int:
         return LANE_LATENCY + 1 + max(4, affine_setup(config))
     if opcode is Opcode.RANGE_SELECT:
         return FIXED_CYCLES + 2  # its bounds come first
+    if opcode in _RANDOM:
+        return LANE_LATENCY + 1 + DITHER_LATENCY
     return FIXED_CYCLES
 
 
@@ -79,6 +89,12 @@ FORMS: dict[Opcode, Form] = {
     Opcode.AFFINE_SELECT: Form(condition=Condition.NUMBER, stepped=True),
     Opcode.SELECT: Form(data=FrontData.SRC1, condition=Condition.SRC0),
     Opcode.RANGE_SELECT: Form(condition=Condition.RANGE, stepped=True),
+    Opcode.SCAN: Form(operations=True),
+    Opcode.TOP: Form(data=FrontData.FOUND),
+    Opcode.TRANSPOSE: Form(data=FrontData.FOUND),
+    Opcode.SHUFFLE: Form(data=FrontData.FOUND),
+    Opcode.RANDOM: Form(data=FrontData.RANDOM, stepped=True),
+    Opcode.DROPOUT: Form(condition=Condition.RANDOM),
 }
 assert FORMS.keys() == {o for o, spec in SPECS.items() if spec.kind is EngineKind.VECTOR}
 
@@ -120,9 +136,11 @@ class VectorEngine(wiring.Component):
     dst_sbuf, dst_psum : Out(WritePort)
 
     One column per cycle, for one and two sources alike. An instruction of n columns is done
-    ``n + fixed_cycles(opcode)`` cycles after it is taken when no port stalls; REDUCE of r results
-    takes ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most. The next is taken in the cycle of
-    `done`.
+    ``n + fixed_cycles(opcode)`` cycles after it is taken when no port stalls. REDUCE of r results
+    takes ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most, SCAN of c columns in each step
+    ``LANE_LATENCY * (n / c - 1) + c + FIXED_CYCLES``, TOP ``n + r + FIXED_CYCLES``, r being the
+    columns written, TRANSPOSE of b blocks of c columns that become l
+    ``c + (b - 1) * max(c, l) + l + 1 + FIXED_CYCLES``. The next is taken in the cycle of `done`.
     """
 
     def __init__(self, config: CoreConfig, *, number: int) -> None:
@@ -137,7 +155,9 @@ class VectorEngine(wiring.Component):
         walk = Signal(Pattern, name=f"{operand}_walk")
         m.d.comb += walk.eq(pattern(view, two.body.counts))
         counts = list(two.body.counts)
-        for opcode in _reading(operand):
+        for opcode in FORMS:
+            if opcode not in _reading(operand):
+                continue
             field = functools.partial(field_of, word, opcode)
             walked = operand_counts(opcode, operand, counts, field)
             with m.If(two.header.opcode == opcode):
@@ -202,14 +222,20 @@ class VectorEngine(wiring.Component):
         is_range = Signal()
         is_predicated = Signal()
         is_tensor_tensor = Signal()
+        is_scan = Signal()
+        is_top = Signal()
+        is_transpose = Signal()
         is_stepped = Signal()
         reads0, reads1 = Signal(), Signal()
         m.d.comb += [
             is_range.eq(code == Opcode.RANGE_SELECT),
             is_predicated.eq(code == Opcode.COPY_PREDICATED),
             is_tensor_tensor.eq(code == Opcode.TENSOR_TENSOR),
+            is_scan.eq(code == Opcode.SCAN),
+            is_top.eq(code == Opcode.TOP),
+            is_transpose.eq(code == Opcode.TRANSPOSE),
             is_stepped.eq(is_opcode(code, stepped, config)),
-            reads0.eq(is_opcode(code, _reading("src0"), config)),
+            reads0.eq(is_opcode(code, _reading("src0") - {Opcode.TOP, Opcode.TRANSPOSE}, config)),
             reads1.eq(is_opcode(code, _reading("src1") - {Opcode.RANGE_SELECT}, config)),
         ]
         front_data = Signal(FrontData)
@@ -229,48 +255,96 @@ class VectorEngine(wiring.Component):
                 imm0.eq(HALVES_OFFSET),
                 op1.eq(AluOp.ADD.value),
             ]
+        with m.If((code == Opcode.RANDOM) & (running.body.dst.dtype == DType.FP32)):
+            m.d.comb += [
+                front_data.eq(FrontData.UNIFORM),
+                op0.eq(AluOp.SUB.value),
+                imm0.eq(ONE),
+            ]
+        with m.If(code == Opcode.DROPOUT):
+            m.d.comb += op0.eq(AluOp.MUL.value)
 
-        # -- Random words for the results, one column after the other.
+        # -- Random words, one column after the other: for the results, or for what enters.
+        new_random = data.View(SPECS[Opcode.DROPOUT].layout, incoming.payload).body
+        draws = is_opcode(new.header.opcode, _RANDOM, config)
+        is_random = Signal()
+        m.d.comb += is_random.eq(is_opcode(code, _RANDOM, config))
         m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
         stochastic = Signal()
         wanted = (new.header.rounding == Rounding.STOCHASTIC) & (new.body.dst.dtype != DType.FP32)
         with m.If(take):
             m.d.sync += stochastic.eq(wanted)
         m.submodules.steering = steering = Steering()
+        m.submodules.scan = scan = Scan()
         out_valid = steering.result
         written = Signal()
         offer = Signal()
         m.d.comb += [
-            offer.eq(out_valid & (dither.valid | ~stochastic)),
+            # What holds the lanes holds their result, too: it leaves once.
+            offer.eq(out_valid & (dither.valid | ~stochastic) & ~scan.hold),
             written.eq(offer & dst.columns.ready),
-            dither.start.eq(take & wanted),
+            dither.start.eq(take & (wanted | draws)),
             dither.seed.eq(self.issue.seed),
-            dither.counter.eq(self.issue.counter),
-            dither.key.eq(engine_key(self._number)),
-            dither.take.eq(written & stochastic),
+            dither.counter.eq(Mux(draws, new_random.key, self.issue.counter)),
+            dither.key.eq(Mux(draws, engine_key(RANDOM_STREAM), engine_key(self._number))),
         ]
 
         # -- Columns enter the lanes.
         enable = Signal()
         enter = Signal()
-        bounds = Signal(2)  # of RANGE_SELECT, that are still to come: one-hot
+        bounds = Signal(2)  # that of RANGE_SELECT which comes next, one-hot; 0: both are there
         with m.If(take):
             m.d.sync += bounds.eq(new.header.opcode == Opcode.RANGE_SELECT)
         with m.Elif(src1.columns.valid):
             m.d.sync += bounds.eq(bounds << 1)
+        m.submodules.top = top = Top(config)
+        m.submodules.transposer = transposer = Transposer(config)
+        m.submodules.shuffle = shuffle = Shuffle(config)
+        shuffled = data.View(SPECS[Opcode.SHUFFLE].layout, word).body
         offered = (
             (src0.columns.valid | ~reads0)
             & (src1.columns.valid | ~reads1)
             & (affine.element.valid | ~is_stepped)
+            & (dither.valid | ~is_random)
+            & (top.results.valid | ~is_top)
+            & (transposer.results.valid | ~is_transpose)
             & ~bounds.any()
         )
         m.d.comb += [
             # An idle engine stands still: nothing is in its pipelines.
-            enable.eq(active & (~out_valid | written)),
-            enter.eq(offered & enable & ~steering.closed),
-            src0.columns.ready.eq(enter & reads0),
+            enable.eq(active & (~out_valid | written) & ~scan.hold),
+            enter.eq(offered & enable & ~steering.closed & scan.turn),
+            src0.columns.ready.eq(
+                (enter & reads0)
+                | (top.columns.ready & is_top)
+                | (transposer.columns.ready & is_transpose)
+            ),
             src1.columns.ready.eq((enter & reads1) | bounds.any()),
             affine.element.ready.eq(enter & is_stepped),
+            dither.take.eq(Mux(is_random, enter, written & stochastic)),
+            top.smallest.eq(running.header.op0 == AluOp.MIN),
+            top.kept.eq(data.View(SPECS[Opcode.TOP].layout, word).body.kept),
+            top.length.eq(running.body.counts[3]),
+            top.columns.valid.eq(src0.columns.valid & is_top),
+            top.columns.payload.eq(src0.columns.payload.data),
+            top.results.ready.eq(enter & is_top),
+            transposer.into.eq(running.body.counts[3]),
+            transposer.out_of.eq(running.header.lanes),
+            transposer.columns.valid.eq(src0.columns.valid & is_transpose),
+            transposer.columns.payload.eq(src0.columns.payload.data),
+            transposer.results.ready.eq(enter & is_transpose),
+            shuffle.select.eq(shuffled.select),
+            shuffle.spread.eq(shuffled.spread),
+            shuffle.lane.eq(shuffled.lane),
+            shuffle.column.eq(src0.columns.payload.data),
+            scan.begin.eq(take),
+            scan.scanning.eq(is_scan & active),
+            scan.rows.eq(running.body.counts[3]),
+            scan.length.eq(running.body.counts[2]),
+            scan.offered.eq(offered),
+            scan.last.eq(src0.columns.payload.last),
+            scan.moving.eq(enable),
+            scan.entered.eq(enter),
             steering.enable.eq(enable),
             steering.enter.eq(enter),
             steering.reducing.eq(code == Opcode.REDUCE),
@@ -289,12 +363,13 @@ class VectorEngine(wiring.Component):
             FrontLane(), "vector_front", lanes,
             shared=(
                 "data", "condition", "holds", "otherwise", "index", "bounds", "start", "base",
-                "step", "increment", "predicated", "tensor", "imm1",
+                "step", "increment", "threshold", "initial", "imm0", "predicated", "tensor",
+                "imm1",
             ),
         )  # fmt: skip
         m.submodules.lanes = cells = side_by_side(
             VectorLane(), "vector_lane", lanes,
-            shared=("en", "op0", "op1", "imm0", "second", "index", "clear"),
+            shared=("en", "op0", "op1", "chain", "second", "index", "clear"),
         )  # fmt: skip
         m.submodules.rounding = rounding = side_by_side(
             RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
@@ -304,21 +379,28 @@ class VectorEngine(wiring.Component):
             front.condition.eq(condition),
             front.holds.eq(holds),
             front.otherwise.eq(
-                Mux(code == Opcode.AFFINE_SELECT, Cat(Const(0, 16), fill), scalar.body.imm0)
+                Mux(
+                    code == Opcode.AFFINE_SELECT,
+                    Cat(Const(0, 16), fill),
+                    Mux(is_random, 0, scalar.body.imm0),
+                )
             ),
+            front.threshold.eq(data.View(SPECS[Opcode.DROPOUT].layout, word).body.threshold),
             front.index.eq(affine.element.payload.index),
             front.bounds.eq(Mux(src1.columns.valid & is_range, bounds, 0)),
             front.start.eq(affine.start),
             front.base.eq(affine.base),
             front.step.eq(affine.step),
             front.increment.eq(affine.increment),
+            front.initial.eq(is_scan & running.header.accumulate),
+            front.imm0.eq(imm0),
             front.predicated.eq(is_predicated),
-            front.tensor.eq(is_tensor_tensor),
-            front.imm1.eq(scalar.body.imm1),
+            front.tensor.eq(is_tensor_tensor | (is_scan & ~running.header.accumulate)),
+            front.imm1.eq(Mux(is_scan, scalar.body.imm0, scalar.body.imm1)),
             cells.en.eq(enable),
             cells.op0.eq(op0),
             cells.op1.eq(op1),
-            cells.imm0.eq(imm0),
+            cells.chain.eq(is_scan & ~scan.first),
             cells.second.eq(steering.second),
             cells.index.eq(steering.index),
             cells.clear.eq(steering.clear),
@@ -331,8 +413,17 @@ class VectorEngine(wiring.Component):
             m.d.comb += [
                 front.src0[lane].eq(src0.columns.payload.data[lane]),
                 front.src1[lane].eq(src1.columns.payload.data[lane]),
+                front.found[lane].eq(
+                    Mux(
+                        is_top,
+                        top.results.payload[lane],
+                        Mux(is_transpose, transposer.results.payload[lane], shuffle.o[lane]),
+                    )
+                ),
+                front.random[lane].eq(random[lane]),
                 front.chosen[lane].eq(affine.chosen[lane]),
                 cells.a[lane].eq(front.a[lane]),
+                cells.y[lane].eq(front.y[lane]),
                 cells.b[lane].eq(front.b[lane]),
                 rounding.word[lane].eq(cells.o[lane]),
                 rounding.random[lane].eq(random[lane]),
@@ -340,8 +431,9 @@ class VectorEngine(wiring.Component):
             ]
         nonzero = Cat(cells.nonzero)
         everywhere = (~is_predicated).replicate(lanes)
+        written_lanes = Mux(is_transpose, running.body.counts[3], running.header.lanes)[:8]
         m.d.comb += [
-            column.mask.eq(lane_mask(running.header.lanes, lanes) & (nonzero | everywhere)),
+            column.mask.eq(lane_mask(written_lanes, lanes) & (nonzero | everywhere)),
             dst.columns.valid.eq(offer),
         ]
         return m

@@ -11,9 +11,11 @@ from amaranth.lib.wiring import In, Out
 HIGH_HALF = 0x5300
 LOW_HALF = 0x4B00
 HALVES_OFFSET = 0x53008080
+#: FP32 word of 1.
+ONE = 0x3F800000
 
 
-class Data(enum.Enum, shape=2):
+class Data(enum.Enum, shape=3):
     """What an element may be, if its condition holds."""
 
     #: the word of src0
@@ -24,6 +26,12 @@ class Data(enum.Enum, shape=2):
     NUMBER = 2
     #: the affine number, in two halves that the ALUs make a float of
     HALVES = 3
+    #: a word that another unit gives
+    FOUND = 4
+    #: the random word
+    RANDOM = 5
+    #: a number from 1 to 2, without 2, that the random word's upper bits make
+    UNIFORM = 6
 
 
 class Condition(enum.Enum, shape=3):
@@ -37,6 +45,8 @@ class Condition(enum.Enum, shape=3):
     SRC0 = 3
     #: the index lies within the lane's bounds
     RANGE = 4
+    #: the random word is at least `threshold`
+    RANDOM = 5
 
 
 class FrontLane(wiring.Component):
@@ -53,9 +63,11 @@ class FrontLane(wiring.Component):
     bounds : In(2), bit 0 takes src1 as the lower bound of the index, bit 1 as the upper one
     start : In(1), the affine number becomes `base` : In(32)
     step : In(1), where `chosen` : In(1), the affine number grows by `increment` : In(32)
-    src0, src1 : In(32)
+    threshold : In(32)
+    src0, src1, found, random : In(32)
+    initial : In(1), `y` is src1; else `imm0` : In(32)
     predicated : In(1), `b` is src0; else, with `tensor` : In(1), src1; else `imm1` : In(32)
-    a, b : Out(32), operands of the element, in the same cycle
+    a, y, b : Out(32), operands of the element, in the same cycle
 
     The affine number and the bounds are registers; everything else is combinational.
     """
@@ -73,10 +85,16 @@ class FrontLane(wiring.Component):
     increment: In(32)
     src0: In(32)
     src1: In(32)
+    found: In(32)
+    random: In(32)
+    threshold: In(32)
+    initial: In(1)
+    imm0: In(32)
     predicated: In(1)
     tensor: In(1)
     imm1: In(32)
     a: Out(32)
+    y: Out(32)
     b: Out(32)
 
     def elaborate(self, platform: object) -> Module:
@@ -112,7 +130,9 @@ class FrontLane(wiring.Component):
             with m.Case(Condition.NUMBER, Condition.SRC0):
                 m.d.comb += met.eq(compared)
             with m.Case(Condition.RANGE):
-                m.d.comb += met.eq((low <= self.index) & (self.index < high))
+                m.d.comb += met.eq((self.index >= low) & (self.index < high))
+            with m.Case(Condition.RANDOM):
+                m.d.comb += met.eq(self.random >= self.threshold)
 
         word = Signal(32)
         with m.Switch(self.data):
@@ -124,7 +144,16 @@ class FrontLane(wiring.Component):
                 m.d.comb += word.eq(number)
             with m.Case(Data.HALVES):
                 m.d.comb += word.eq(Cat(number[16:31], ~number[31], Const(HIGH_HALF, 16)))
-        m.d.comb += self.a.eq(Mux(met, word, self.otherwise))
+            with m.Case(Data.FOUND):
+                m.d.comb += word.eq(self.found)
+            with m.Case(Data.RANDOM):
+                m.d.comb += word.eq(self.random)
+            with m.Case(Data.UNIFORM):
+                m.d.comb += word.eq(Cat(self.random[9:], Const(ONE >> 23, 9)))
+        m.d.comb += [
+            self.a.eq(Mux(met, word, self.otherwise)),
+            self.y.eq(Mux(self.initial, self.src1, self.imm0)),
+        ]
 
         with m.If(self.predicated):
             m.d.comb += self.b.eq(self.src0)

@@ -15,7 +15,7 @@ one in which this device happened to execute; where several streams signal one s
 signals made so far in this execution count.
 
 A word never written since the start of the program is *undefined*, and so is what the vector and
-scalar engines make of it, lane by lane: whole-tile instructions may compute lanes that nobody
+scalar engines make of it, word by word: whole-tile instructions may compute lanes that nobody
 reads. It is an error when the tensor engine takes it or DMA stores it; of other opcodes, at once.
 A race may be the cause, so the first use of undefined memory is kept until the program has ended
 without one.
@@ -34,7 +34,7 @@ from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import LOADS, SPECS, Opcode, Space
 
 from . import dma
-from .checker import operand_counts, operand_strides
+from .checker import operand_counts, operand_lanes, operand_strides
 from .marks import PASSES
 
 #: opcodes whose result in an element depends on nothing but that element of their sources, which
@@ -43,6 +43,7 @@ _LANEWISE = frozenset(
     {
         Opcode.TENSOR_TENSOR,
         Opcode.TENSOR_SCALAR,
+        Opcode.DROPOUT,
         Opcode.ACTIVATE,
         Opcode.ACTIVATE_TENSOR_BIAS,
     }
@@ -96,18 +97,18 @@ class Undefined(NamedTuple):
     reader: Step
 
 
-def accesses(opcode: Opcode, fields: dict[str, int]) -> Iterator[Access]:
+def accesses(opcode: Opcode, fields: dict[str, int], lanes: int) -> Iterator[Access]:
     """The words of SBUF and PSUM that an instruction reads and writes, operand by operand, sources
-    first. One that writes only some elements counts as writing all."""
+    first, in a core of so many lanes. One that writes only some elements counts as writing all, one
+    that reads some partitions as reading those below, too."""
     for name in sorted(SPECS[opcode].operands, key=lambda name: name == "dst"):
         writes = name == "dst" or (name == "local" and opcode is Opcode.DMA_LOAD)
-        reads = not writes or bool(fields.get("accumulate"))
-        lanes = fields["columns"] if writes and "columns" in fields else fields["lanes"]
+        reads = not writes or (opcode is not Opcode.SCAN and bool(fields.get("accumulate")))
         yield Access(
             name,
             Space(fields[f"{name}.space"]),
             fields[f"{name}.base"],
-            lanes,
+            operand_lanes(opcode, name, fields, lanes),
             tuple(operand_counts(opcode, name, fields)),
             tuple(operand_strides(name, fields)),
             reads,
@@ -248,6 +249,7 @@ class Checks:
         self._memories = memories
         self.used: Undefined | None = None
         self.clocks = Clocks(config)
+        self._lanes = config.lanes
         streams = self.clocks.streams
         self._words = {
             Space.SBUF: _Words(streams, config.lanes, config.sbuf_depth),
@@ -272,7 +274,7 @@ class Checks:
         marks: dict[str, np.ndarray] = {}
         held: dict[str, np.ndarray] = {}
         elements = self._dram_elements(opcode, fields, dram_bytes)
-        for access in accesses(opcode, fields):
+        for access in accesses(opcode, fields, self._lanes):
             words = self._words[access.space]
             self._order(words, access, relied)
             if access.reads:
@@ -349,7 +351,9 @@ class Checks:
         dst = words.window(words.undefined, access)
         result = np.zeros_like(dst)
         if opcode in PASSES:
-            result[...] = PASSES[opcode](fields, {**marks, "dst": dst}, held)
+            result[...] = PASSES[opcode](
+                {**fields, "core_lanes": words.undefined.shape[0]}, {**marks, "dst": dst}, held
+            )
         elif opcode in _LANEWISE:
             for found in marks.values():
                 np.maximum(result, found, out=result)

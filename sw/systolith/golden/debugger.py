@@ -67,7 +67,11 @@ class Moment:
         if name not in SPECS[opcode].operands:
             known = ", ".join(SPECS[opcode].operands) or "none"
             raise DeviceError(f"{opcode.name} has no operand {name!r}; its operands: {known}")
-        access = next(found for found in accesses(opcode, fields) if found.operand == name)
+        access = next(
+            found
+            for found in accesses(opcode, fields, self._core.config.lanes)
+            if found.operand == name
+        )
         memory = self._core.psum if access.space is Space.PSUM else self._core.sbuf
         address = np.full((), access.base, np.int64)
         for count, stride in zip(access.counts, access.strides, strict=True):
