@@ -60,6 +60,8 @@ def cases() -> dict[str, Case]:
         "transpose 64 x 64": (kernels.transpose, {}, (x,)),
         "softmax 64 x 64": (kernels.softmax, {}, (x,)),
         "softmax_grad 64 x 64": (kernels.softmax_grad, {}, (np.abs(x), g)),
+        "cumsum 64 x 64": (kernels.cumsum, {}, (x,)),
+        "top_k 64 x 64, 8": (kernels.top_k, {"k": 8}, (x,)),
         "cross_entropy 64 x 64": (kernels.cross_entropy, {}, (x, labels)),
         "cross_entropy_forward 64 x 64": (kernels.cross_entropy_forward, {}, (x, labels)),
         "cross_entropy_grad 64 x 64": (kernels.cross_entropy_grad, {}, (x, labels, gain, gain)),

@@ -12,10 +12,10 @@ One step touches one *column*: the word at one address in every partition 0 to l
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from amaranth.hdl import Shape, signed, unsigned
+from amaranth.hdl import Shape, Value, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES, CoreConfig
@@ -99,6 +99,42 @@ class Opcode(enum.Enum, shape=8):
     MEMSET = 0x23
     #: dst = src1 where src0 is not zero; other elements of dst keep their value
     COPY_PREDICATED = 0x24
+    #: dst = base + i0*steps.0 + i1*steps.1 + i2*steps.2 + i3*steps.3 + lane*lane_step, modulo 2**32
+    #: as a signed number; of type INT32 the number itself, of FP32 rounded to the nearest float
+    IOTA = 0x26
+    #: dst = src0 where the number that IOTA would write satisfies ``number op0 0``, elsewhere
+    #: `fill`, the upper half of an FP32 word
+    AFFINE_SELECT = 0x27
+    #: dst = src1 where ``src0 op0 0`` holds, elsewhere imm0
+    SELECT = 0x28
+    #: dst = src0 where low <= i3 < high, elsewhere imm0. Low and high are two words of each
+    #: partition, signed integers: the first and the second column of src1
+    RANGE_SELECT = 0x29
+    #: dst = r, with ``r = (src0 op0 (r of i2 - 1)) op1 src1`` along index 2, beginning from imm0;
+    #: with `accumulate`, ``r = (src0 op0 (r of i2 - 1)) op1 imm0``, beginning from the word of src1
+    #: at i2 = 0. Index 3 counts rows, 6 at most (else BAD_COUNT), which are worked on in turn
+    SCAN = 0x2A
+    #: the `kept` largest (op0 MAX) or smallest (MIN) words of src0 along the innermost dimension, 1
+    #: to 8 and no more than there are (else BAD_COUNT). Dst walks 2 * `kept` in place of it: the
+    #: one that comes first is written last, and of each its index, an integer, before itself. -0 is
+    #: less than +0; NaNs, which are equal and given as the canonical one, come before any number;
+    #: of equal words the one of the lowest index comes first
+    TOP = 0x2B
+    #: blocks turned: partition j of column (i0, i1, i2, l) of dst = partition l of column
+    #: (i0, i1, i2, j) of src0. `lanes` partitions of src0 are `lanes` columns of dst, and the
+    #: columns that count 3 counts, N at most (else BAD_COUNT), are partitions of dst
+    TRANSPOSE = 0x2C
+    #: partition l of dst = partition g + `select` at l - g of src0, g being l rounded down to a
+    #: multiple of 8, or of N where it is less; with `spread`, partition `lane` of src0. `lanes` are
+    #: those of dst. A number of a partition that does not exist is BAD_COUNT
+    SHUFFLE = 0x2D
+    #: dst = random words: of type INT32 the words themselves, of FP32 numbers from 0 to 1, without
+    #: 1: multiples of 2**-23. The words follow from the SEED register, `key`, the element and the
+    #: lane (see docs/numerics.md), so an instruction of the same key and counts repeats them
+    RANDOM = 0x2E
+    #: dst = src0 * imm0 where the random word, that of RANDOM, is at least `threshold`, elsewhere
+    #: 0 * imm0
+    DROPOUT = 0x2F
     #: dst = function(src0 * imm0 + imm1)
     ACTIVATE = 0x30
     #: dst = function(src0 * imm0 + src1)
@@ -176,6 +212,28 @@ REDUCTIONS: dict[AluOp, int] = {
 REDUCE_ACCUMULATORS = 4
 
 
+#: Comparisons with zero that AFFINE_SELECT and SELECT take as op0. A NaN satisfies NE alone, and
+#: -0 is zero.
+COMPARISONS = frozenset({AluOp.EQ, AluOp.NE, AluOp.LT, AluOp.LE, AluOp.GT, AluOp.GE})
+
+
+#: Operations SCAN takes.
+SCAN_OPERATIONS = frozenset(
+    {
+        *(AluOp.BYPASS, AluOp.ADD, AluOp.SUB, AluOp.RSUB, AluOp.MUL),
+        *(AluOp.MAX, AluOp.MIN, AluOp.ABS_MAX),
+    }
+)
+#: SCAN works on this many rows in turn, at most: in as many cycles as the two operations take.
+SCAN_ROWS = 6
+#: TOP finds this many words, at most.
+MAX_KEPT = 8
+
+
+#: SHUFFLE moves words within groups of so many lanes.
+SHUFFLE_GROUP = 8
+
+
 class Function(enum.Enum, shape=6):
     """Function of the scalar engine, applied to y = x * scale + bias."""
 
@@ -250,8 +308,7 @@ class FaultCause(enum.Enum, shape=8):
     BAD_TYPE = 4
     #: operand in a memory the instruction cannot reach
     BAD_SPACE = 5
-    #: a count of zero, or lanes or columns outside 1..N (LOAD_STATIONARY, GATHER, SCATTER: see
-    #: there)
+    #: a count of zero, lanes or columns outside 1..N, or a field outside of the opcode's limits
     BAD_COUNT = 6
     #: semaphore number does not exist, or its chip is not this one
     BAD_SEMAPHORE = 7
@@ -338,6 +395,61 @@ class TensorScalarBody(data.Struct):
     imm1: unsigned(32)
     reserved: unsigned(64)
     imm0: unsigned(32)
+
+
+class AffineBody(data.Struct):
+    """Elementwise body with an integer that depends on the indices and the lane."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    base: signed(32)
+    steps: data.ArrayLayout(signed(16), 4)
+    lane_step: signed(16)
+    fill: unsigned(16)
+
+
+class TopBody(data.Struct):
+    """Body of TOP."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    kept: unsigned(4)
+    reserved: unsigned(124)
+
+
+class OneSourceBody(data.Struct):
+    """Body with one source and no number."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    reserved: unsigned(128)
+
+
+class RandomBody(data.Struct):
+    """Body of RANDOM and DROPOUT."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    key: unsigned(32)
+    threshold: unsigned(32)
+    reserved: unsigned(32)
+    imm0: unsigned(32)
+
+
+class ShuffleBody(data.Struct):
+    """Body of SHUFFLE."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    select: data.ArrayLayout(unsigned(3), SHUFFLE_GROUP)
+    spread: unsigned(1)
+    lane: unsigned(8)
+    reserved: unsigned(95)
 
 
 class TensorBody(data.Struct):
@@ -439,7 +551,13 @@ class Spec:
     body : layout of its body
     header : header fields it uses beside opcode, signal and wait
     operands : local operands it uses -> (spaces allowed, types allowed)
-    unused : dotted body fields that must be zero though the body has them
+    unused : dotted body fields that must be zero though the body has them; an operand that lacks
+        the stride of a dimension does not walk it
+    inner : operand -> what it walks in the innermost dimension instead of count 3, from a function
+        that gives the instruction's fields
+    lanes : operand -> the field that holds the number of partitions it takes, if not `lanes`
+    limits : field -> its least and its largest value, from a function that gives the instruction's
+        fields, and the core's configuration
     pairs : works on pairs of FP8 numbers, which only some cores have
     """
 
@@ -450,11 +568,18 @@ class Spec:
         default_factory=dict
     )
     unused: frozenset[str] = frozenset()
+    inner: dict[str, Callable[[Callable[[str], Any]], Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    lanes: dict[str, str] = dataclasses.field(default_factory=dict)
+    limits: dict[str, Callable[[Callable[[str], Any], CoreConfig], tuple[Any, Any]]] = (
+        dataclasses.field(default_factory=dict)
+    )
     pairs: bool = False
 
     @property
     def indexed(self) -> bool:
-        """Whether it reads an `IndexVector` of `counts.0` indices; counts 1 and 2 must be 1."""
+        """Whether it reads an `IndexVector` of `counts.0` indices."""
         return self.body is IndexedBody
 
     def exists(self, config: CoreConfig) -> bool:
@@ -474,6 +599,7 @@ _WRITE = frozenset(FLOATS)
 _MATMUL = frozenset({*NARROW_FLOATS, DType.INT8})
 _FP8 = frozenset(FP8_TYPES)
 _SUMS = frozenset({DType.FP32, DType.INT32})
+_INTEGER = frozenset({DType.INT32})
 #: types DMA moves between DRAM and 32-bit words
 DMA_TYPES = frozenset({*FLOATS, *INTEGERS})
 
@@ -481,10 +607,20 @@ _DST = {"dst": (_BOTH, _WRITE)}
 _SRC0 = {"src0": (_BOTH, _READ)}
 _SRC1 = {"src1": (_BOTH, _READ)}
 
+#: One column after the other, at most as many as the array has.
+_STATIONARY: dict[str, Any] = {
+    **{f"counts.{d}": lambda field, config: (1, 1) for d in range(3)},
+    "counts.3": lambda field, config: (1, config.lanes),
+}
+
+_ROWS: dict[str, Any] = {f"counts.{d}": lambda field, config: (1, 1) for d in (1, 2)}
+
 SPECS: dict[Opcode, Spec] = {
     Opcode.NOP: Spec(kind=None, body=EmptyBody),
     Opcode.END: Spec(kind=None, body=EmptyBody),
-    Opcode.LOOP: Spec(kind=None, body=LoopBody),
+    Opcode.LOOP: Spec(
+        kind=None, body=LoopBody, limits={"count": lambda field, config: (1, (1 << 32) - 1)}
+    ),
     Opcode.NEXT: Spec(kind=None, body=NextBody),
     Opcode.TEST: Spec(
         kind=None,
@@ -497,12 +633,14 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"lanes"}),
         operands={"src0": (_SBUF, _MATMUL)},
         unused=frozenset({"dst", "columns"}),
+        limits=_STATIONARY,
     ),
     Opcode.MATMUL: Spec(
         kind=EngineKind.TENSOR,
         body=TensorBody,
         header=frozenset({"lanes", "accumulate"}),
         operands={"dst": (_PSUM, _SUMS), "src0": (_SBUF, _MATMUL)},
+        lanes={"dst": "columns"},
     ),
     Opcode.LOAD_STATIONARY_PAIR: Spec(
         kind=EngineKind.TENSOR,
@@ -510,6 +648,7 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"lanes"}),
         operands={"src0": (_SBUF, _FP8), "src1": (_SBUF, _FP8)},
         unused=frozenset({"dst", "columns"}),
+        limits=_STATIONARY,
         pairs=True,
     ),
     Opcode.MATMUL_PAIR: Spec(
@@ -517,6 +656,7 @@ SPECS: dict[Opcode, Spec] = {
         body=TensorPairBody,
         header=frozenset({"lanes", "accumulate"}),
         operands={"dst": (_PSUM, _READ), "src0": (_SBUF, _FP8), "src1": (_SBUF, _FP8)},
+        lanes={"dst": "columns"},
         pairs=True,
     ),
     Opcode.TENSOR_TENSOR: Spec(
@@ -552,6 +692,86 @@ SPECS: dict[Opcode, Spec] = {
         operands={**_DST, **_SRC0, **_SRC1},
         unused=frozenset({"imm0"}),
     ),
+    Opcode.IOTA: Spec(
+        kind=EngineKind.VECTOR,
+        body=AffineBody,
+        header=frozenset({"lanes"}),
+        operands={"dst": (_BOTH, _SUMS)},
+        unused=frozenset({"src0", "fill"}),
+    ),
+    Opcode.AFFINE_SELECT: Spec(
+        kind=EngineKind.VECTOR,
+        body=AffineBody,
+        header=frozenset({"op0", "lanes", "rounding"}),
+        operands={**_DST, **_SRC0},
+    ),
+    Opcode.SELECT: Spec(
+        kind=EngineKind.VECTOR,
+        body=TensorTensorBody,
+        header=frozenset({"op0", "lanes", "rounding"}),
+        operands={**_DST, **_SRC0, **_SRC1},
+    ),
+    Opcode.RANGE_SELECT: Spec(
+        kind=EngineKind.VECTOR,
+        body=TensorTensorBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={**_DST, **_SRC0, "src1": (_BOTH, _INTEGER)},
+        unused=frozenset({"src1.strides.0", "src1.strides.1", "src1.strides.2"}),
+        inner={"src1": lambda field: 2},
+    ),
+    Opcode.SCAN: Spec(
+        kind=EngineKind.VECTOR,
+        body=TensorTensorBody,
+        header=frozenset({"op0", "op1", "lanes", "accumulate", "rounding"}),
+        operands={**_DST, **_SRC0, **_SRC1},
+        limits={"counts.3": lambda field, config: (1, SCAN_ROWS)},
+    ),
+    Opcode.TOP: Spec(
+        kind=EngineKind.VECTOR,
+        body=TopBody,
+        header=frozenset({"op0", "lanes"}),
+        operands={"dst": (_BOTH, _READ), **_SRC0},
+        inner={"dst": lambda field: 2 * field("kept")},
+        limits={
+            "kept": lambda field, config: (1, MAX_KEPT),
+            "counts.3": lambda field, config: (field("kept"), (1 << 16) - 1),
+        },
+    ),
+    Opcode.TRANSPOSE: Spec(
+        kind=EngineKind.VECTOR,
+        body=OneSourceBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={**_DST, **_SRC0},
+        inner={"dst": lambda field: field("lanes")},
+        lanes={"dst": "counts.3"},
+        limits={"counts.3": lambda field, config: (1, config.lanes)},
+    ),
+    Opcode.SHUFFLE: Spec(
+        kind=EngineKind.VECTOR,
+        body=ShuffleBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={**_DST, **_SRC0},
+        limits={
+            **{
+                f"select.{place}": lambda field, config: (0, min(SHUFFLE_GROUP, config.lanes) - 1)
+                for place in range(SHUFFLE_GROUP)
+            },
+            "lane": lambda field, config: (0, config.lanes - 1),
+        },
+    ),
+    Opcode.RANDOM: Spec(
+        kind=EngineKind.VECTOR,
+        body=RandomBody,
+        header=frozenset({"lanes"}),
+        operands={"dst": (_BOTH, _SUMS)},
+        unused=frozenset({"src0", "threshold", "imm0"}),
+    ),
+    Opcode.DROPOUT: Spec(
+        kind=EngineKind.VECTOR,
+        body=RandomBody,
+        header=frozenset({"lanes"}),
+        operands={**_DST, **_SRC0},
+    ),
     Opcode.ACTIVATE: Spec(
         kind=EngineKind.SCALAR,
         body=TensorScalarBody,
@@ -582,6 +802,7 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"lanes", "accumulate"}),
         operands={"local": (_SBUF, _READ)},
         unused=frozenset({"local.strides.1", "local.strides.2"}),
+        limits=_ROWS,
     ),
     Opcode.SCATTER: Spec(
         kind=EngineKind.DMA,
@@ -589,6 +810,7 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"lanes", "accumulate", "rounding"}),
         operands={"local": (_SBUF, _READ)},
         unused=frozenset({"local.strides.1", "local.strides.2"}),
+        limits=_ROWS,
     ),
 }
 
@@ -618,11 +840,35 @@ def operation_enums(opcode: Opcode) -> dict[str, type[enum.Enum]]:
     return {field: kind for field in ("op0", "op1") if field in spec.header}
 
 
+#: What op0 or op1 may be where it is not any operation of the engine.
+_OPERATIONS: dict[tuple[Opcode, str], frozenset[AluOp]] = {
+    (Opcode.REDUCE, "op1"): frozenset(REDUCTIONS),
+    (Opcode.AFFINE_SELECT, "op0"): COMPARISONS,
+    (Opcode.SELECT, "op0"): COMPARISONS,
+    (Opcode.SCAN, "op0"): SCAN_OPERATIONS,
+    (Opcode.SCAN, "op1"): SCAN_OPERATIONS,
+    (Opcode.TOP, "op0"): frozenset({AluOp.MAX, AluOp.MIN}),
+}
+
+
 def legal_operations(opcode: Opcode, field: str) -> frozenset[int]:
     """Returns the codes `opcode` accepts in op0 or op1."""
-    if opcode is Opcode.REDUCE and field == "op1":
-        return frozenset(op.value for op in REDUCTIONS)
-    return frozenset(op.value for op in operation_enums(opcode)[field])
+    allowed = _OPERATIONS.get((opcode, field), operation_enums(opcode)[field])
+    return frozenset(op.value for op in allowed)
+
+
+def operand_counts(
+    opcode: Opcode, operand: str, counts: Sequence[Any], field: Callable[[str], Any]
+) -> list[Any]:
+    """The four counts an operand walks, of the instruction's `counts`; numbers or, with `field`
+    giving values in hardware, such values."""
+    spec = SPECS[opcode]
+    walked = [
+        1 if f"{operand}.strides.{d}" in spec.unused else count for d, count in enumerate(counts)
+    ]
+    if operand in spec.inner:
+        walked[3] = spec.inner[operand](field)
+    return walked
 
 
 class EncodeError(ValueError):
@@ -712,6 +958,14 @@ def add_indices(raw: bytes, registers: Sequence[int]) -> bytes:
             base = (word >> field.base) + value & mask
             word = word & ~(mask << field.base) | base << field.base
     return word.to_bytes(INSTRUCTION_BYTES, "little")
+
+
+def field_of(word: Value, opcode: Opcode, name: str) -> Value:
+    """A field of an instruction of that opcode, in hardware."""
+    offset, shape = FIELDS[opcode][name]
+    width, is_signed = _width(shape)
+    bits = word[offset : offset + width]
+    return bits.as_signed() if is_signed else bits
 
 
 def encode(opcode: Opcode, fields: dict[str, Any]) -> bytes:

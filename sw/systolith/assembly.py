@@ -23,7 +23,6 @@ from systolith_hdl.config import INSTRUCTION_BYTES
 from systolith_hdl.formats import DType
 from systolith_hdl.isa import (
     FIELDS,
-    INDEX_REGISTERS,
     MAX_WAITS,
     SPECS,
     USED_BITS,
@@ -47,14 +46,17 @@ _BITWISE = {AluOp.BIT_AND.value, AluOp.BIT_OR.value, AluOp.BIT_XOR.value}
 _TABLE_STRIDES = {"dram_strides.0": "row_stride", "dram_strides.3": "column_stride"}
 
 
-#: fields written as name=number, but if they are zero
-_NUMBERS = ("lanes", "columns", "accumulate", "count", "conditional")
-_STEPS = range(INDEX_REGISTERS)
-
-
 def _index(register: int) -> str:
     """An index register behind the address that it is added to."""
     return f"+r{register}" if register else ""
+
+
+#: fields that have a form of their own
+_SPECIAL = (
+    *("opcode", "signal", "wait", "op0", "op1", "lanes", "columns", "accumulate", "rounding"),
+    *("counts", "dram_base", "dram_index", "dram_strides", "dram_dtype", "lane_stride"),
+    *("index", "rows", "row_stride", "column_stride", "imm0", "imm1"),
+)
 
 
 @functools.cache
@@ -98,8 +100,8 @@ def _parse_immediate(text: str) -> int:
     return int(text, 16) if text.startswith("0x") else float_to_bits(float(text))
 
 
-def _bracket(fields: dict[str, int], prefix: str) -> str:
-    return "[" + ",".join(str(fields.get(f"{prefix}.{i}", 0)) for i in range(4)) + "]"
+def _bracket(fields: dict[str, int], prefix: str, count: int = 4) -> str:
+    return "[" + ",".join(str(fields.get(f"{prefix}.{i}", 0)) for i in range(count)) + "]"
 
 
 def disassemble_instruction(raw: bytes) -> str:
@@ -133,7 +135,7 @@ def disassemble_instruction(raw: bytes) -> str:
     for name in ("op0", "op1"):
         if fields.get(name):
             parts.append(f"{name}={_name(operations[name], fields[name])}")
-    for name in _NUMBERS:
+    for name in ("lanes", "columns", "accumulate"):
         if fields.get(name):
             parts.append(f"{name}={fields[name]}")
     if fields.get("rounding"):
@@ -159,17 +161,30 @@ def disassemble_instruction(raw: bytes) -> str:
             parts.append(f"index={fields['index.base']}{index} rows={fields['rows']}")
     elif "dram_base" in fields:
         parts.append(f"word={fields['dram_base']:#x}{_index(fields['dram_index'])}")
-    if "steps.0" in fields:
-        parts.append("steps=[" + ",".join(str(fields[f"steps.{i}"]) for i in _STEPS) + "]")
     for name, operation in (("imm0", "op0"), ("imm1", "op1")):
         if fields.get(name):
             bitwise = operations.get(operation) is AluOp and fields[operation] in _BITWISE
             parts.append(
                 f"{name}={fields[name]:#010x}" if bitwise else f"{name}={_immediate(fields[name])}"
             )
+    for name in _others(opcode):
+        if f"{name}.0" in FIELDS[opcode]:
+            members = [member for member in FIELDS[opcode] if member.startswith(f"{name}.")]
+            if any(fields[member] for member in members):
+                parts.append(f"{name}={_bracket(fields, name, len(members))}")
+        elif fields[name]:
+            parts.append(f"{name}={fields[name]}")
     if sem or amount or chip:
         parts.append(f"signal(s{sem}+{amount}" + (f"@{chip})" if chip else ")"))
     return " ".join(parts)
+
+
+@functools.cache
+def _others(opcode: Opcode) -> tuple[str, ...]:
+    """Fields, and arrays, that are written as plain numbers."""
+    special = {*_SPECIAL, *SPECS[opcode].operands}
+    names = (name.split(".")[0] for name in FIELDS[opcode])
+    return tuple(dict.fromkeys(name for name in names if name not in special))
 
 
 _WAIT = re.compile(r"s(\d+)(?:(>=|-=)|#(\d+):)(\d+)")
@@ -187,10 +202,10 @@ def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
     return found
 
 
-def _four(text: str, prefix: str, known: dict) -> Iterator[tuple[str, int]]:
+def _numbers(text: str, prefix: str, known: dict, count: int = 4) -> Iterator[tuple[str, int]]:
     values = [int(item) for item in text.split(",")]
-    if len(values) != 4:
-        raise ProgramError(f"{prefix} needs four numbers, not {len(values)}")
+    if len(values) != count:
+        raise ProgramError(f"{prefix} needs {count} numbers, not {len(values)}")
     for i, value in enumerate(values):
         # A stride that the format lacks (that of REDUCE's innermost dimension) is written as 0.
         if value or f"{prefix}.{i}" in known:
@@ -246,7 +261,7 @@ def _assemble_words(words: list[str]) -> bytes:
             known = FIELDS[opcode]
             if name in ("op0", "op1"):
                 fields[name] = _code(operation_enums(opcode)[name], value)
-            elif name in (*_NUMBERS, "lane_stride", "rows"):
+            elif name in ("lanes", "columns", "accumulate", "lane_stride", "rows"):
                 fields[name] = int(value)
             elif name == "index":
                 base, index = _match(_VECTOR, value).groups()
@@ -256,28 +271,31 @@ def _assemble_words(words: list[str]) -> bytes:
             elif name in ("imm0", "imm1"):
                 fields[name] = _parse_immediate(value)
             elif name == "counts":
-                fields.update(_four(value.strip("[]"), "counts", known))
+                fields.update(_numbers(value.strip("[]"), "counts", known))
+            elif name in _others(opcode):
+                if f"{name}.0" in known:
+                    count = sum(member.startswith(f"{name}.") for member in known)
+                    fields.update(_numbers(value.strip("[]"), name, known, count))
+                else:
+                    fields[name] = int(value)
             elif name == "dram":
                 dtype, base, index, strides = _match(_DRAM, value).groups()
                 fields["dram_dtype"] = _code(DType, dtype)
                 fields["dram_base"] = int(base, 16)
                 fields["dram_index"] = int(index or 0)
                 names = _TABLE_STRIDES if SPECS[opcode].indexed else {}
-                for field, stride in _four(strides, "dram_strides", known):
+                for field, stride in _numbers(strides, "dram_strides", known):
                     fields[names.get(field, field)] = stride
             elif name == "word":
                 base, index = _match(_WORD, value).groups()
                 fields |= {"dram_base": int(base, 16), "dram_index": int(index or 0)}
-            elif name == "steps":
-                steps = [int(item) for item in value.strip("[]").split(",")]
-                fields.update({f"steps.{i}": step for i, step in zip(_STEPS, steps, strict=True)})
             else:
                 space, dtype, base, index, strides = _match(_OPERAND, value).groups()
                 fields[f"{name}.index"] = int(index or 0)
                 fields[f"{name}.space"] = _code(Space, space)
                 fields[f"{name}.dtype"] = _code(DType, dtype)
                 fields[f"{name}.base"] = int(base)
-                fields.update(_four(strides, f"{name}.strides", known))
+                fields.update(_numbers(strides, f"{name}.strides", known))
     if opcode is None:
         raise ProgramError("no opcode")
     return encode(opcode, fields)

@@ -21,7 +21,7 @@ import numpy as np
 from amaranth.hdl import Shape
 from systolith.errors import DeviceFault, SystolithError
 from systolith.golden import dma
-from systolith.golden.checker import check
+from systolith.golden.checker import check, operand_counts
 from systolith.golden.checks import Access, accesses
 from systolith.golden.device import GoldenDevice
 from systolith.kernel import KernelBuilder
@@ -167,10 +167,7 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
     """Fields that are legal one by one; None if an operand found no place."""
     spec = SPECS[opcode]
     counts = random_counts(STEPS)
-    if opcode in LOADS:
-        counts = [1, 1, 1, random.randint(1, config.lanes)]
     if spec.indexed:
-        counts[1:3] = 1, 1
         counts[0] = min(counts[0], 12)
     fields: dict[str, Any] = {}
     for name in FIELDS[opcode]:
@@ -193,6 +190,11 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
             fields[name] = _any_value(name, opcode)
     if opcode is Opcode.MATMUL and fields["dst.dtype"] == DType.INT32.value:
         fields["src0.dtype"] = DType.INT8.value
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, config)
+        if not least <= fields[name] <= most or random.random() < 0.5:
+            fields[name] = random.randint(least, min(most, least + config.lanes))
+    counts = [fields.get(f"counts.{d}", 1) for d in range(4)]
 
     for operand, (spaces, _) in spec.operands.items():
         space = random.choice(sorted(spaces, key=lambda s: s.value))
@@ -200,7 +202,8 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
         strides = random.choice((any_strides, lambda n: nested_strides(n)[0]))(counts)
         used = [f"{operand}.strides.{d}" in FIELDS[opcode] for d in range(4)]
         window = HOT_WORDS if random.random() < 0.8 else depth
-        ends = [n if here else 1 for n, here in zip(counts, used, strict=True)]
+        walked = operand_counts(opcode, operand, fields)
+        ends = [n if here else 1 for n, here in zip(walked, used, strict=True)]
         base = place(strides, ends, 0, min(window, depth))
         if base is None:
             return None
@@ -261,6 +264,10 @@ def _addresses(access: Access) -> np.ndarray:
     return found.ravel()
 
 
+#: instructions that write an element after reading others of the same source
+_MIXING = frozenset({Opcode.REDUCE, Opcode.SCAN, Opcode.TOP, Opcode.TRANSPOSE})
+
+
 def _defined(config: CoreConfig, opcode: Opcode, fields: dict[str, int]) -> bool:
     """Whether the result is: a destination overlaps a source only element for element, and no
     indices."""
@@ -277,7 +284,8 @@ def _defined(config: CoreConfig, opcode: Opcode, fields: dict[str, int]) -> bool
             theirs = _addresses(source)
             if not np.intersect1d(mine, theirs).size:
                 continue
-            if not np.array_equal(mine, theirs) or np.unique(mine).size != mine.size:
+            whole = opcode not in _MIXING and np.array_equal(mine, theirs)
+            if not whole or np.unique(mine).size != mine.size:
                 return False
     return True
 

@@ -13,7 +13,6 @@ from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
     INSTRUCTION_BITS,
-    LOADS,
     SPECS,
     EngineKind,
     Opcode,
@@ -144,11 +143,10 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
         elif name not in fields:
             low = -(1 << (width - 1)) if Shape.cast(shape).signed else 0
             fields[name] = random.randint(low, low + (1 << width) - 1)
-    if opcode in LOADS:
-        fields |= {"counts.0": 1, "counts.1": 1, "counts.2": 1}
-        fields["counts.3"] = random.randint(1, config.lanes)
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, config)
+        fields[name] = random.randint(least, min(most, least + 4))
     if spec.indexed:
-        fields |= {"counts.1": 1, "counts.2": 1}
         columns = -(-fields["counts.0"] // config.lanes)
         end = config.sbuf_depth - columns
         fields["index.base"] = random.choice((0, random.randrange(end), end, end, end + 1))

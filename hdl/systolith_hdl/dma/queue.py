@@ -296,9 +296,7 @@ class DmaQueue(wiring.Component):
         # begins at once, the others when those before it are through. What has been launched is
         # all loads or all stores.
         m.submodules.jobs = jobs = fifo.SyncFIFO(width=job.shape().size, depth=_LOOKAHEAD)
-        m.submodules.patterns = patterns = fifo.SyncFIFO(
-            width=Pattern.as_shape().size, depth=_LOOKAHEAD
-        )
+        m.submodules.patterns = patterns = fifo.SyncFIFO(width=Pattern.size, depth=_LOOKAHEAD)
         draw = Signal.like(draws.start.payload)
         m.submodules.to_draw = to_draw = fifo.SyncFIFO(width=draw.shape().size, depth=_LOOKAHEAD)
         store = Signal()

@@ -1,5 +1,7 @@
 """The instruction checker: an instruction that faults does nothing."""
 
+import functools
+
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -10,7 +12,6 @@ from ..isa import (
     DMA_TYPES,
     FIELDS,
     INSTRUCTION_BITS,
-    LOADS,
     SPECS,
     USED_BITS,
     DmaBody,
@@ -18,12 +19,12 @@ from ..isa import (
     FaultCause,
     Header,
     IndexedBody,
-    LoopBody,
     Opcode,
     Operand,
     Space,
     TensorBody,
     WaitMode,
+    field_of,
     legal_operations,
     operation_enums,
 )
@@ -93,9 +94,9 @@ class Check(wiring.Component):
                     reserved = ((1 << INSTRUCTION_BITS) - 1) & ~USED_BITS[opcode]
                     last_mode = WaitMode.ACQUIRE.value
                     bad_operation = [w.mode.as_value() > last_mode for w in header.wait]
-                    for field in operation_enums(opcode):
-                        code = getattr(header, field)
-                        bad_operation.append(~_one_of(code, legal_operations(opcode, field)))
+                    for name in operation_enums(opcode):
+                        code = getattr(header, name)
+                        bad_operation.append(~_one_of(code, legal_operations(opcode, name)))
                     bad_type, bad_space = [], []
                     for name, (spaces, types) in spec.operands.items():
                         operand = operands[_OPERAND_SLOTS[name]]
@@ -116,18 +117,15 @@ class Check(wiring.Component):
                     bad_count = []
                     if spec.operands:
                         bad_count += [count == 0 for count in tensor.counts]
-                    if opcode is Opcode.LOOP:
-                        bad_count.append(data.View(LoopBody, word[_BODY:]).count == 0)
                     if "lanes" in spec.header:
                         bad_count += [header.lanes == 0, header.lanes > config.lanes]
                     if "columns" in FIELDS[opcode]:
                         columns = data.View(spec.body, word[_BODY:]).columns
                         bad_count += [columns == 0, columns > config.lanes]
-                    if opcode in LOADS:
-                        bad_count += [tensor.counts[d] != 1 for d in range(3)]
-                        bad_count.append(tensor.counts[3] > config.lanes)
-                    if spec.indexed:
-                        bad_count += [tensor.counts[d] != 1 for d in (1, 2)]
+                    field = functools.partial(field_of, word, opcode)
+                    for name, limit in spec.limits.items():
+                        least, most = limit(field, config)
+                        bad_count += [field(name) < least, field(name) > most]
                     signal = header.signal
                     bad_semaphore = [
                         (signal.amount != 0)
@@ -171,7 +169,7 @@ class Check(wiring.Component):
         word = Signal(INSTRUCTION_BITS)
         fault = Signal(Fault)
         cause, slots = self._legality(m, word)
-        counts = data.View(TensorBody, word[_BODY:]).counts
+        counts = list(data.View(TensorBody, word[_BODY:]).counts)
 
         slot = Signal(range(_SLOTS))
         first = Signal()  # cycle of an operand
@@ -200,12 +198,28 @@ class Check(wiring.Component):
                 with m.If(mask[index]):
                     m.d.sync += slot.eq(index)
 
-        long = Cat(count != 1 for count in counts)
+        # An operand walks the counts, but for the innermost one of some. Where it lacks a stride,
+        # that is zero, and so is what it reaches.
+        inner = Signal(16)
+        other = Signal()  # an operand of this instruction walks another one
+        m.d.comb += inner.eq(counts[3])
+        with m.Switch(word[:8]):
+            for opcode, spec in SPECS.items():
+                if not spec.inner or spec.kind is not self._kind:
+                    continue
+                field = functools.partial(field_of, word, opcode)
+                with m.Case(opcode.value):
+                    m.d.comb += other.eq(1)
+                    for name, walks in spec.inner.items():
+                        with m.If(slot == _OPERAND_SLOTS[name]):
+                            m.d.comb += inner.eq(walks(field))
+        long = Cat(*(count != 1 for count in counts[:3]), (counts[3] != 1) | other)
         stride = Signal(signed(16))
         steps = Signal(16)  # from the first to the last of a dimension
         for d in reversed(range(4)):
             with m.If(todo[d]):
-                m.d.comb += [stride.eq(operand.strides[d]), steps.eq(counts[d] - 1)]
+                count = inner if d == 3 else counts[d]
+                m.d.comb += [stride.eq(operand.strides[d]), steps.eq(count - 1)]
                 if d == 0:
                     # N indices lie in a column.
                     with m.If(indices):

@@ -1,6 +1,6 @@
 """One lane of the vector engine."""
 
-from amaranth.hdl import Array, Const, Module, Signal
+from amaranth.hdl import Array, Const, Module, Mux, Signal
 from amaranth.lib import enum, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -31,8 +31,9 @@ class VectorLane(wiring.Component):
     Members
     -------
     en : In(1), low freezes the lane
-    op0, op1, imm0 : In, of the running instruction, steady while it runs
-    a, b : In(32), operands of the element entering: x = a op0 imm0, result = x op1 b
+    op0, op1 : In, of the running instruction, steady while it runs
+    a, y, b : In(32), operands of the element entering: x = a op0 y, result = x op1 b
+    chain : In(1), y is the result that leaves the lane now
     second : In(Second) and index : In(2), steer the second ALU in the cycle the element reaches it
     clear : In(1), sets all accumulators to the identity of op1
     o : Out(32), LANE_LATENCY = 6 enabled cycles after a and b
@@ -45,9 +46,10 @@ class VectorLane(wiring.Component):
     en: In(1)
     op0: In(6)
     op1: In(6)
-    imm0: In(32)
     a: In(32)
+    y: In(32)
     b: In(32)
+    chain: In(1)
     second: In(Second)
     index: In(2)
     clear: In(1)
@@ -64,7 +66,7 @@ class VectorLane(wiring.Component):
             first.en.eq(self.en),
             first.op.eq(self.op0),
             first.a.eq(self.a),
-            first.b.eq(self.imm0),
+            first.b.eq(Mux(self.chain, second.o, self.y)),
         ]
         b = self.b
         nonzero = self.b[:31].any()

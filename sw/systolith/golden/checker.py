@@ -7,11 +7,11 @@ import functools
 from enum import Enum
 from typing import Any
 
+from systolith_hdl import isa
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import DType
 from systolith_hdl.isa import (
     DMA_TYPES,
-    LOADS,
     MAX_WAITS,
     SPECS,
     USED_BITS,
@@ -23,6 +23,8 @@ from systolith_hdl.isa import (
     decode,
     legal_operations,
 )
+
+from . import exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +68,22 @@ _OPCODES = frozenset(opcode.value for opcode in Opcode)
 
 
 def operand_counts(opcode: Opcode, operand: str, fields: dict[str, int]) -> list[int]:
-    """The four counts an operand walks: REDUCE writes once for each innermost row."""
+    """The four counts an operand walks."""
     counts = [fields[f"counts.{i}"] for i in range(4)]
-    if opcode is Opcode.REDUCE and operand == "dst":
-        counts[3] = 1
-    return counts
+    return isa.operand_counts(opcode, operand, counts, fields.__getitem__)
 
 
 def operand_strides(operand: str, fields: dict[str, int]) -> list[int]:
     """The four strides of an operand, in words; one the format leaves out is 0."""
     return [fields.get(f"{operand}.strides.{i}", 0) for i in range(4)]
+
+
+def operand_lanes(opcode: Opcode, operand: str, fields: dict[str, int], lanes: int) -> int:
+    """How many partitions an operand takes, from partition 0 on, in a core of so many lanes. That
+    of SHUFFLE is the highest it needs."""
+    if opcode is Opcode.SHUFFLE and operand == "src0":
+        return int(exchange.shuffle_sources(fields, lanes).max()) + 1
+    return fields[SPECS[opcode].lanes.get(operand, "lanes")]
 
 
 def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
@@ -90,9 +98,8 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or a
        MATMUL's dst is INT32 and its src0 is not INT8
     5. BAD_SPACE: the same for the operand's memory
-    6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, of a load of the stationary
-       operand counts 0 to 2 are not 1 or count 3 is more than N, or counts 1 and 2 of a GATHER or
-       SCATTER are not 1
+    6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or a field is outside of the
+       limits of the opcode
     7. BAD_SEMAPHORE: a wait (mode not NONE) or a signal (amount not 0) names a semaphore that
        does not exist, or the signal's chip is not 0
     8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, local, index; of each the lowest
@@ -139,14 +146,12 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
         counts = [fields[f"counts.{i}"] for i in range(4)]
         if 0 in counts:
             return Fault(FaultCause.BAD_COUNT)
-        if opcode in LOADS and (counts[:3] != [1, 1, 1] or counts[3] > config.lanes):
-            return Fault(FaultCause.BAD_COUNT)
-        if spec.indexed and counts[1:3] != [1, 1]:
-            return Fault(FaultCause.BAD_COUNT)
-    if opcode is Opcode.LOOP and fields["count"] == 0:
-        return Fault(FaultCause.BAD_COUNT)
     for name in ("lanes", "columns"):
         if name in fields and not 1 <= fields[name] <= config.lanes:
+            return Fault(FaultCause.BAD_COUNT)
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, config)
+        if not least <= fields[name] <= most:
             return Fault(FaultCause.BAD_COUNT)
 
     for i in range(MAX_WAITS):
@@ -184,4 +189,4 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     return None
 
 
-__all__ = ["Fault", "check", "operand_counts", "operand_strides"]
+__all__ = ["Fault", "check", "operand_counts", "operand_lanes", "operand_strides"]

@@ -15,7 +15,7 @@ one in which this device happened to execute; where several streams signal one s
 signals made so far in this execution count.
 
 A word never written since the start of the program is *undefined*, and so is what the vector and
-scalar engines make of it, lane by lane: whole-tile instructions may compute lanes that nobody
+scalar engines make of it, word by word: whole-tile instructions may compute lanes that nobody
 reads. It is an error when the tensor engine takes it or DMA stores it; of other opcodes, at once.
 A race may be the cause, so the first use of undefined memory is kept until the program has ended
 without one.
@@ -34,20 +34,22 @@ from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import DRAM_READERS, DRAM_WRITERS, LOADS, SPECS, Opcode, Space
 
 from . import dma
-from .arithmetic import nonzero
-from .checker import operand_counts, operand_strides
+from .checker import operand_counts, operand_lanes, operand_strides
+from .marks import PASSES
 
-#: opcodes whose result in a lane depends on nothing but that lane: undefined words pass through
+#: opcodes whose result in an element depends on nothing but that element of their sources, which
+#: broadcast: undefined words pass through
 _LANEWISE = frozenset(
     {
         Opcode.TENSOR_TENSOR,
         Opcode.TENSOR_SCALAR,
-        Opcode.REDUCE,
-        Opcode.COPY_PREDICATED,
+        Opcode.DROPOUT,
         Opcode.ACTIVATE,
         Opcode.ACTIVATE_TENSOR_BIAS,
     }
 )
+#: opcodes that undefined words pass through
+_PASSING = _LANEWISE | PASSES.keys()
 _NEVER = 1  #: mark of a word never written; higher ones number the instruction that read such a one
 _EVER = np.iinfo(np.int64).max
 _CHUNK = 1 << 20  #: bytes by which what is known of DRAM grows, at least
@@ -96,8 +98,8 @@ class Undefined(NamedTuple):
 
 def accesses(opcode: Opcode, fields: dict[str, int], lanes: int) -> Iterator[Access]:
     """The words of SBUF and PSUM that an instruction reads and writes, operand by operand, sources
-    first. One that writes only some elements counts as writing all. `lanes` are those of the core.
-    """
+    first, in a core of so many lanes. One that writes only some elements counts as writing all, one
+    that reads some partitions as reading those below, too."""
     if SPECS[opcode].indexed:
         full, rest = divmod(fields["counts.0"], lanes)
         for first, columns, used in ((0, full, lanes), (full, 1, rest)):
@@ -106,16 +108,15 @@ def accesses(opcode: Opcode, fields: dict[str, int], lanes: int) -> Iterator[Acc
                 shape = (1, 1, 1, columns), (0, 0, 0, 1)
                 yield Access("index", Space.SBUF, base, used, *shape, True, False)
     for name in sorted(SPECS[opcode].operands, key=lambda name: name == "dst"):
-        accumulate = bool(fields.get("accumulate"))
+        accumulate = opcode is not Opcode.SCAN and bool(fields.get("accumulate"))
         # A store that adds leaves the sums in its source, too.
         writes = name == "dst" or (name == "local" and (opcode in DRAM_READERS or accumulate))
         reads = not writes or accumulate
-        lanes = fields["columns"] if writes and "columns" in fields else fields["lanes"]
         yield Access(
             name,
             Space(fields[f"{name}.space"]),
             fields[f"{name}.base"],
-            lanes,
+            operand_lanes(opcode, name, fields, lanes),
             tuple(operand_counts(opcode, name, fields)),
             tuple(operand_strides(name, fields)),
             reads,
@@ -257,6 +258,7 @@ class Checks:
         self._memories = memories
         self.used: Undefined | None = None
         self.clocks = Clocks(config)
+        self._lanes = config.lanes
         streams = self.clocks.streams
         self._words = {
             Space.SBUF: _Words(streams, config.lanes, config.sbuf_depth),
@@ -279,7 +281,7 @@ class Checks:
         number = len(self.clocks.history[stream])
         self._origin = None
         marks: dict[str, np.ndarray] = {}
-        mask: np.ndarray | None = None
+        held: dict[str, np.ndarray] = {}
         elements = self._dram_elements(opcode, fields, dram_bytes)
         for access in accesses(opcode, fields, self._lanes):
             words = self._words[access.space]
@@ -287,18 +289,17 @@ class Checks:
             if access.reads:
                 found = words.window(words.undefined, access)
                 if found.any():
-                    if opcode not in _LANEWISE:
+                    if opcode not in _PASSING:
                         self._use(step, access, found)
                     never = found == _NEVER
                     if never.any():
                         found = np.where(never, self._mark(step, access, never), found)
                 marks[access.operand] = found
-                if opcode is Opcode.COPY_PREDICATED and access.operand == "src0":
-                    mask = nonzero(words.window(self._memories[access.space], access))
+                held[access.operand] = words.window(self._memories[access.space], access)
                 words.window(words.read, access)[stream] = number
             if access.writes:
                 words.window(words.written, access)[stream] = number
-                self._define(words, access, opcode, marks, mask)
+                self._define(words, access, opcode, fields, marks, held)
         if elements is not None:
             accumulate = bool(fields["accumulate"])
             self._transfer(step, opcode, accumulate, elements, stream, number, relied)
@@ -351,24 +352,20 @@ class Checks:
         words: _Words,
         access: Access,
         opcode: Opcode,
+        fields: dict[str, int],
         marks: dict[str, np.ndarray],
-        mask: np.ndarray | None,
+        held: dict[str, np.ndarray],
     ) -> None:
-        """What a destination is after the instruction, from the marks of its sources."""
+        """What a destination is after the instruction, from its fields and the marks and words of
+        its sources."""
         dst = words.window(words.undefined, access)
-        if opcode not in _LANEWISE:
-            dst[...] = 0
-            return
         result = np.zeros_like(dst)
-        if mask is not None:
-            # The mask decides everything, and the source counts where it is chosen.
-            result[...] = marks["src0"]
-            chosen = np.where(mask, marks["src1"], dst)
-            np.maximum(result, chosen, out=result)
-        else:
+        if opcode in PASSES:
+            result[...] = PASSES[opcode](
+                {**fields, "core_lanes": words.undefined.shape[0]}, {**marks, "dst": dst}, held
+            )
+        elif opcode in _LANEWISE:
             for found in marks.values():
-                if opcode is Opcode.REDUCE:
-                    found = found.max(axis=-1, keepdims=True)
                 np.maximum(result, found, out=result)
         dst[...] = result
 

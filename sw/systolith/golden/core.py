@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+from systolith_hdl.arith.dither import RANDOM_STREAM
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
 from systolith_hdl.formats import FORMATS, NARROW_FLOATS, DType
 from systolith_hdl.isa import (
@@ -41,10 +42,10 @@ from systolith_hdl.isa import (
 
 from systolith.errors import BackendError
 
-from . import arithmetic, dither, dma
+from . import arithmetic, choose, dither, dma, exchange
 from .activation import evaluate
 from .arithmetic import Words
-from .checker import Fault, check, operand_counts, operand_strides
+from .checker import Fault, check, operand_counts, operand_lanes, operand_strides
 
 MAX_SEMAPHORE = (1 << 16) - 1
 #: words one operand may visit here; the chip has no limit, but no useful instruction is near it
@@ -460,16 +461,14 @@ class Core:
             prepared.macs = fields["lanes"] * fields["columns"] * columns * products
         return prepared
 
-    def _pattern(
-        self, opcode: Opcode, name: str, fields: dict[str, int], lanes: int | None = None
-    ) -> _Pattern:
+    def _pattern(self, opcode: Opcode, name: str, fields: dict[str, int]) -> _Pattern:
         memory = self.psum if fields[f"{name}.space"] == Space.PSUM.value else self.sbuf
         return _Pattern(
             memory,
             fields[f"{name}.base"],
             operand_counts(opcode, name, fields),
             operand_strides(name, fields),
-            fields["lanes"] if lanes is None else lanes,
+            operand_lanes(opcode, name, fields, self.config.lanes),
         )
 
     def _random(self, lanes: int, counts: Sequence[int]) -> Words:
@@ -486,8 +485,9 @@ class Core:
         dtype = DType(fields["dst.dtype"])
         if dtype is DType.FP32:
             return pattern.write
-        shape = fields["lanes"], operand_counts(opcode, "dst", fields)
-        stochastic = Rounding(fields["rounding"]) is Rounding.STOCHASTIC
+        lanes = operand_lanes(opcode, "dst", fields, self.config.lanes)
+        shape = lanes, operand_counts(opcode, "dst", fields)
+        stochastic = Rounding(fields.get("rounding", 0)) is Rounding.STOCHASTIC
 
         def write(words: Words, where: np.ndarray | None = None) -> None:
             random = self._random(*shape) if stochastic else None
@@ -524,7 +524,7 @@ class Core:
     def _matmul(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         rows, columns = fields["lanes"], fields["columns"]
         read = self._operands(opcode, fields)
-        dst = self._pattern(opcode, "dst", fields, lanes=columns)
+        dst = self._pattern(opcode, "dst", fields)
         shape = (columns, *operand_counts(opcode, "dst", fields))
         accumulate = bool(fields["accumulate"])
         integer = DType(fields["dst.dtype"]) is DType.INT32
@@ -597,6 +597,126 @@ class Core:
         source = self._pattern(opcode, "src1", fields)
         write = self._writer(opcode, fields)
         return lambda: write(source.read(), arithmetic.nonzero(mask.read()))
+
+    def _iota(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        numbers = choose.affine(fields, operand_counts(opcode, "dst", fields))
+        integer = DType(fields["dst.dtype"]) is DType.INT32
+        words = (numbers if integer else numbers.astype(np.float32)).view(np.uint32)
+        pattern = self._pattern(opcode, "dst", fields)
+        return lambda: pattern.write(words)
+
+    def _affine_select(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        numbers = choose.affine(fields, operand_counts(opcode, "dst", fields))
+        chosen = choose.affine_compares(AluOp(fields["op0"]), numbers)
+        source = self._pattern(opcode, "src0", fields)
+        fill = np.uint32(fields["fill"] << 16)
+        write = self._writer(opcode, fields)
+        return lambda: write(np.where(chosen, source.read(), fill))
+
+    def _select(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        condition = self._pattern(opcode, "src0", fields)
+        source = self._pattern(opcode, "src1", fields)
+        operation, otherwise = AluOp(fields["op0"]), np.uint32(fields["imm0"])
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            chosen = choose.compares(operation, condition.read())
+            write(np.where(chosen, source.read(), otherwise))
+
+        return run
+
+    def _range_select(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        bounds = self._pattern(opcode, "src1", fields)
+        lanes, otherwise = fields["lanes"], np.uint32(fields["imm0"])
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            chosen = choose.within(bounds.read().reshape(lanes, 2), fields["counts.3"])
+            write(np.where(chosen[:, None, None, None], source.read(), otherwise))
+
+        return run
+
+    def _scan(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        second = self._pattern(opcode, "src1", fields)
+        op0, op1 = AluOp(fields["op0"]), AluOp(fields["op1"])
+        immediate = np.full(1, fields["imm0"], np.uint32)
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            a, b = source.read(), second.read()
+            steps = a.shape[3]
+            if fields["accumulate"]:
+                r, following = b[:, :, :, 0], [immediate] * steps
+            else:
+                r, following = immediate, [b[:, :, :, step] for step in range(steps)]
+            found = np.empty_like(a)
+            for step in range(steps):
+                r = arithmetic.alu(op0, a[:, :, :, step], r)
+                r = found[:, :, :, step] = arithmetic.alu(op1, r, following[step])
+            write(found)
+
+        return run
+
+    def _top(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        pattern = self._pattern(opcode, "dst", fields)
+        smallest = AluOp(fields["op0"]) is AluOp.MIN
+
+        def run() -> None:
+            words, indices = arithmetic.top(source.read(), fields["kept"], smallest=smallest)
+            pairs = np.stack([indices, words], axis=-1)[..., ::-1, :]
+            pattern.write(pairs.reshape(*pairs.shape[:-2], -1))
+
+        return run
+
+    def _transpose(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        write = self._writer(opcode, fields)
+        return lambda: write(source.read().swapaxes(0, -1))
+
+    def _shuffle(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        chosen = exchange.shuffle_sources(fields, self.config.lanes)
+        write = self._writer(opcode, fields)
+        return lambda: write(source.read()[chosen])
+
+    def _drawer(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], Words]:
+        """Draws the random words of RANDOM and DROPOUT: [lanes, *counts]."""
+        lanes, counts = fields["lanes"], operand_counts(opcode, "dst", fields)
+
+        def draw() -> Words:
+            words = dither.random_words(
+                self.seed, fields["key"], RANDOM_STREAM, elements=math.prod(counts), lanes=lanes
+            )
+            return words.reshape(lanes, *counts)
+
+        return draw
+
+    def _fill_random(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        draw = self._drawer(opcode, fields)
+        pattern = self._pattern(opcode, "dst", fields)
+        if DType(fields["dst.dtype"]) is DType.INT32:
+            return lambda: pattern.write(draw())
+
+        def run() -> None:
+            uniform = (draw() >> 9).astype(np.float32) * np.float32(2**-23)
+            pattern.write(uniform.view(np.uint32))
+
+        return run
+
+    def _dropout(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        draw = self._drawer(opcode, fields)
+        source = self._pattern(opcode, "src0", fields)
+        scale = np.full(1, fields["imm0"], np.uint32)
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            kept = np.where(draw() >= fields["threshold"], source.read(), np.uint32(0))
+            write(arithmetic.mul(kept, scale))
+
+        return run
 
     def _activate(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         source = self._pattern(opcode, "src0", fields)
@@ -691,6 +811,16 @@ _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Faul
     Opcode.REDUCE: Core._reduce,
     Opcode.MEMSET: Core._memset,
     Opcode.COPY_PREDICATED: Core._copy_predicated,
+    Opcode.IOTA: Core._iota,
+    Opcode.AFFINE_SELECT: Core._affine_select,
+    Opcode.SELECT: Core._select,
+    Opcode.RANGE_SELECT: Core._range_select,
+    Opcode.SCAN: Core._scan,
+    Opcode.TOP: Core._top,
+    Opcode.TRANSPOSE: Core._transpose,
+    Opcode.SHUFFLE: Core._shuffle,
+    Opcode.RANDOM: Core._fill_random,
+    Opcode.DROPOUT: Core._dropout,
     Opcode.ACTIVATE: Core._activate,
     Opcode.ACTIVATE_TENSOR_BIAS: Core._activate,
     Opcode.DMA_LOAD: Core._dma,

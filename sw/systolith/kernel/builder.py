@@ -21,10 +21,15 @@ from systolith_hdl.formats import (
     dtype_of,
 )
 from systolith_hdl.isa import (
+    COMPARISONS,
     DRAM_WRITERS,
     LOOP_DEPTH,
+    MAX_KEPT,
     MAX_WAITS,
     REDUCTIONS,
+    SCAN_OPERATIONS,
+    SCAN_ROWS,
+    SHUFFLE_GROUP,
     AluOp,
     EncodeError,
     Function,
@@ -32,11 +37,13 @@ from systolith_hdl.isa import (
     Rounding,
     Space,
     WaitMode,
+    decode,
     encode,
 )
 
 from systolith.assembly import float_to_bits
 from systolith.errors import KernelError
+from systolith.golden.exchange import shuffle_sources
 from systolith.memory import FreeList
 from systolith.program import DRAM_ALIGN, DebugInfo, Program, Relocation, TensorInfo, align_up
 
@@ -406,9 +413,10 @@ class _Elementwise(_Engine):
             refuse(f"{what} must be a number, not {value!r}")
 
     def _check_overlap(
-        self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...]
+        self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...] | None
     ) -> None:
-        """A destination may be a source, element for element; else they must be disjoint."""
+        """A destination may be a source, element for element, of an instruction that walks `shape`;
+        else they must be disjoint."""
         low, high = dst.span
         for what, source in sources.items():
             if source.space is not dst.space or source.span[0] > high or source.span[1] < low:
@@ -418,7 +426,7 @@ class _Elementwise(_Engine):
                     f"dst and {what} may overlap, as they step differently with the loops: {dst} "
                     f"and {source}"
                 )
-            if source.base == dst.base and dst.shape == shape:
+            if shape is not None and source.base == dst.base and dst.shape == shape:
                 if self._pad("dst", dst, shape) == self._pad(what, source, shape):
                     continue
             if np.intersect1d(source.addresses(), dst.addresses()).size:
@@ -436,12 +444,15 @@ class _Elementwise(_Engine):
         rounding: Rounding | str,
         shape: tuple[int, ...] | None = None,
         words: bool = False,
+        apart: Mapping[str, tuple[str, View]] | None = None,
+        across: bool = False,
     ) -> None:
         """Checks operands and appends the instruction.
 
         `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
         space, that of `dst` unless given. With `words` the instruction does no arithmetic, so it
-        moves integers, too.
+        moves integers, too. `apart` are sources of INT32 that it walks in their own shape. One that
+        goes `across` lanes may have others in its sources than in `dst`.
         """
         types = (*FLOATS, *INTEGERS) if words else FLOATS
         self._operand("dst", dst, self._BOTH, types)
@@ -449,7 +460,7 @@ class _Elementwise(_Engine):
         for what, view in sources.values():
             # A view that rounds as a destination holds FP32 words all the same.
             self._operand(what, view, self._BOTH, FLOATS if rounds else types)
-            if view.lanes != dst.lanes:
+            if view.lanes != dst.lanes and not across:
                 refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
         self._distinct(dst)
         shape = dst.shape if shape is None else shape
@@ -462,7 +473,15 @@ class _Elementwise(_Engine):
         for name, (what, view) in sources.items():
             strides = self._pad(what, view, shape)
             encoded.update(self._encode_operand(name, view, strides, DType.FP32))
+        for name, (what, view) in (apart or {}).items():
+            self._operand(what, view, self._BOTH, (DType.INT32,))
+            if view.lanes != dst.lanes:
+                refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
+            strides = self._pad(what, view, view.shape)
+            encoded.update(self._encode_operand(name, view, strides, DType.INT32))
         self._check_overlap(dst, dict(sources.values()), shape)
+        self._check_overlap(dst, dict((apart or {}).values()), None)
+        sources = {**sources, **(apart or {})}
         accesses = [self._access(view, False) for _, view in sources.values()]
         accesses.append(self._access(dst, True))
         self._builder._append(self._stream, opcode, {**encoded, **fields}, accesses)
@@ -573,6 +592,358 @@ class _Vector(_Elementwise):
         """dst = src where mask is not zero (NaN is not zero); elsewhere dst keeps its value."""
         sources = {"src0": ("mask", mask), "src1": ("src", src)}
         self._emit(Opcode.COPY_PREDICATED, dst, sources, {}, rounding, words=True)
+
+    def _affine(self, dst: View, base: int, steps: Sequence[int], lane_step: int) -> dict[str, int]:
+        """Fields of an affine number over the shape of dst."""
+        self._operand("dst", dst, self._BOTH, FORMATS)
+        if len(steps) != len(dst.shape):
+            refuse(f"{len(steps)} steps for a dst of shape {dst.shape}")
+        # The step of a dimension of one element is never used.
+        used = [int(s) if n > 1 else 0 for s, n in zip(steps, dst.shape, strict=True)]
+        lane_step = int(lane_step) if dst.lanes > 1 else 0
+        for what, value, bits in (
+            ("base", int(base), 32),
+            ("lane_step", lane_step, 16),
+            *(("a step", step, 16) for step in used),
+        ):
+            if not -(1 << bits - 1) <= value < 1 << bits - 1:
+                refuse(f"{what} = {value} does not fit {bits} bits with a sign")
+        padded = (0,) * (MAX_DIMS - len(used)) + tuple(used)
+        return {
+            "base": int(base),
+            "lane_step": lane_step,
+            **{f"steps.{d}": step for d, step in enumerate(padded) if step},
+        }
+
+    def iota(self, dst: View, steps: Sequence[int], base: int = 0, lane_step: int = 0) -> None:
+        """dst = base + sum of index * step + lane * lane_step, modulo 2**32, as a signed integer if
+        dst is of type INT32, or the nearest float if it is FP32.
+
+        `steps` has a number for each dimension of dst.
+        """
+        fields: dict[str, Any] = self._affine(dst, base, steps, lane_step)
+        if dst.dtype not in (DType.FP32, DType.INT32):
+            refuse(f"dst of iota must be FP32 or INT32, not {dst.dtype.name}: {dst}")
+        fields["dst.dtype"] = dst.dtype.value
+        self._emit(Opcode.IOTA, dst, {}, fields, Rounding.NEAREST, words=True)
+
+    def affine_select(
+        self,
+        dst: View,
+        src0: View,
+        comparison: AluOp,
+        fill: float | int,
+        steps: Sequence[int],
+        base: int = 0,
+        lane_step: int = 0,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = src0 where ``number comparison 0`` holds, elsewhere `fill`; the numbers are those
+        that `iota` would write.
+
+        `fill` must be a bfloat16 number, or, as an int if dst is of an integer type, have 16 low
+        bits of 0.
+        """
+        integer = isinstance(dst, View) and dst.dtype in INTEGERS
+        word = self._immediate("fill", fill, integer)
+        if word & 0xFFFF:
+            refuse(
+                f"fill = {fill} is not a bfloat16 number, which is what the instruction holds; "
+                "select with a mask takes any"
+            )
+        fields = {
+            **self._affine(dst, base, steps, lane_step),
+            "op0": self._operation("comparison", comparison, AluOp, COMPARISONS),
+            "fill": word >> 16,
+        }
+        sources = {"src0": ("src0", src0)}
+        self._emit(Opcode.AFFINE_SELECT, dst, sources, fields, rounding, words=True)
+
+    def select(
+        self,
+        dst: View,
+        condition: View,
+        src: View,
+        otherwise: float | int,
+        comparison: AluOp = AluOp.NE,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = src where ``condition comparison 0`` holds, elsewhere `otherwise`, a number.
+
+        A NaN satisfies NE alone. To keep what dst holds elsewhere: `copy_predicated`; to choose
+        between two views: copy one to dst, and the other with `copy_predicated`.
+        """
+        integer = isinstance(dst, View) and dst.dtype in INTEGERS
+        fields = {
+            "op0": self._operation("comparison", comparison, AluOp, COMPARISONS),
+            "imm0": self._immediate("otherwise", otherwise, integer),
+        }
+        sources = {"src0": ("condition", condition), "src1": ("src", src)}
+        self._emit(Opcode.SELECT, dst, sources, fields, rounding, words=True)
+
+    def range_select(
+        self,
+        dst: View,
+        src0: View,
+        bounds: View,
+        otherwise: float | int,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = src0 where low <= i < high, elsewhere `otherwise`, i the index in the innermost
+        dimension.
+
+        `bounds`, of type INT32 and shape (2,), holds low and high of each partition. A range that
+        all partitions share needs no instruction of its own: slice the views.
+        """
+        integer = isinstance(dst, View) and dst.dtype in INTEGERS
+        fields = {"imm0": self._immediate("otherwise", otherwise, integer)}
+        if not isinstance(bounds, View) or bounds.shape != (2,):
+            refuse(f"bounds must be a view of shape (2,), not {bounds}")
+        self._emit(
+            Opcode.RANGE_SELECT,
+            dst,
+            {"src0": ("src0", src0)},
+            fields,
+            rounding,
+            words=True,
+            apart={"src1": ("bounds", bounds)},
+        )
+
+    def scan(
+        self,
+        dst: View,
+        src0: View,
+        op0: AluOp,
+        initial: float | View,
+        op1: AluOp = AluOp.BYPASS,
+        b: float | View | None = None,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = r, with ``r[i] = (src0[i] op0 r[i - 1]) op1 b[i]`` along the innermost dimension
+        and r[-1] = `initial`: cumulative sums, products and maxima, linear recurrences.
+
+        `initial` is a number, or a view with an innermost dimension of 1 that broadcasts; with a
+        number, `b` is a view or None, with a view it is a number or None. (A recurrence with both:
+        put ``(src0[0] op0 initial) op1 b[0]`` first, and scan the rest.) A step takes 6 cycles, in
+        which up to 6 rows have theirs: rows are those of the next dimension, if dst has one, and
+        more than 6 of them take further instructions.
+        """
+        fields = {
+            "op0": self._operation("op0", op0, AluOp, SCAN_OPERATIONS),
+            "op1": self._operation("op1", op1, AluOp, SCAN_OPERATIONS),
+        }
+        sources = {"src0": ("src0", src0)}
+        if isinstance(initial, View):
+            if isinstance(b, View):
+                refuse("with an initial value from a view, b must be a number: see scan")
+            if initial.shape and initial.shape[-1] != 1:
+                refuse(f"the innermost dimension of initial must be 1: {initial}")
+            fields |= {"imm0": self._immediate("b", 0.0 if b is None else b), "accumulate": 1}
+            sources["src1"] = ("initial", initial)
+        else:
+            if b is not None and not isinstance(b, View):
+                refuse("with a number for b, the initial value must be a view: see scan")
+            fields["imm0"] = self._immediate("initial", initial)
+            sources["src1"] = ("b", b) if b is not None else ("src0", src0)
+        if b is None and op1 is not AluOp.BYPASS:
+            refuse(f"op1 = {op1.name} needs b")
+        self._operand("dst", dst, self._BOTH, FLOATS)
+        if not dst.shape:
+            refuse(f"scan needs a dimension to go along: {dst}")
+        views = [dst]
+        for what, view in sources.values():
+            self._operand(what, view, self._BOTH, FLOATS)
+            self._pad(what, view, dst.shape)
+            views.append(view.broadcast_to(*dst.shape))
+        for part in _rows_of_scan(views):
+            named = {
+                name: (what, view)
+                for (name, (what, _)), view in zip(sources.items(), part[1:], strict=True)
+            }
+            self._emit(Opcode.SCAN, part[0], named, fields, rounding)
+
+    def random(self, dst: View, key: int) -> None:
+        """dst = random words, if it is of type INT32, or uniform numbers from 0 to 1, without 1, if
+        it is FP32: multiples of 2**-23.
+
+        They follow from the device's seed, which is another one in each run of a program, `key`,
+        the place in dst, in order, and the partition. The same key in a view of the same size gives
+        the same words; for others take others.
+        """
+        self._operand("dst", dst, self._BOTH, FORMATS)
+        if dst.dtype not in (DType.FP32, DType.INT32):
+            refuse(f"dst of random must be FP32 or INT32, not {dst.dtype.name}: {dst}")
+        fields = {"key": self._key(key), "dst.dtype": dst.dtype.value}
+        self._emit(Opcode.RANDOM, dst, {}, fields, Rounding.NEAREST, words=True)
+
+    def dropout(
+        self, dst: View, src0: View, rate: float, key: int, scale: float | None = None
+    ) -> None:
+        """dst = src0 * scale, or 0 with probability `rate`, which becomes a multiple of 2**-32.
+
+        `scale` is 1 / (1 - rate) unless given. Which elements are dropped follows from the random
+        words of `random` with the same key: the gradient's dropout takes the key of the forward
+        one, and a view of the same size.
+        """
+        if not 0 <= rate < 1:
+            refuse(f"rate must be from 0 to 1, without 1, not {rate}")
+        fields = {
+            "key": self._key(key),
+            "threshold": min(round(rate * (1 << 32)), (1 << 32) - 1),
+            "imm0": self._immediate("scale", 1 / (1 - rate) if scale is None else scale),
+        }
+        self._emit(Opcode.DROPOUT, dst, {"src0": ("src0", src0)}, fields, Rounding.NEAREST)
+
+    @staticmethod
+    def _key(key: int) -> int:
+        if not isinstance(key, int | np.integer) or not 0 <= key < 1 << 32:
+            refuse(f"key must be a number of 32 bits, not {key!r}")
+        return int(key)
+
+    def transpose(self, dst: View, src0: View, rounding: Rounding | str = Rounding.NEAREST) -> None:
+        """Turns blocks: column l of partition j of dst = column j of partition l of src0.
+
+        Of src0 the innermost dimension are a block's columns, as many as dst has lanes; of dst they
+        are as many as src0 has lanes. The other dimensions count blocks.
+        """
+        self._operand("dst", dst, self._BOTH, FORMATS)
+        self._operand("src0", src0, self._BOTH, FORMATS)
+        wanted = (*src0.shape[:-1], src0.lanes)
+        columns = src0.shape[-1] if src0.shape else 0
+        if columns != dst.lanes or dst.shape != wanted:
+            refuse(
+                f"shape mismatch: blocks of shape {src0.shape} in {src0.lanes} lanes need a dst of "
+                f"shape {wanted} in {columns} lanes, not {dst.shape} in {dst.lanes}"
+            )
+        self._emit(
+            Opcode.TRANSPOSE,
+            dst,
+            {"src0": ("src0", src0)},
+            {"lanes": src0.lanes},
+            rounding,
+            src0.shape,
+            words=True,
+            across=True,
+        )
+
+    def shuffle(
+        self,
+        dst: View,
+        src0: View,
+        select: Sequence[int],
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """Moves words within groups of lanes: lane g + i of dst = lane g + select[i] of src0.
+
+        `select` has a number for each lane of a group, of which there may be 2, 4 or 8.
+        """
+        lanes = self._builder.config.lanes
+        whole = min(SHUFFLE_GROUP, lanes)
+        size = len(select)
+        if size not in (1, 2, 4, 8) or size > whole or not all(0 <= s < size for s in select):
+            refuse(
+                f"select must have a number for each lane of a group of 2, 4 or 8 lanes, {whole} "
+                f"at most, each less than that: {list(select)}"
+            )
+        fields = {
+            f"select.{place}": place - place % size + int(select[place % size])
+            for place in range(whole)
+        }
+        self._move_lanes(dst, src0, fields, rounding)
+
+    def broadcast_lane(
+        self, dst: View, src0: View, lane: int, rounding: Rounding | str = Rounding.NEAREST
+    ) -> None:
+        """All lanes of dst = lane `lane` of src0."""
+        self._operand("src0", src0, self._BOTH, FORMATS)
+        if not 0 <= lane < src0.lanes:
+            refuse(f"src0 has no lane {lane}: {src0}")
+        self._move_lanes(dst, src0, {"spread": 1, "lane": int(lane)}, rounding)
+
+    def _move_lanes(
+        self, dst: View, src0: View, fields: dict[str, int], rounding: Rounding | str
+    ) -> None:
+        self._operand("dst", dst, self._BOTH, FORMATS)
+        self._operand("src0", src0, self._BOTH, FORMATS)
+        complete = decode(encode(Opcode.SHUFFLE, {**fields, "lanes": dst.lanes}))[1]
+        highest = shuffle_sources(complete, self._builder.config.lanes).max()
+        if highest >= src0.lanes:
+            refuse(f"lane {highest} is wanted of {src0.lanes}: {src0}")
+        sources = {"src0": ("src0", src0)}
+        self._emit(Opcode.SHUFFLE, dst, sources, fields, rounding, words=True, across=True)
+
+    def top(self, dst: View, src0: View, largest: bool = True) -> None:
+        """Finds the largest or smallest words along the innermost dimension of src0, with their
+        indices there.
+
+        dst has the shape of src0 with an innermost dimension of k pairs, k from 1 to 8: (k, 2), one
+        dimension more, or, where there is no room for that, 2 * k. A pair is a word and its index,
+        an integer; the greatest (of the smallest, the least) is first. The pairs must lie at one
+        stride. A NaN comes before any number; of equal words, the one of the lower index.
+        """
+        self._operand("dst", dst, self._BOTH, (DType.FP32,))
+        self._operand("src0", src0, self._BOTH, FLOATS)
+        rows = src0.shape[:-1]
+        flat = dst
+        if src0.shape and len(dst.shape) == len(src0.shape) + 1 and dst.shape[-1] == 2:
+            last = dst[(0,) * len(rows)].flatten()
+            if last is None:
+                refuse(f"the pairs of dst must lie at one stride: {dst}")
+            flat = dataclasses.replace(
+                dst,
+                shape=(*dst.shape[:-2], *last.shape),
+                strides=(*dst.strides[:-2], *last.strides),
+            )
+        kept = flat.shape[-1] // 2 if flat.shape else 0
+        if not src0.shape or flat.shape != (*rows, 2 * kept) or not 1 <= kept <= MAX_KEPT:
+            refuse(
+                f"shape mismatch: up to {MAX_KEPT} pairs of each row of {src0.shape} need a dst of "
+                f"shape {(*rows, 'k', 2)}, not {dst.shape}"
+            )
+        if kept > src0.shape[-1]:
+            refuse(f"{kept} of {src0.shape[-1]} words cannot be found: {src0}")
+        if src0.lanes != dst.lanes:
+            refuse(f"dst has {dst.lanes} lanes and src0 has {src0.lanes}")
+        # The instruction writes the last pair first, and of each the index.
+        backwards = flat[(*(slice(None) for _ in rows), slice(None, None, -1))]
+        operation = AluOp.MAX if largest else AluOp.MIN
+        self._emit(
+            Opcode.TOP,
+            backwards,
+            {"src0": ("src0", src0)},
+            {"op0": operation.value, "kept": kept},
+            Rounding.NEAREST,
+            src0.shape,
+        )
+
+
+def _rows_of_scan(views: Sequence[View]) -> Iterator[list[View]]:
+    """Cuts views of one shape into those that SCAN takes: the dimension it goes along before the
+    innermost one, which counts the rows it works on in turn."""
+    if len(views[0].shape) == 1:
+        views = [view.broadcast_to(1, *view.shape) for view in views]
+    views = [
+        view.permute(*range(len(view.shape) - 2), len(view.shape) - 1, len(view.shape) - 2)
+        for view in views
+    ]
+    rows = views[0].shape[-1]
+    whole = rows - rows % SCAN_ROWS
+    if whole > SCAN_ROWS and len(views[0].shape) < MAX_DIMS:
+        # All full groups in one instruction: their number is the outermost dimension.
+        yield [
+            dataclasses.replace(
+                view,
+                shape=(whole // SCAN_ROWS, *view.shape[:-1], SCAN_ROWS),
+                strides=(SCAN_ROWS * view.strides[-1], *view.strides),
+            )
+            for view in views
+        ]
+        starts = range(whole, rows, SCAN_ROWS)
+    else:
+        starts = range(0, rows, SCAN_ROWS)
+    outer = (slice(None),) * (len(views[0].shape) - 1)
+    for start in starts:
+        yield [view[(*outer, slice(start, start + SCAN_ROWS))] for view in views]
 
 
 class _Scalar(_Elementwise):

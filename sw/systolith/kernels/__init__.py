@@ -9,6 +9,7 @@ from .image import avg_pool, avg_pool_grad, conv2d, conv2d_grad, max_pool, max_p
 from .mlp import gelu_mlp, swiglu_mlp
 from .norm import layernorm, layernorm_grad, rmsnorm, rmsnorm_grad
 from .optimizer import adamw
+from .order import cumsum, top_k
 from .products import matmul, transpose
 from .softmax import (
     cross_entropy,
@@ -30,6 +31,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_forward",
     "cross_entropy_grad",
+    "cumsum",
     "embedding",
     "embedding_grad",
     "gelu_mlp",
@@ -44,5 +46,6 @@ __all__ = [
     "softmax",
     "softmax_grad",
     "swiglu_mlp",
+    "top_k",
     "transpose",
 ]
