@@ -20,7 +20,7 @@ from amaranth.lib import data, enum
 from .config import INSTRUCTION_BYTES, CoreConfig
 from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
 
-ISA_VERSION = 2
+ISA_VERSION = 3
 MAX_WAITS = 3
 INSTRUCTION_BITS = 8 * INSTRUCTION_BYTES
 
@@ -88,6 +88,12 @@ class Opcode(enum.Enum, shape=8):
     ACTIVATE = 0x30
     #: dst = function(src0 * imm0 + src1)
     ACTIVATE_TENSOR_BIAS = 0x31
+    #: dst = function(src0 * src1 + imm0)
+    ACTIVATE_TENSOR_SCALE = 0x32
+    #: dst = function(src0 * scale + bias), both of them words of src1 for each partition and row:
+    #: src1 walks counts 0 to 2, and for each step of those the scale and, `src1.strides.3` words
+    #: on, the bias
+    ACTIVATE_ROWS = 0x33
     #: local <- DRAM
     DMA_LOAD = 0x40
     #: DRAM <- local
@@ -189,6 +195,20 @@ class Function(enum.Enum, shape=6):
     RELU = 15
 
 
+class RowSums(enum.Enum, shape=6):
+    """Sums that the scalar engine delivers: of the function's results along the innermost
+    dimension, a *row*, before they are rounded to the type of dst. The order of the additions is
+    that of REDUCE."""
+
+    #: none: dst holds the results
+    NONE = 0
+    #: dst holds the results, and behind each row of them, as an element of the row more, its sum,
+    #: in FP32 whatever the type of dst
+    BEHIND = 1
+    #: dst holds the sums alone, one for each row, rounded to its type; it walks counts 0 to 2
+    ONLY = 2
+
+
 class Rounding(enum.Enum, shape=1):
     """How a result becomes a narrow float; other destination types round nothing."""
 
@@ -220,13 +240,14 @@ class FaultCause(enum.Enum, shape=8):
     ILLEGAL_OPCODE = 1
     #: a bit that the opcode's format leaves reserved is set
     RESERVED_BITS = 2
-    #: ALU operation, reduction, function or wait mode does not exist
+    #: ALU operation, reduction, function, kind of sums or wait mode does not exist
     ILLEGAL_OPERATION = 3
     #: operand type not allowed there
     BAD_TYPE = 4
     #: operand in a memory the instruction cannot reach
     BAD_SPACE = 5
-    #: a count of zero, or lanes or columns outside 1..N (LOAD_STATIONARY: see there)
+    #: a count of zero, or lanes or columns outside 1..N, or a row with no place for the sum behind
+    #: it (LOAD_STATIONARY: see there)
     BAD_COUNT = 6
     #: semaphore number does not exist, or its chip is not this one
     BAD_SEMAPHORE = 7
@@ -399,6 +420,7 @@ DMA_TYPES = frozenset({*FLOATS, *INTEGERS})
 _DST = {"dst": (_BOTH, _WRITE)}
 _SRC0 = {"src0": (_BOTH, _READ)}
 _SRC1 = {"src1": (_BOTH, _READ)}
+_ACTIVATE = frozenset({"op0", "op1", "lanes", "rounding"})
 
 SPECS: dict[Opcode, Spec] = {
     Opcode.NOP: Spec(kind=None, body=EmptyBody),
@@ -467,14 +489,27 @@ SPECS: dict[Opcode, Spec] = {
     Opcode.ACTIVATE: Spec(
         kind=EngineKind.SCALAR,
         body=TensorScalarBody,
-        header=frozenset({"op0", "lanes", "rounding"}),
+        header=_ACTIVATE,
         operands={**_DST, **_SRC0},
     ),
     Opcode.ACTIVATE_TENSOR_BIAS: Spec(
         kind=EngineKind.SCALAR,
         body=TensorTensorBody,
-        header=frozenset({"op0", "lanes", "rounding"}),
+        header=_ACTIVATE,
         operands={**_DST, **_SRC0, **_SRC1},
+    ),
+    Opcode.ACTIVATE_TENSOR_SCALE: Spec(
+        kind=EngineKind.SCALAR,
+        body=TensorTensorBody,
+        header=_ACTIVATE,
+        operands={**_DST, **_SRC0, **_SRC1},
+    ),
+    Opcode.ACTIVATE_ROWS: Spec(
+        kind=EngineKind.SCALAR,
+        body=TensorTensorBody,
+        header=_ACTIVATE,
+        operands={**_DST, **_SRC0, **_SRC1},
+        unused=frozenset({"imm0"}),
     ),
     Opcode.DMA_LOAD: Spec(
         kind=EngineKind.DMA,
@@ -507,8 +542,10 @@ def is_opcode(opcode: Any, wanted: frozenset[Opcode], config: CoreConfig) -> Any
 def operation_enums(opcode: Opcode) -> dict[str, type[enum.Enum]]:
     """Returns the enumeration that each of op0 and op1 holds, of those `opcode` uses."""
     spec = SPECS[opcode]
-    kind = Function if spec.kind is EngineKind.SCALAR else AluOp
-    return {field: kind for field in ("op0", "op1") if field in spec.header}
+    kinds: dict[str, type[enum.Enum]] = {"op0": AluOp, "op1": AluOp}
+    if spec.kind is EngineKind.SCALAR:
+        kinds = {"op0": Function, "op1": RowSums}
+    return {field: kind for field, kind in kinds.items() if field in spec.header}
 
 
 def legal_operations(opcode: Opcode, field: str) -> frozenset[int]:

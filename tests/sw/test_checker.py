@@ -18,6 +18,7 @@ from systolith_hdl.isa import (
     FaultCause,
     Function,
     Opcode,
+    RowSums,
     decode,
     encode,
     engine_kind,
@@ -102,6 +103,7 @@ def test_causes() -> None:
     assert c(op.TENSOR_TENSOR, op1=63) is FaultCause.ILLEGAL_OPERATION
     assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION
     assert c(op.ACTIVATE, op0=len(Function)) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.ACTIVATE, op1=len(RowSums)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.NOP, wait__1__mode=3) is FaultCause.ILLEGAL_OPERATION
     assert c(op.TENSOR_TENSOR, dst__dtype=5) is FaultCause.BAD_TYPE
     assert c(op.TENSOR_TENSOR, src1__dtype=1) is FaultCause.BAD_TYPE
@@ -152,6 +154,11 @@ def test_causes() -> None:
     assert c(op.LOAD_STATIONARY_PAIR, counts__0=2, counts__3=1) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__3=5) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__2=2, counts__3=1) is FaultCause.BAD_COUNT
+    for opcode in (op.ACTIVATE, op.ACTIVATE_ROWS):
+        longest = {"counts__3": 65535, "dst__strides__3": 0, "src0__strides__3": 0}
+        assert c(opcode, **longest, op1=RowSums.NONE.value) is None
+        assert c(opcode, **longest, op1=RowSums.ONLY.value) is None
+        assert c(opcode, **longest, op1=RowSums.BEHIND.value) is FaultCause.BAD_COUNT
     assert c(op.NOP, wait__0__mode=1, wait__0__sem=32) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, wait__2__mode=2, wait__2__sem=63) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, signal__amount=1, signal__sem=32) is FaultCause.BAD_SEMAPHORE
@@ -225,9 +232,20 @@ def test_bounds_against_a_walk(
         counts = (1, 1, 1, counts[3])
     fields = legal_fields(opcode) | {f"counts.{i}": n for i, n in enumerate(counts)}
     strides = st.integers(-40, 40)
+    sums = RowSums.NONE
+    if "op1" in fields and SPECS[opcode].kind is EngineKind.SCALAR:
+        sums = data.draw(st.sampled_from(list(RowSums)))
+        fields["op1"] = sums.value
     outside = False
     for name in SPECS[opcode].operands:
         used = 3 if opcode is Opcode.REDUCE and name == "dst" else 4
+        walked = list(counts[:used])
+        if name == "dst" and sums is RowSums.BEHIND:
+            walked[3] += 1
+        elif name == "dst" and sums is RowSums.ONLY:
+            walked[3] = 1
+        elif name == "src1" and opcode is Opcode.ACTIVATE_ROWS:
+            walked[3] = 2
         space = fields[f"{name}.space"]
         depth = NANO.psum_depth if space else NANO.sbuf_depth
         fields[f"{name}.base"] = data.draw(
@@ -238,7 +256,7 @@ def test_bounds_against_a_walk(
         walk = {
             fields[f"{name}.base"]
             + sum(i * fields[f"{name}.strides.{d}"] for d, i in enumerate(index))
-            for index in itertools.product(*(range(n) for n in counts[:used]))
+            for index in itertools.product(*(range(n) for n in walked))
         }
         outside |= min(walk) < 0 or max(walk) >= depth
     fault = check(encode(opcode, fields), kind_of(opcode), NANO)

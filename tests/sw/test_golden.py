@@ -25,6 +25,7 @@ from systolith_hdl.isa import (
     FaultCause,
     Function,
     Opcode,
+    RowSums,
     Space,
     decode,
     encode,
@@ -205,13 +206,35 @@ class Naive:
                 for lane, index in steps:
                     if word("src0", lane, index)[0] & 0x7FFFFFFF:
                         writes.append((lane, index, word("src1", lane, index)))
-            case Opcode.ACTIVATE | Opcode.ACTIVATE_TENSOR_BIAS:
+            case (
+                Opcode.ACTIVATE
+                | Opcode.ACTIVATE_TENSOR_BIAS
+                | Opcode.ACTIVATE_TENSOR_SCALE
+                | Opcode.ACTIVATE_ROWS
+            ):
+                acc: dict[tuple[int, ...], list[np.ndarray]] = {}
                 for lane, index in steps:
-                    y = arithmetic.mul(word("src0", lane, index), one(f["imm0"]))
-                    tensor = opcode is Opcode.ACTIVATE_TENSOR_BIAS
-                    bias = word("src1", lane, index) if tensor else one(f["imm1"])
-                    y = arithmetic.add(y, bias)
-                    writes.append((lane, index, evaluate(Function(f["op0"]), y)))
+                    if opcode is Opcode.ACTIVATE:
+                        scale, bias = one(f["imm0"]), one(f["imm1"])
+                    elif opcode is Opcode.ACTIVATE_TENSOR_BIAS:
+                        scale, bias = one(f["imm0"]), word("src1", lane, index)
+                    elif opcode is Opcode.ACTIVATE_TENSOR_SCALE:
+                        scale, bias = word("src1", lane, index), one(f["imm0"])
+                    else:
+                        scale, bias = (word("src1", lane, (*index[:3], i)) for i in (0, 1))
+                    y = arithmetic.add(arithmetic.mul(word("src0", lane, index), scale), bias)
+                    result = evaluate(Function(f["op0"]), y)
+                    row = acc.setdefault((lane, *index[:3]), [one(0)] * 4)
+                    row[index[3] % 4] = arithmetic.add(row[index[3] % 4], result)
+                    if f["op1"] != RowSums.ONLY.value:
+                        writes.append((lane, index, result))
+                for (lane, *outer), row in acc.items():
+                    total = arithmetic.add(arithmetic.add(*row[:2]), arithmetic.add(*row[2:]))
+                    if f["op1"] == RowSums.ONLY.value:
+                        writes.append((lane, (*outer, 0), total))
+                    elif f["op1"] == RowSums.BEHIND.value:
+                        writes.append((lane, (*outer, counts[3]), total))
+                writes.sort(key=lambda entry: entry[1])
             case Opcode.DMA_LOAD | Opcode.DMA_STORE:
                 dtype = DType(f["dram_dtype"])
                 size = FORMATS[dtype].bytes
@@ -228,7 +251,8 @@ class Naive:
                         raw_bytes = arithmetic.pack(target, dtype).tobytes()
                         self.dram[element] = np.frombuffer(raw_bytes, np.uint8)
         for lane, index, value in writes:
-            value = arithmetic.round_to(value, DType(f["dst.dtype"]))
+            if index[3] < counts[3]:  # a sum behind its row is not rounded
+                value = arithmetic.round_to(value, DType(f["dst.dtype"]))
             memory("dst")[lane, at("dst", index)] = value[0]
 
 

@@ -1,13 +1,12 @@
-"""One lane of the scalar engine: multiply, add, evaluate the function, round."""
+"""One lane of the scalar engine: multiply, add, evaluate the function."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul, RoundNarrow, leading_zeros, pack_fp32
+from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul, leading_zeros, pack_fp32
 from ..arith.rounding import EXP_BITS, RAW_BITS, RAW_INF, saturate5, shift_right_sticky
 from ..emit import Once
-from ..formats import DType
 from . import tables as T
 
 #: Enabled cycles from y to the function's result.
@@ -277,25 +276,20 @@ def _zeros(m: Module, value: Value) -> Value:
 
 
 class ScalarLane(wiring.Component):
-    """``function(x * scale + bias)``, rounded to a narrow type if asked to.
+    """``function(x * scale + bias)``.
 
     Members
     -------
     en : In(1), low freezes every stage
-    control : In(`tables.CONTROL`), constant while its operands are in the pipeline; so is `dtype`
-    dtype : In(DType), the result is rounded to it (and kept in FP32's encoding)
-    stochastic, random : In(1), In(32), as those of `RoundNarrow`; with the result
+    control : In(`tables.CONTROL`), constant while its operands are in the pipeline
     x, scale, bias : In(32), FP32, sampled together in each enabled cycle
-    o : Out(32), FP32, combinational from registers and the inputs that say how to round
+    o : Out(32), FP32, registered
 
     Latency `LANE_LATENCY` enabled cycles, one result per enabled cycle.
     """
 
     en: In(1)
     control: In(T.CONTROL)
-    dtype: In(DType)
-    stochastic: In(1)
-    random: In(32)
     x: In(32)
     scale: In(32)
     bias: In(32)
@@ -306,7 +300,6 @@ class ScalarLane(wiring.Component):
         m.submodules.mul = mul = Once(Fp32Mul(), "fp32_mul")
         m.submodules.add = add = Once(Fp32Add(), "fp32_add")
         m.submodules.function = function = FunctionUnit()
-        m.submodules.rounding = rounding = Once(RoundNarrow(), "round_narrow")
         bias = self.bias
         for number in range(FP32_LATENCY):  # as long as the product takes
             delayed = Signal(32, name=f"bias_{number + 1}", reset_less=True)
@@ -323,10 +316,6 @@ class ScalarLane(wiring.Component):
             function.en.eq(self.en),
             function.control.eq(self.control),
             function.y.eq(add.o),
-            rounding.word.eq(function.o),
-            rounding.dtype.eq(self.dtype),
-            rounding.stochastic.eq(self.stochastic),
-            rounding.random.eq(self.random),
-            self.o.eq(rounding.o),
+            self.o.eq(function.o),
         ]
         return m

@@ -1,6 +1,6 @@
 """The instruction checker: an instruction that faults does nothing."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -19,6 +19,7 @@ from ..isa import (
     Header,
     Opcode,
     Operand,
+    RowSums,
     Space,
     TensorBody,
     WaitMode,
@@ -120,6 +121,9 @@ class Check(wiring.Component):
                     if opcode in LOADS:
                         bad_count += [tensor.counts[d] != 1 for d in range(3)]
                         bad_count.append(tensor.counts[3] > config.lanes)
+                    if spec.kind is EngineKind.SCALAR and "op1" in spec.header:
+                        behind = header.op1 == RowSums.BEHIND.value
+                        bad_count.append(behind & tensor.counts[3].all())
                     signal = header.signal
                     bad_semaphore = [
                         (signal.amount != 0)
@@ -156,6 +160,19 @@ class Check(wiring.Component):
             for slot in range(_SLOTS)
         ]
 
+    def _innermost(self, word: Value) -> list[tuple[Value, Value]]:
+        """What the operand of each slot walks in its innermost dimension, as
+        `checker.operand_counts` has it: a count, and whether it is one more."""
+        count = data.View(TensorBody, word[_BODY:]).counts[3]
+        found: list[tuple[Value, Value]] = [(count, Const(0, 1))] * _SLOTS
+        if self._kind is EngineKind.SCALAR:
+            header = data.View(Header, word[:_BODY])
+            only, behind = header.op1 == RowSums.ONLY.value, header.op1 == RowSums.BEHIND.value
+            pair = header.opcode == Opcode.ACTIVATE_ROWS
+            found[_OPERAND_SLOTS["dst"]] = Mux(only, 1, count), behind
+            found[_OPERAND_SLOTS["src1"]] = Mux(pair, 2, count), Const(0, 1)
+        return found
+
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
@@ -181,17 +198,26 @@ class Check(wiring.Component):
         here = Const(1, _SLOTS) << slot
         m.d.comb += after.eq(slots & ~here & ~(here - 1))
 
+        innermost = self._innermost(word)
+        long = [
+            Cat(*(count != 1 for count in counts[:3]), (count != 1) | more)
+            for count, more in innermost
+        ]
+
         def goto_first(mask: Value) -> None:
             for index in reversed(range(_SLOTS)):
                 with m.If(mask[index]):
-                    m.d.sync += slot.eq(index)
+                    m.d.sync += [slot.eq(index), todo.eq(long[index])]
 
-        long = Cat(count != 1 for count in counts)
         stride = Signal(signed(16))
         dimension = Signal(16)
+        more = Signal()
         for d in reversed(range(4)):
             with m.If(todo[d]):
-                m.d.comb += [stride.eq(operand.strides[d]), dimension.eq(counts[d])]
+                count = counts[d] if d < 3 else Array(count for count, _ in innermost)[slot]
+                m.d.comb += [stride.eq(operand.strides[d]), dimension.eq(count)]
+        with m.If(todo == 1 << 3):
+            m.d.comb += more.eq(Array(one_more for _, one_more in innermost)[slot])
 
         with m.FSM():
             with m.State("TAKE"):
@@ -200,7 +226,7 @@ class Check(wiring.Component):
                     m.d.sync += [word.eq(self.instruction.payload), fault.eq(0)]
                     m.next = "CHECK"
             with m.State("CHECK"):
-                m.d.sync += [fault.cause.eq(cause), first.eq(1), todo.eq(long)]
+                m.d.sync += [fault.cause.eq(cause), first.eq(1)]
                 goto_first(slots)
                 with m.If((cause == FaultCause.NONE) & slots.any()):
                     m.next = "BOUNDS"
@@ -210,7 +236,7 @@ class Check(wiring.Component):
                 # Each cycle multiplies one dimension and adds the product of the one before; the
                 # last one compares.
                 m.d.sync += [first.eq(0), todo.eq(todo & (todo - 1)), multiplied.eq(todo.any())]
-                m.d.sync += product.eq(stride * (dimension - 1)[:16])
+                m.d.sync += product.eq(stride * (dimension - ~more)[:16])
                 with m.If(first):
                     m.d.sync += [low.eq(operand.base), high.eq(operand.base)]
                 with m.Elif(multiplied):
@@ -219,7 +245,7 @@ class Check(wiring.Component):
                     with m.Else():
                         m.d.sync += high.eq(high + product)
                 with m.Else():
-                    m.d.sync += [first.eq(1), todo.eq(long)]
+                    m.d.sync += first.eq(1)
                     goto_first(after)
                     with m.If((low < 0) | (high >= limit)):
                         m.d.sync += [

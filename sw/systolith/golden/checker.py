@@ -18,6 +18,7 @@ from systolith_hdl.isa import (
     EngineKind,
     FaultCause,
     Opcode,
+    RowSums,
     Space,
     WaitMode,
     decode,
@@ -62,15 +63,29 @@ _OPERANDS = {
     for opcode, spec in SPECS.items()
 }
 _DMA_TYPE_CODES = _allowed(DMA_TYPES)
+#: largest count
+MAX_COUNT = (1 << 16) - 1
 _OPCODES = frozenset(opcode.value for opcode in Opcode)
 
 
 def operand_counts(opcode: Opcode, operand: str, fields: dict[str, int]) -> list[int]:
-    """The four counts an operand walks: REDUCE writes once for each innermost row."""
+    """The four counts an operand walks: dst one word for each innermost row where there are only
+    results of rows, one more where the sum of each is behind it; src1 of ACTIVATE_ROWS two."""
     counts = [fields[f"counts.{i}"] for i in range(4)]
-    if opcode is Opcode.REDUCE and operand == "dst":
-        counts[3] = 1
+    if operand == "dst":
+        sums = row_sums(opcode, fields)
+        if opcode is Opcode.REDUCE or sums is RowSums.ONLY:
+            counts[3] = 1
+        elif sums is RowSums.BEHIND:
+            counts[3] += 1
+    elif operand == "src1" and opcode is Opcode.ACTIVATE_ROWS:
+        counts[3] = 2
     return counts
+
+
+def row_sums(opcode: Opcode, fields: dict[str, int]) -> RowSums:
+    """The sums that an instruction delivers; NONE of one that is not the scalar engine's."""
+    return RowSums(fields["op1"] if SPECS[opcode].kind is EngineKind.SCALAR else 0)
 
 
 def operand_strides(operand: str, fields: dict[str, int]) -> list[int]:
@@ -91,7 +106,8 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
        MATMUL's dst is INT32 and its src0 is not INT8
     5. BAD_SPACE: the same for the operand's memory
     6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or of a load of the
-       stationary operand counts 0 to 2 are not 1 or count 3 is more than N
+       stationary operand counts 0 to 2 are not 1 or count 3 is more than N, or count 3 is 65535
+       and sums are wanted BEHIND
     7. BAD_SEMAPHORE: a wait (mode not NONE) or a signal (amount not 0) names a semaphore that
        does not exist, or the signal's chip is not 0
     8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, local; of each the lowest address is
@@ -139,6 +155,8 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
             return Fault(FaultCause.BAD_COUNT)
         if opcode in LOADS and (counts[:3] != [1, 1, 1] or counts[3] > config.lanes):
             return Fault(FaultCause.BAD_COUNT)
+        if row_sums(opcode, fields) is RowSums.BEHIND and counts[3] == MAX_COUNT:
+            return Fault(FaultCause.BAD_COUNT)
     for name in ("lanes", "columns"):
         if name in fields and not 1 <= fields[name] <= config.lanes:
             return Fault(FaultCause.BAD_COUNT)
@@ -174,4 +192,4 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     return None
 
 
-__all__ = ["Fault", "check", "operand_counts", "operand_strides"]
+__all__ = ["Fault", "check", "operand_counts", "operand_strides", "row_sums"]

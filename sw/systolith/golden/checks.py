@@ -31,11 +31,11 @@ from typing import NamedTuple
 import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import LOADS, SPECS, Opcode, Space
+from systolith_hdl.isa import LOADS, SPECS, Opcode, RowSums, Space
 
 from . import dma
 from .arithmetic import nonzero
-from .checker import operand_counts, operand_strides
+from .checker import operand_counts, operand_strides, row_sums
 
 #: opcodes whose result in a lane depends on nothing but that lane: undefined words pass through
 _LANEWISE = frozenset(
@@ -46,6 +46,8 @@ _LANEWISE = frozenset(
         Opcode.COPY_PREDICATED,
         Opcode.ACTIVATE,
         Opcode.ACTIVATE_TENSOR_BIAS,
+        Opcode.ACTIVATE_TENSOR_SCALE,
+        Opcode.ACTIVATE_ROWS,
     }
 )
 _DMA = (Opcode.DMA_LOAD, Opcode.DMA_STORE)
@@ -288,7 +290,7 @@ class Checks:
                 words.window(words.read, access)[stream] = number
             if access.writes:
                 words.window(words.written, access)[stream] = number
-                self._define(words, access, opcode, marks, mask)
+                self._define(words, access, opcode, row_sums(opcode, fields), marks, mask)
         if elements is not None:
             self._transfer(step, opcode, elements, stream, number, relied)
 
@@ -340,6 +342,7 @@ class Checks:
         words: _Words,
         access: Access,
         opcode: Opcode,
+        sums: RowSums,
         marks: dict[str, np.ndarray],
         mask: np.ndarray | None,
     ) -> None:
@@ -355,10 +358,16 @@ class Checks:
             chosen = np.where(mask, marks["src1"], dst)
             np.maximum(result, chosen, out=result)
         else:
-            for found in marks.values():
-                if opcode is Opcode.REDUCE:
-                    found = found.max(axis=-1, keepdims=True)
-                np.maximum(result, found, out=result)
+            elements = result[..., :-1] if sums is RowSums.BEHIND else result
+            for operand, found in marks.items():
+                row = found.max(axis=-1, keepdims=True)
+                if opcode is Opcode.REDUCE or sums is RowSums.ONLY:
+                    found = row
+                elif opcode is Opcode.ACTIVATE_ROWS and operand == "src1":
+                    found = row  # the scale and the bias
+                np.maximum(elements, found, out=elements)
+                if sums is RowSums.BEHIND:
+                    np.maximum(result[..., -1:], row, out=result[..., -1:])
         dst[...] = result
 
     # -- DRAM ----------------------------------------------------------------------------------

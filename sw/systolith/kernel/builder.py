@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
@@ -27,6 +28,7 @@ from systolith_hdl.isa import (
     Function,
     Opcode,
     Rounding,
+    RowSums,
     Space,
     WaitMode,
     encode,
@@ -51,6 +53,8 @@ from .tensors import (
     extent,
 )
 
+_Enum = TypeVar("_Enum", bound=enum.Enum)
+
 MAX_SEMAPHORE = (1 << 16) - 1
 _MAX_RUNS = 128  #: intervals kept of one DRAM access
 
@@ -59,12 +63,18 @@ _BITWISE = frozenset({AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR})
 _WORDS = frozenset({AluOp.BYPASS, *_BITWISE})
 
 
+def _member(value: Any, kind: type[_Enum], what: str) -> _Enum:
+    """A member of an enumeration, from itself or its name in lower case."""
+    names = {member.name.lower(): member for member in kind}
+    member = names.get(value) if isinstance(value, str) else value
+    if not isinstance(member, kind):
+        refuse(f"{what} must be a {kind.__name__} or one of {', '.join(names)}, not {value!r}")
+    return member
+
+
 def _rounding(rounding: Rounding | str, dtype: DType, what: str) -> dict[str, int]:
     """The header field that says how a result becomes `dtype`, the type of `what`."""
-    names = {mode.name.lower(): mode for mode in Rounding}
-    mode = names.get(rounding) if isinstance(rounding, str) else rounding
-    if not isinstance(mode, Rounding):
-        refuse(f"rounding must be a Rounding or one of {', '.join(names)}, not {rounding!r}")
+    mode = _member(rounding, Rounding, "rounding")
     if mode is Rounding.NEAREST:
         return {}
     if dtype not in NARROW_FLOATS:
@@ -364,18 +374,24 @@ class _Elementwise(_Engine):
         self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...]
     ) -> None:
         """A destination may be a source, element for element; else they must be disjoint."""
-        low, high = dst.span
         for what, source in sources.items():
-            if source.space is not dst.space or source.span[0] > high or source.span[1] < low:
-                continue
-            if source.base == dst.base and dst.shape == shape:
+            same = source.space is dst.space and source.base == dst.base
+            if same and dst.shape == shape:
                 if self._pad("dst", dst, shape) == self._pad(what, source, shape):
                     continue
-            if np.intersect1d(source.addresses(), dst.addresses()).size:
-                refuse(
-                    f"dst and {what} overlap without being the same elements, which leaves the "
-                    f"result undefined: {dst} and {source}"
-                )
+            self._check_apart(dst, what, source)
+
+    @staticmethod
+    def _check_apart(dst: View, what: str, source: View) -> None:
+        """A destination and a source must have no word in common."""
+        low, high = dst.span
+        if source.space is not dst.space or source.span[0] > high or source.span[1] < low:
+            return
+        if np.intersect1d(source.addresses(), dst.addresses()).size:
+            refuse(
+                f"dst and {what} overlap without being the same elements, which leaves the "
+                f"result undefined: {dst} and {source}"
+            )
 
     def _emit(
         self,
@@ -386,17 +402,21 @@ class _Elementwise(_Engine):
         rounding: Rounding | str,
         shape: tuple[int, ...] | None = None,
         words: bool = False,
+        sums: View | None = None,
+        pairs: View | None = None,
     ) -> None:
         """Checks operands and appends the instruction.
 
         `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
         space, that of `dst` unless given. With `words` the instruction does no arithmetic, so it
-        moves integers, too.
+        moves integers, too. `sums` are the last elements of dst's rows where these are no results;
+        `pairs` are scales and biases of rows, which become src1.
         """
         types = (*FLOATS, *INTEGERS) if words else FLOATS
         self._operand("dst", dst, self._BOTH, types)
         rounds = dst.dtype not in (DType.FP32, *INTEGERS)
-        for what, view in sources.values():
+        everything = {**sources, **({"src1": ("scale and bias", pairs)} if pairs else {})}
+        for what, view in everything.values():
             # A view that rounds as a destination holds FP32 words all the same.
             self._operand(what, view, self._BOTH, FLOATS if rounds else types)
             if view.lanes != dst.lanes:
@@ -412,8 +432,15 @@ class _Elementwise(_Engine):
         for name, (what, view) in sources.items():
             strides = self._pad(what, view, shape)
             encoded.update(self._encode_operand(name, view, strides, DType.FP32))
-        self._check_overlap(dst, dict(sources.values()), shape)
-        accesses = [self._access(view, False) for _, view in sources.values()]
+        if pairs:
+            strides = self._pad("scale and bias", pairs, pairs.shape)
+            encoded.update(self._encode_operand("src1", pairs, strides, DType.FP32))
+            self._check_apart(dst, "scale and bias", pairs)
+        if sums:
+            for what, view in sources.values():
+                self._check_apart(sums, what, view)
+        self._check_overlap(dst.first(shape[-1]) if sums else dst, dict(sources.values()), shape)
+        accesses = [self._access(view, False) for _, view in everything.values()]
         accesses.append(self._access(dst, True))
         self._builder._append(self._stream, opcode, {**encoded, **fields}, accesses)
 
@@ -537,21 +564,80 @@ class _Scalar(_Elementwise):
         dst: View,
         src: View,
         function: Function,
-        scale: float = 1.0,
+        scale: float | View = 1.0,
         bias: float | View = 0.0,
         rounding: Rounding | str = Rounding.NEAREST,
+        sums: RowSums | str = RowSums.NONE,
     ) -> None:
-        """dst = function(src * scale + bias); bias is a number or a view that broadcasts."""
-        fields = {
+        """dst = function(src * scale + bias); scale and bias are numbers or views that broadcast.
+
+        At most one of two views may differ within a row, the innermost dimension: if both are
+        views, each has one element for a row, and they lie at one distance from each other in one
+        memory. `sums`, a `RowSums` or its name in lower case, wants the sum of each row: BEHIND,
+        in an element more of dst's innermost dimension, or ONLY, in a dst of innermost dimension 1.
+        """
+        kind = _member(sums, RowSums, "sums")
+        fields: dict[str, Any] = {
             "op0": self._operation("function", function, Function),
-            "imm0": self._immediate("scale", scale),
+            "op1": kind.value,
         }
-        if isinstance(bias, View):
-            sources = {"src0": ("src", src), "src1": ("bias", bias)}
-            self._emit(Opcode.ACTIVATE_TENSOR_BIAS, dst, sources, fields, rounding)
+        self._operand("src", src, self._BOTH, FLOATS)
+        self._operand("dst", dst, self._BOTH, FLOATS)
+        shape = dst.shape
+        totals = pairs = None
+        if kind is not RowSums.NONE:
+            shape = src.shape
+            more = 1 if kind is RowSums.ONLY else (shape[-1] if shape else 0) + 1
+            if not shape or dst.shape != (*shape[:-1], more):
+                refuse(
+                    f"shape mismatch: sums {kind.name} of rows of shape {shape} need a dst of "
+                    f"shape {(*shape[:-1], more)}, not {dst.shape}"
+                )
+            if kind is RowSums.BEHIND:
+                totals = dst.last(1)
+        sources = {"src0": ("src", src)}
+        opcode = Opcode.ACTIVATE
+        if isinstance(scale, View) and isinstance(bias, View):
+            opcode = Opcode.ACTIVATE_ROWS
+            pairs = self._pairs(scale, bias, shape)
+        elif isinstance(scale, View):
+            opcode = Opcode.ACTIVATE_TENSOR_SCALE
+            sources["src1"] = ("scale", scale)
+            fields["imm0"] = self._immediate("bias", bias)
         else:
-            fields["imm1"] = self._immediate("bias", bias)
-            self._emit(Opcode.ACTIVATE, dst, {"src0": ("src", src)}, fields, rounding)
+            fields["imm0"] = self._immediate("scale", scale)
+            if isinstance(bias, View):
+                opcode = Opcode.ACTIVATE_TENSOR_BIAS
+                sources["src1"] = ("bias", bias)
+            else:
+                fields["imm1"] = self._immediate("bias", bias)
+        self._emit(opcode, dst, sources, fields, rounding, shape, sums=totals, pairs=pairs)
+
+    def _pairs(self, scale: View, bias: View, shape: tuple[int, ...]) -> View:
+        """The scales and biases of rows, [..., 2]."""
+        for what, view in (("scale", scale), ("bias", bias)):
+            self._operand(what, view, self._BOTH, FLOATS)
+            if view.shape and view.shape[-1] != 1:
+                refuse(
+                    f"where scale and bias are both views, each must have one element for a row, "
+                    f"an innermost dimension of 1; use two instructions for {what} {view}"
+                )
+        outer = (*shape[:-1], 1)
+        strides = self._pad("scale", scale, outer)
+        if scale.tile is not bias.tile or strides != self._pad("bias", bias, outer):
+            refuse(
+                "where scale and bias are both views, they must be parts of one tile at the same "
+                f"strides: {scale} and {bias}"
+            )
+        if scale.lanes != bias.lanes:
+            refuse(f"scale has {scale.lanes} lanes and bias has {bias.lanes}")
+        return View(
+            scale.tile,
+            scale.base,
+            (*outer[:-1], 2),
+            (*strides[len(strides) - len(outer) : -1], bias.base - scale.base),
+            scale.lanes,
+        )
 
 
 #: types of views that are operands of the tensor engine

@@ -241,6 +241,14 @@ class View:
                 base += (item % count) * stride
         return dataclasses.replace(self, base=base, shape=tuple(shape), strides=tuple(strides))
 
+    def first(self, count: int) -> View:
+        """Returns the first `count` elements of the innermost dimension."""
+        return self[(slice(None),) * (len(self.shape) - 1) + (slice(count),)]
+
+    def last(self, count: int) -> View:
+        """Returns the last `count` elements of the innermost dimension."""
+        return self[(slice(None),) * (len(self.shape) - 1) + (slice(-count, None),)]
+
     def __str__(self) -> str:
         return (
             f"{self.space.name} view of {self.tile.name!r} [shape {self.shape}, "
