@@ -193,6 +193,24 @@ class Function(enum.Enum, shape=6):
     ABS = 14
     #: y, or +0 if it is negative
     RELU = 15
+    #: y / (1 + e to the -y)
+    SILU = 16
+    #: derivative of SILU
+    SILU_DX = 17
+    #: y / (1 + e to the -2u), u = sqrt(2 / pi) * (y + 0.044715 * y**3) (the tanh form of GELU)
+    GELU_TANH = 18
+    #: derivative of GELU_TANH
+    GELU_TANH_DX = 19
+    #: y * tanh(ln(1 + e to the y))
+    MISH = 20
+    #: derivative of MISH
+    MISH_DX = 21
+    #: y * y
+    SQUARE = 22
+    #: sine, of any finite y; takes 9 cycles for each column
+    SIN = 23
+    #: cosine, likewise
+    COS = 24
 
 
 class RowSums(enum.Enum, shape=6):

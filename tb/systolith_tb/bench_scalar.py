@@ -32,7 +32,15 @@ from systolith_hdl.isa import (
 from systolith_hdl.ports import READ_LATENCY
 from systolith_hdl.scalar import tables as T
 from systolith_hdl.scalar.engine import FIXED_CYCLES, ROW_CYCLES, SUM_CYCLES
-from systolith_hdl.scalar.lane import LANE_LATENCY, ScalarLane
+from systolith_hdl.scalar.lane import (
+    FUNCTION_LATENCY,
+    LANE_LATENCY,
+    SHARING,
+    TURN_CYCLES,
+    FunctionTables,
+    ScalarLane,
+    Turning,
+)
 
 from systolith_tb.stimulus import random_counter
 
@@ -50,6 +58,8 @@ _MAGNITUDES = [
     *(0x42B17217, 0x42B17218, 0x42CFF1B4, 0x42CFF1B5, 0x42AEAC4F, 0x42AEAC50, 0x41102CB3),
     *(0x40000001, 0x40B00000, 0x41600000, 0x41633333, 0x41800000, 0x42800000, 0x43000000),
     *(0x32FFFFFF, 0x33000000, 0x33800000, 0x34000000, 0x7F800000, 0x7F800001, 0x7FC00000),
+    # near multiples of pi / 2, the largest numbers among them
+    *(0x3FC90FDA, 0x3FC90FDB, 0x40490FDB, 0x4096CBE4, 0x56C6ED64, 0x6F79BE45, 0x7F7FFFFF),
     0x7FFFFFFF,
 ]
 CORNERS = np.array([m | s for m in _MAGNITUDES for s in (0, 1 << 31)], np.uint32)
@@ -86,6 +96,7 @@ class LaneBench(wiring.Component):
 
     en: In(1)
     control: In(T.CONTROL)
+    turning: In(Turning)
     x: In(data.ArrayLayout(unsigned(32), COPIES))
     scale: In(data.ArrayLayout(unsigned(32), COPIES))
     bias: In(data.ArrayLayout(unsigned(32), COPIES))
@@ -95,7 +106,18 @@ class LaneBench(wiring.Component):
         m = Module()
         for i in range(COPIES):
             m.submodules += (cell := Once(ScalarLane(), "scalar_lane"))
+            user = i % SHARING
+            if user == 0:
+                m.submodules += (lookup := Once(FunctionTables(), "function_tables"))
+                m.d.comb += lookup.en.eq(self.en)
             m.d.comb += [
+                getattr(lookup, f"row{user}").eq(cell.row),
+                cell.entry.eq(getattr(lookup, f"entry{user}")),
+                getattr(lookup, f"index{user}").eq(cell.index),
+                cell.segment.eq(getattr(lookup, f"segment{user}")),
+                getattr(lookup, f"weight{user}").eq(cell.weight),
+                cell.piece.eq(getattr(lookup, f"piece{user}")),
+                cell.turning.eq(self.turning),
                 cell.en.eq(self.en),
                 cell.control.eq(self.control),
                 cell.x.eq(self.x[i]),
@@ -104,6 +126,16 @@ class LaneBench(wiring.Component):
                 self.o[i].eq(cell.o),
             ]
         return m
+
+
+def _turning(cycle: int) -> int:
+    """`Turning` in an enabled cycle, where elements enter in cycles 0, TURN_CYCLES, ..."""
+    step = (cycle - (LANE_LATENCY - FUNCTION_LATENCY)) % TURN_CYCLES
+    pieces = 1 <= step <= T.PIECES
+    return (
+        (step == 0) | pieces << 1 | (step == 1) << 2
+        | (step > T.PIECES) << 3 | (step == T.PIECES + 1) << 4
+    )  # fmt: skip
 
 
 @cocotb.test(timeout_time=100, timeout_unit="ms")
@@ -125,8 +157,10 @@ async def lane(dut) -> None:
         dut.control.value = T.tables().controls[function]
 
         got: list[np.ndarray] = []
-        pipeline: deque[bool] = deque([False] * LANE_LATENCY)
-        sent, batches = 0, len(x) // COPIES
+        turns = bool(T.field_bits(T.CONTROL, T.tables().controls[function])["turn"])
+        interval = TURN_CYCLES if turns else 1
+        pipeline: deque[bool] = deque([False] * (LANE_LATENCY + TURN_CYCLES * turns))
+        sent, batches, cycle = 0, len(x) // COPIES, 0
         while len(got) < batches:
             await FallingEdge(dut.clk)
             enable = random.random() < 0.9
@@ -135,13 +169,17 @@ async def lane(dut) -> None:
                 continue
             if pipeline.popleft():
                 got.append(_unpack(dut.o, COPIES))
-            pipeline.append(sent < batches)
-            if sent < batches:
+            # What the engine drives: of no meaning for other functions.
+            dut.turning.value = _turning(cycle) if turns else random.getrandbits(5)
+            cycle += 1
+            enters = sent < batches and (cycle - 1) % interval == 0
+            pipeline.append(enters)
+            if enters:
                 chunk = slice(sent * COPIES, (sent + 1) * COPIES)
                 dut.x.value = _pack(x[chunk])
                 dut.scale.value = _pack(scale[chunk])
                 dut.bias.value = _pack(bias[chunk])
-            sent += 1
+                sent += 1
         result = np.concatenate(got)
         wanted = reference(function, x, scale, bias)
         wrong = np.flatnonzero(result != wanted)
@@ -326,9 +364,10 @@ def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator, seed: 
     for address, column in zip(addresses["dst"].tolist(), columns, strict=True):
         memory[spaces["dst"]][address, :lanes] = column[:lanes]
         writes.append(_masked(spaces["dst"], address, mask, column))
-    cycles = len(x) + FIXED_CYCLES
+    turns = function in (Function.SIN, Function.COS)
+    cycles = (len(x) * TURN_CYCLES + 1 if turns else len(x)) + FIXED_CYCLES
     cycles += len(result) * SUM_CYCLES * (sums is not RowSums.NONE)
-    cycles += len(result) * ROW_CYCLES * (opcode is Opcode.ACTIVATE_ROWS)
+    cycles += (1 if turns else len(result)) * ROW_CYCLES * (opcode is Opcode.ACTIVATE_ROWS)
     return Job(word, counter, cycles, writes)
 
 

@@ -16,7 +16,7 @@ from systolith_hdl.arith import PackNarrow, RoundNarrow, WidenInt8, WidenNarrow
 from systolith_hdl.arith.dither import DitherLane
 from systolith_hdl.config import get_config
 from systolith_hdl.emit import side_by_side, to_verilog
-from systolith_hdl.scalar.lane import ScalarLane
+from systolith_hdl.scalar.lane import FunctionTables, ScalarLane
 from systolith_hdl.scalar.sums import RowSum
 from systolith_hdl.tensor.array import ProcessingElement
 from systolith_hdl.toolchain import sources_hash
@@ -27,7 +27,8 @@ LANES = 4
 #: name -> component, and what its copies share: everything that the chip places side by side
 COMPONENTS: dict[str, tuple[Callable[[], wiring.Component], tuple[str, ...]]] = {
     "vector_lane": (VectorLane, ("en", "op0", "op1", "imm0", "second", "index", "clear")),
-    "scalar_lane": (ScalarLane, ("en", "control")),
+    "scalar_lane": (ScalarLane, ("en", "control", "turning")),
+    "function_tables": (FunctionTables, ("en",)),
     "row_sum": (RowSum, ("en", "adding", "index", "store", "clear")),
     "psum_lane": (psum.Lane, ("integer", "accumulate")),
     "processing_element": (lambda: ProcessingElement(get_config("nano")), ()),

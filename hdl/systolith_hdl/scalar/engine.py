@@ -14,7 +14,15 @@ from ..formats import DType
 from ..isa import REDUCE_ACCUMULATORS, SPECS, Opcode, Rounding, RowSums
 from ..ports import IssuePort, split_words
 from . import tables as T
-from .lane import LANE_LATENCY, ScalarLane
+from .lane import (
+    FUNCTION_LATENCY,
+    LANE_LATENCY,
+    SHARING,
+    TURN_CYCLES,
+    FunctionTables,
+    ScalarLane,
+    Turning,
+)
 from .sums import Adding, RowSum
 
 #: Cycles an instruction takes from being taken to `done`, beyond one per column, when no memory
@@ -48,9 +56,10 @@ class ScalarEngine(wiring.Component):
     src0_sbuf, src0_psum, src1_sbuf, src1_psum : Out(ReadPort)
     dst_sbuf, dst_psum : Out(WritePort)
 
-    One column per cycle, whatever the function and with one source or two. An instruction of n
-    columns in r rows is done ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls, and
-    ``r * SUM_CYCLES`` later with sums, ``r * ROW_CYCLES`` later if it is ACTIVATE_ROWS. The next is
+    One column per cycle, with one source or two. An instruction of n columns in r rows is done
+    ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls, ``r * SUM_CYCLES`` later with
+    sums, and ``r * ROW_CYCLES`` later if it is ACTIVATE_ROWS. Sine and cosine take TURN_CYCLES for
+    each column, ``n * TURN_CYCLES + 1`` in place of n, and ROW_CYCLES once. The next instruction is
     taken in the cycle of `done`, when all writes are accepted.
     """
 
@@ -145,6 +154,11 @@ class ScalarEngine(wiring.Component):
         # of a row is completed.
         enable, enter = Signal(), Signal()
         valid, end = Signal(LANE_LATENCY), Signal(LANE_LATENCY)
+        arrived = LANE_LATENCY - FUNCTION_LATENCY - 1  # where an element is y
+        turn = Signal(range(TURN_CYCLES + 1))  # of reducing an angle; 0: none
+        turn_end = Signal()
+        turning = Signal(Turning)
+        pace = Signal(range(TURN_CYCLES))  # cycles until the next element may enter
         closing = Signal()
         element = Signal(16)
         row_end = Signal()
@@ -156,7 +170,11 @@ class ScalarEngine(wiring.Component):
             enable.eq(active & ~closing & (~valid[-1] | only | dst.columns.ready)),
             fetch.eq(enable & rows & ~fetched & src1.columns.valid),
             enter.eq(
-                enable & (fetched | ~rows) & src0.columns.valid & (src1.columns.valid | ~needs_src1)
+                enable
+                & (pace == 0)
+                & (fetched | ~rows)
+                & src0.columns.valid
+                & (src1.columns.valid | ~needs_src1)
             ),
             row_end.eq(element == row - 1),
             src0.columns.ready.eq(enter),
@@ -165,6 +183,23 @@ class ScalarEngine(wiring.Component):
         ]
         with m.If(enable):
             m.d.sync += [valid.eq(Cat(enter, valid)), end.eq(Cat(row_end, end))]
+            with m.If(control.turn):
+                # The function proper starts when the angle has been reduced.
+                m.d.sync += [
+                    valid[arrived + 1].eq(turn == TURN_CYCLES),
+                    end[arrived + 1].eq(turn_end),
+                    pace.eq(Mux(enter, TURN_CYCLES - 1, Mux(pace == 0, 0, pace - 1))),
+                    turn.eq(Mux((turn == 0) | (turn == TURN_CYCLES), 0, turn + 1)),
+                ]
+                with m.If(valid[arrived]):
+                    m.d.sync += [turn.eq(1), turn_end.eq(end[arrived])]
+        m.d.comb += [
+            turning.load.eq(control.turn & valid[arrived]),
+            turning.first.eq(turn == 1),
+            turning.multiply.eq((turn >= 1) & (turn <= T.PIECES)),
+            turning.fold.eq(turn == T.PIECES + 1),
+            turning.shift.eq((turn > T.PIECES) & (turn < TURN_CYCLES)),
+        ]
         with m.If(enter):
             m.d.sync += element.eq(Mux(row_end, 0, element + 1))
         with m.If(fetch):
@@ -172,10 +207,24 @@ class ScalarEngine(wiring.Component):
         with m.Elif(enter & row_end):
             m.d.sync += fetched.eq(0)
         m.submodules.lanes = cells = side_by_side(
-            ScalarLane(), "scalar_lane", lanes, shared=("en", "control")
+            ScalarLane(), "scalar_lane", lanes, shared=("en", "control", "turning")
         )
-        m.d.comb += [cells.en.eq(enable), cells.control.eq(control)]
+        m.d.comb += [
+            cells.en.eq(enable),
+            cells.control.eq(control),
+            cells.turning.eq(turning),
+        ]
+        m.submodules.tables = lookup = side_by_side(
+            FunctionTables(), "function_tables", lanes // SHARING, shared=("en",)
+        )
+        m.d.comb += lookup.en.eq(enable)
         for lane in range(lanes):
+            place, user = divmod(lane, SHARING)
+            for address, found in (("row", "entry"), ("index", "segment"), ("weight", "piece")):
+                m.d.comb += [
+                    getattr(lookup, f"{address}{user}")[place].eq(getattr(cells, address)[lane]),
+                    getattr(cells, found)[lane].eq(getattr(lookup, f"{found}{user}")[place]),
+                ]
             second = src1.columns.payload.data[lane]
             scale = Signal(32, name=f"scale{lane}")
             with m.If(take):
