@@ -18,9 +18,9 @@ from amaranth.hdl import Shape, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES, CoreConfig
-from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
+from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, WORDS, DType
 
-ISA_VERSION = 2
+ISA_VERSION = 3
 MAX_WAITS = 3
 INSTRUCTION_BITS = 8 * INSTRUCTION_BYTES
 
@@ -80,7 +80,7 @@ class Opcode(enum.Enum, shape=8):
     TENSOR_SCALAR = 0x21
     #: dst = op1-reduction over the innermost dimension of (src0 op0 imm0)
     REDUCE = 0x22
-    #: dst = imm0
+    #: dst = imm0, an integer if the type of dst is one, else FP32
     MEMSET = 0x23
     #: dst = src1 where src0 is not zero; other elements of dst keep their value
     COPY_PREDICATED = 0x24
@@ -95,7 +95,9 @@ class Opcode(enum.Enum, shape=8):
 
 
 class AluOp(enum.Enum, shape=6):
-    """Operation `a op b` of the vector engine. Compares and logical operations give 1.0 or 0.0."""
+    """Operation `a op b` of the vector engine, in the type of src0: FP32, INT32 or UINT32. Compares
+    and logical operations give 1 or 0 of that type. Integers are calculated modulo 2**32; -0, NaN
+    and rounding are those of FP32 alone. Where it says "of the words", the type does not matter."""
 
     #: a
     BYPASS = 0
@@ -137,15 +139,60 @@ class AluOp(enum.Enum, shape=6):
     BIT_OR = 18
     #: bitwise exclusive or of the 32-bit words
     BIT_XOR = 19
+    #: a shifted left by b places, of the words; b is an unsigned integer, 0 if it is 32 or more
+    SHIFT_LEFT = 20
+    #: a shifted right by b places, of the words, zeros coming in; 0 if b is 32 or more
+    SHIFT_RIGHT = 21
+    #: a shifted right by b places, of the words, copies of bit 31 coming in; all of them if b is 32
+    #: or more
+    SHIFT_RIGHT_SIGNED = 22
+    #: -a, whatever b is
+    NEG = 23
+    #: absolute value of a, whatever b is
+    ABS = 24
+    #: a * a, whatever b is
+    SQUARE = 25
+    #: a, or +0 if it is negative, whatever b is; NaN if a is NaN
+    RELU = 26
+    #: the complement of a, of the words, whatever b is
+    BIT_NOT = 27
 
 
-#: Reductions REDUCE takes as op1, with the value that each of its accumulators starts from.
-REDUCTIONS: dict[AluOp, int] = {
-    AluOp.ADD: 0x00000000,
-    AluOp.MUL: 0x3F800000,
-    AluOp.MAX: 0xFF800000,
-    AluOp.MIN: 0x7F800000,
-    AluOp.ABS_MAX: 0x00000000,
+#: Operations that do not look at b, though the instruction reads it.
+UNARY_OPERATIONS = frozenset(
+    {AluOp.BYPASS, AluOp.NEG, AluOp.ABS, AluOp.SQUARE, AluOp.RELU, AluOp.BIT_NOT}
+)
+#: Operations on words, of whatever type.
+WORD_OPERATIONS = frozenset(
+    {
+        AluOp.BYPASS, AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR, AluOp.BIT_NOT,
+        AluOp.SHIFT_LEFT, AluOp.SHIFT_RIGHT, AluOp.SHIFT_RIGHT_SIGNED,
+    }
+)  # fmt: skip
+#: Operations whose b is a word of bits, or an integer, rather than a number of the type.
+BIT_OPERANDS = frozenset(
+    {
+        AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR,
+        AluOp.SHIFT_LEFT, AluOp.SHIFT_RIGHT, AluOp.SHIFT_RIGHT_SIGNED,
+    }
+)  # fmt: skip
+
+
+def _identities(fp32: int, int32: int, uint32: int) -> dict[DType, int]:
+    return dict(zip(WORDS, (fp32, int32, uint32), strict=True))
+
+
+#: Reductions REDUCE takes as op1, with the value that each of its accumulators starts from, by the
+#: type of src0.
+REDUCTIONS: dict[AluOp, dict[DType, int]] = {
+    AluOp.ADD: _identities(0, 0, 0),
+    AluOp.MUL: _identities(0x3F800000, 1, 1),
+    AluOp.MAX: _identities(0xFF800000, 0x80000000, 0),
+    AluOp.MIN: _identities(0x7F800000, 0x7FFFFFFF, 0xFFFFFFFF),
+    AluOp.ABS_MAX: _identities(0, 0, 0),
+    AluOp.BIT_AND: _identities(0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+    AluOp.BIT_OR: _identities(0, 0, 0),
+    AluOp.BIT_XOR: _identities(0, 0, 0),
 }
 #: REDUCE keeps this many accumulators: element i of the innermost dimension goes to accumulator
 #: i mod 4, and the result is (acc0 op acc1) op (acc2 op acc3).
@@ -364,6 +411,7 @@ class Spec:
     header : header fields it uses beside opcode, signal and wait
     operands : local operands it uses -> (spaces allowed, types allowed)
     unused : dotted body fields that must be zero though the body has them
+    alike : operands that must have the type of src0
     pairs : works on pairs of FP8 numbers, which only some cores have
     """
 
@@ -374,6 +422,7 @@ class Spec:
         default_factory=dict
     )
     unused: frozenset[str] = frozenset()
+    alike: frozenset[str] = frozenset()
     pairs: bool = False
 
     def exists(self, config: CoreConfig) -> bool:
@@ -390,6 +439,8 @@ _SBUF = frozenset({Space.SBUF})
 _PSUM = frozenset({Space.PSUM})
 _READ = frozenset({DType.FP32})
 _WRITE = frozenset(FLOATS)
+_WORDS = frozenset(WORDS)
+_ANY = frozenset(DType)
 _MATMUL = frozenset({*NARROW_FLOATS, DType.INT8})
 _FP8 = frozenset(FP8_TYPES)
 _SUMS = frozenset({DType.FP32, DType.INT32})
@@ -399,6 +450,10 @@ DMA_TYPES = frozenset({*FLOATS, *INTEGERS})
 _DST = {"dst": (_BOTH, _WRITE)}
 _SRC0 = {"src0": (_BOTH, _READ)}
 _SRC1 = {"src1": (_BOTH, _READ)}
+#: Operands of the vector engine: it computes in the type of the sources, and converts the result.
+_RESULT = {"dst": (_BOTH, _ANY)}
+_X = {"src0": (_BOTH, _WORDS)}
+_Y = {"src1": (_BOTH, _WORDS)}
 
 SPECS: dict[Opcode, Spec] = {
     Opcode.NOP: Spec(kind=None, body=EmptyBody),
@@ -435,33 +490,35 @@ SPECS: dict[Opcode, Spec] = {
         kind=EngineKind.VECTOR,
         body=TensorTensorBody,
         header=frozenset({"op0", "op1", "lanes", "rounding"}),
-        operands={**_DST, **_SRC0, **_SRC1},
+        operands={**_RESULT, **_X, **_Y},
+        alike=frozenset({"src1"}),
     ),
     Opcode.TENSOR_SCALAR: Spec(
         kind=EngineKind.VECTOR,
         body=TensorScalarBody,
         header=frozenset({"op0", "op1", "lanes", "rounding"}),
-        operands={**_DST, **_SRC0},
+        operands={**_RESULT, **_X},
     ),
     Opcode.REDUCE: Spec(
         kind=EngineKind.VECTOR,
         body=TensorScalarBody,
         header=frozenset({"op0", "op1", "lanes", "rounding"}),
-        operands={**_DST, **_SRC0},
+        operands={**_RESULT, **_X},
         unused=frozenset({"imm1", "dst.strides.3"}),
     ),
     Opcode.MEMSET: Spec(
         kind=EngineKind.VECTOR,
         body=TensorScalarBody,
         header=frozenset({"lanes", "rounding"}),
-        operands={**_DST},
+        operands={**_RESULT},
         unused=frozenset({"imm1", "src0"}),
     ),
     Opcode.COPY_PREDICATED: Spec(
         kind=EngineKind.VECTOR,
         body=TensorTensorBody,
         header=frozenset({"lanes", "rounding"}),
-        operands={**_DST, **_SRC0, **_SRC1},
+        operands={**_RESULT, **_X, **_Y},
+        alike=frozenset({"src1"}),
         unused=frozenset({"imm0"}),
     ),
     Opcode.ACTIVATE: Spec(

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 
 import numpy as np
 from systolith_hdl.config import INSTRUCTION_BYTES
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import INTEGERS, DType
 from systolith_hdl.isa import (
+    BIT_OPERANDS,
     FIELDS,
     MAX_WAITS,
     SPECS,
@@ -40,7 +41,9 @@ from systolith_hdl.isa import (
 from .errors import ProgramError
 
 #: operations whose immediate is a word of bits rather than a number
-_BITWISE = {AluOp.BIT_AND.value, AluOp.BIT_OR.value, AluOp.BIT_XOR.value}
+_BITS = {op.value for op in BIT_OPERANDS}
+#: types whose immediates are integers, shown as bits too
+_INTEGERS = {dtype.value for dtype in INTEGERS}
 
 
 @functools.cache
@@ -136,11 +139,14 @@ def disassemble_instruction(raw: bytes) -> str:
         strides = _bracket(fields, "dram_strides")
         parts.append(f"dram={dtype}@{fields['dram_base']:#x}{strides}")
         parts.append(f"lane_stride={fields['lane_stride']}")
+    computes = fields.get("src0.dtype", fields.get("dst.dtype"))  # MEMSET has no source
     for name, operation in (("imm0", "op0"), ("imm1", "op1")):
         if fields.get(name):
-            bitwise = operations.get(operation) is AluOp and fields[operation] in _BITWISE
+            bits = computes in _INTEGERS or (
+                operations.get(operation) is AluOp and fields[operation] in _BITS
+            )
             parts.append(
-                f"{name}={fields[name]:#010x}" if bitwise else f"{name}={_immediate(fields[name])}"
+                f"{name}={fields[name]:#010x}" if bits else f"{name}={_immediate(fields[name])}"
             )
     if sem or amount or chip:
         parts.append(f"signal(s{sem}+{amount}" + (f"@{chip})" if chip else ")"))

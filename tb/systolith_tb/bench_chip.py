@@ -15,7 +15,7 @@ from systolith.kernel import KernelBuilder, View
 from systolith.program import Program
 from systolith.runtime.driver import Driver
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import FLOATS, INTEGERS, NARROW_FLOATS, DType
+from systolith_hdl.formats import FLOATS, INTEGERS, NARROW_FLOATS, WORDS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function, Rounding, WaitMode
 
 from .device import CocotbBackend, run_driver
@@ -79,6 +79,11 @@ def random_kernel(seed: int) -> Program:
             imm0=rng.uniform(-2, 2), rounding=rounding,
         )  # fmt: skip
         nc.vector.copy(results[3], sums)  # bit for bit, integers or not
+        computes = rng.choice(WORDS)
+        nc.vector.tensor_tensor(
+            results[3].astype(rng.choice(WORDS)), sums.astype(computes), rng.choice(list(AluOp)),
+            results[0].astype(computes), op0=rng.choice(list(AluOp)), imm0=rng.randint(-40, 40),
+        )  # fmt: skip
         dst, rounding = rounded(results[2])
         nc.vector.memset(dst, rng.uniform(-1, 1), rounding=rounding)
         nc.vector.copy_predicated(dst, results[0], results[1], rounding=rounding)

@@ -12,13 +12,21 @@ import numpy as np
 from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, RisingEdge
 from systolith.golden.core import Core
+from systolith_hdl.arith import CONVERT_LATENCY
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import FLOATS, DType
-from systolith_hdl.isa import REDUCTIONS, AluOp, Opcode, Rounding, Space, encode
+from systolith_hdl.formats import INTEGERS, WORDS, DType
+from systolith_hdl.isa import REDUCTIONS, AluOp, Opcode, Rounding, Space, decode, encode
 from systolith_hdl.vector.engine import FIXED_CYCLES, REDUCE_CYCLES
 
 from .memory import MemoryModel
-from .stimulus import CORNERS, operand_fields, random_counter, random_counts, random_words
+from .stimulus import (
+    CORNERS,
+    INTEGER_CORNERS,
+    operand_fields,
+    random_counter,
+    random_counts,
+    random_words,
+)
 
 CONFIG = get_config(os.environ.get("SYSTOLITH_BENCH_CONFIG", "nano"))
 N = CONFIG.lanes
@@ -116,7 +124,8 @@ def random_instruction() -> bytes:
     half, psum_half = CONFIG.sbuf_depth // 2, CONFIG.psum_depth // 2
     sources = {Space.SBUF: (half, 2 * half), Space.PSUM: (psum_half, 2 * psum_half)}
     targets = {Space.SBUF: (0, half), Space.PSUM: (0, psum_half)}
-    fields["dst.dtype"] = random.choice([DType.FP32, *FLOATS])
+    fields["dst.dtype"] = random.choice([DType.FP32, *DType])
+    computes = random.choice([DType.FP32, *WORDS])
     fields["rounding"] = random.choice(list(Rounding))
 
     def immediate() -> int:
@@ -130,8 +139,10 @@ def random_instruction() -> bytes:
     fields |= dst
     if opcode is not Opcode.MEMSET:
         fields |= operand_fields(CONFIG, "src0", counts, regions=sources)
+        fields["src0.dtype"] = computes
     if opcode in (Opcode.TENSOR_TENSOR, Opcode.COPY_PREDICATED):
         fields |= operand_fields(CONFIG, "src1", counts, regions=sources)
+        fields["src1.dtype"] = computes
     if opcode is not Opcode.COPY_PREDICATED:
         fields["imm0"] = immediate()
     if opcode in (Opcode.TENSOR_TENSOR, Opcode.TENSOR_SCALAR):
@@ -141,6 +152,15 @@ def random_instruction() -> bytes:
     if opcode is Opcode.REDUCE:
         fields |= {"op0": random.choice(list(AluOp)), "op1": random.choice(list(REDUCTIONS))}
     return encode(opcode, fields)
+
+
+def convert_cycles(raw: bytes) -> int:
+    """Cycles that an instruction takes to convert its results, if it does."""
+    _, fields = decode(raw)
+    dst = DType(fields["dst.dtype"])
+    computes = DType(fields["src0.dtype"]) if "src0.dtype" in fields else dst
+    integer = computes in INTEGERS
+    return CONVERT_LATENCY * (integer != (dst in INTEGERS) or dst is DType.INT8)
 
 
 async def random_instructions(dut: Any, count: int, stall: float, idle: float) -> None:
@@ -172,23 +192,25 @@ async def with_stalls(dut: Any) -> None:
 async def every_operation_on_every_pair_of_corners(dut: Any) -> None:
     bench = Bench(dut, 0.0)
     await bench.reset()
-    n = len(CORNERS)
-    a, b = (x.ravel() for x in np.meshgrid(CORNERS, CORNERS))
-    for words in (bench.sbuf.words, bench.golden.sbuf):
-        words[:, : n * n] = a
-        words[:, n * n : 2 * n * n] = b
-    half = n * n // 2
-    for op in AluOp:
-        for start in (0, half):
-            fields = {
-                "counts.0": 1, "counts.1": 1, "counts.2": 1, "counts.3": half, "lanes": N,
-                "src0.base": start, "src0.strides.3": 1,
-                "src1.base": n * n + start, "src1.strides.3": 1,
-                "dst.base": 2 * n * n, "dst.strides.3": 1,
-                "op1": op,
-            }  # fmt: skip
-            await bench.run([encode(Opcode.TENSOR_TENSOR, fields)])
-            bench.compare()
+    for dtype in WORDS:
+        corners = CORNERS if dtype is DType.FP32 else INTEGER_CORNERS
+        n = len(corners)
+        a, b = (x.ravel() for x in np.meshgrid(corners, corners))
+        for words in (bench.sbuf.words, bench.golden.sbuf):
+            words[:, : n * n] = a
+            words[:, n * n : 2 * n * n] = b
+        half = n * n // 2
+        for op in AluOp:
+            for start in (0, half):
+                fields = {
+                    "counts.0": 1, "counts.1": 1, "counts.2": 1, "counts.3": half, "lanes": N,
+                    "src0.base": start, "src0.strides.3": 1, "src0.dtype": dtype,
+                    "src1.base": n * n + start, "src1.strides.3": 1, "src1.dtype": dtype,
+                    "dst.base": 2 * n * n, "dst.strides.3": 1, "dst.dtype": dtype,
+                    "op1": op,
+                }  # fmt: skip
+                await bench.run([encode(Opcode.TENSOR_TENSOR, fields)])
+                bench.compare()
 
 
 @cocotb.test(timeout_time=20, timeout_unit="ms")
@@ -203,6 +225,7 @@ async def cycles(dut: Any) -> None:
         counts = [word >> (128 + 16 * d) & 0xFFFF for d in range(4)]
         (took,) = await bench.run([raw])
         columns = math.prod(counts)
+        took -= convert_cycles(raw)
         if word & 0xFF == Opcode.REDUCE.value:
             results = columns // counts[3]
             assert took <= columns + FIXED_CYCLES + results * REDUCE_CYCLES

@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systolith.golden.checker import Fault, check
 from systolith_hdl.config import PRESETS
-from systolith_hdl.formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
+from systolith_hdl.formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, WORDS, DType
 from systolith_hdl.isa import (
     FIELDS,
     LOADS,
     PAIRS,
     SPECS,
     USED_BITS,
+    AluOp,
     EngineKind,
     FaultCause,
     Function,
@@ -98,16 +99,16 @@ def test_every_reserved_bit(opcode: Opcode) -> None:
 
 def test_causes() -> None:
     c, op = cause, Opcode
-    assert c(op.TENSOR_TENSOR, op0=20) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.TENSOR_TENSOR, op0=len(AluOp)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.TENSOR_TENSOR, op1=63) is FaultCause.ILLEGAL_OPERATION
     assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION
     assert c(op.ACTIVATE, op0=len(Function)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.NOP, wait__1__mode=3) is FaultCause.ILLEGAL_OPERATION
-    assert c(op.TENSOR_TENSOR, dst__dtype=5) is FaultCause.BAD_TYPE
+    assert c(op.TENSOR_TENSOR, dst__dtype=8) is FaultCause.BAD_TYPE
     assert c(op.TENSOR_TENSOR, src1__dtype=1) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, src0__dtype=0) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, src0__dtype=15) is FaultCause.BAD_TYPE
-    assert c(op.DMA_LOAD, dram_dtype=7) is FaultCause.BAD_TYPE
+    assert c(op.DMA_LOAD, dram_dtype=8) is FaultCause.BAD_TYPE
     for dtype in FLOATS:
         assert c(op.MEMSET, dst__dtype=dtype.value) is None
         assert c(op.DMA_STORE, dram_dtype=dtype.value) is None
@@ -123,8 +124,19 @@ def test_causes() -> None:
         assert c(op.DMA_LOAD, dram_dtype=dtype.value) is None
         assert c(op.DMA_STORE, dram_dtype=dtype.value) is None
         assert c(op.DMA_STORE, local__dtype=dtype.value) is FaultCause.BAD_TYPE
-        assert c(op.TENSOR_SCALAR, dst__dtype=dtype.value) is FaultCause.BAD_TYPE
-        assert c(op.TENSOR_SCALAR, src0__dtype=dtype.value) is FaultCause.BAD_TYPE
+        assert c(op.ACTIVATE, dst__dtype=dtype.value) is FaultCause.BAD_TYPE
+        assert c(op.ACTIVATE, src0__dtype=dtype.value) is FaultCause.BAD_TYPE
+    # The vector engine computes in the type of its sources, which is one, and writes any.
+    for first in DType:
+        for other in DType:
+            legal = None if first in WORDS else FaultCause.BAD_TYPE
+            assert c(op.TENSOR_SCALAR, src0__dtype=first.value, dst__dtype=other.value) is legal
+            if other is not first:
+                legal = FaultCause.BAD_TYPE
+            for opcode in (op.TENSOR_TENSOR, op.COPY_PREDICATED):
+                found = c(opcode, src0__dtype=first.value, src1__dtype=other.value)
+                assert found is legal
+        assert c(op.MEMSET, dst__dtype=first.value) is None
     assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT8.value) is None
     assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT32.value) is FaultCause.BAD_TYPE
     # Sums are FP32, those of INT8 may be INT32.

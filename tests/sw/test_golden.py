@@ -12,7 +12,7 @@ from systolith.errors import BackendError
 from systolith.golden import Core, GoldenDevice, arithmetic
 from systolith.golden.activation import evaluate
 from systolith.golden.checker import check
-from systolith_hdl.formats import FORMATS, DType
+from systolith_hdl.formats import FORMATS, INTEGERS, DType
 from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
@@ -143,8 +143,13 @@ class Naive:
             return one(memory(name)[lane, at(name, index)])
 
         def alu(op: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return arithmetic.alu(AluOp(op), a, b)
+            return arithmetic.alu(AluOp(op), a, b, computes)
 
+        # What the vector engine computes in.
+        written = DType(f.get("dst.dtype", 0))
+        computes = DType.INT32 if written in INTEGERS else DType.FP32
+        if "src0.dtype" in f:
+            computes = DType(f["src0.dtype"])
         writes: list[tuple[int, tuple[int, ...], np.ndarray]] = []
         steps = [(lane, index) for index in indices for lane in range(lanes)]
         match opcode:
@@ -193,7 +198,7 @@ class Naive:
             case Opcode.REDUCE:
                 for outer in itertools.product(*(range(n) for n in counts[:3])):
                     for lane in range(lanes):
-                        acc = [one(REDUCTIONS[AluOp(f["op1"])])] * REDUCE_ACCUMULATORS
+                        acc = [one(REDUCTIONS[AluOp(f["op1"])][computes])] * REDUCE_ACCUMULATORS
                         for i in range(counts[3]):
                             a = alu(f["op0"], word("src0", lane, (*outer, i)), one(f["imm0"]))
                             acc[i % 4] = alu(f["op1"], acc[i % 4], a)
@@ -203,7 +208,8 @@ class Naive:
                 writes = [(lane, index, one(f["imm0"])) for lane, index in steps]
             case Opcode.COPY_PREDICATED:
                 for lane, index in steps:
-                    if word("src0", lane, index)[0] & 0x7FFFFFFF:
+                    sign = 0 if computes is DType.FP32 else 1 << 31
+                    if word("src0", lane, index)[0] & (0x7FFFFFFF | sign):
                         writes.append((lane, index, word("src1", lane, index)))
             case Opcode.ACTIVATE | Opcode.ACTIVATE_TENSOR_BIAS:
                 for lane, index in steps:
@@ -228,7 +234,7 @@ class Naive:
                         raw_bytes = arithmetic.pack(target, dtype).tobytes()
                         self.dram[element] = np.frombuffer(raw_bytes, np.uint8)
         for lane, index, value in writes:
-            value = arithmetic.round_to(value, DType(f["dst.dtype"]))
+            value = arithmetic.convert(value, computes, written)
             memory("dst")[lane, at("dst", index)] = value[0]
 
 

@@ -163,7 +163,7 @@ def test_accumulation_wraps(start, near, seed):
     y_dram = nc.dram.tensor("y", initial.shape, DType.INT32, kind="output")
     sums, words = nc.psum.tile(5).view().astype(DType.INT32), nc.sbuf.tile(5).view()
     nc.dma.load(words, s_dram, lane_stride=20)
-    nc.vector.copy(sums, words)
+    nc.vector.copy(sums, words.astype(DType.INT32))
     for k in range(0, 3 * n, n):
         stationary, moving = nc.sbuf.tile(n).view(), nc.sbuf.tile(5).view()
         nc.dma.load(stationary, w_dram, k * n, lane_stride=n)

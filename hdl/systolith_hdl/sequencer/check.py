@@ -105,6 +105,10 @@ class Check(wiring.Component):
                         dma = data.View(DmaBody, word[_BODY:])
                         allowed = {t.value for t in DMA_TYPES}
                         bad_type.append(~_one_of(dma.dram_dtype.as_value(), allowed))
+                    for name in sorted(spec.alike):
+                        operand = operands[_OPERAND_SLOTS[name]]
+                        src0 = operands[_OPERAND_SLOTS["src0"]]
+                        bad_type.append(operand.dtype.as_value() != src0.dtype.as_value())
                     if opcode is Opcode.MATMUL:
                         # Only sums of integers are integers.
                         dst, src0 = (operands[_OPERAND_SLOTS[name]] for name in ("dst", "src0"))

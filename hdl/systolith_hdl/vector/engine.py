@@ -5,10 +5,17 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 from ..access import AddressGenerator, Pattern, elementwise_ports, pattern, place_streamers
-from ..arith import DITHER_LATENCY, Dither, RoundNarrow, engine_key
+from ..arith import (
+    CONVERT_LATENCY,
+    DITHER_LATENCY,
+    ConvertWord,
+    Dither,
+    RoundNarrow,
+    engine_key,
+)
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
-from ..formats import DType
+from ..formats import INTEGERS, NARROW_FLOATS, DType
 from ..isa import INSTRUCTION_BITS, REDUCE_ACCUMULATORS, SPECS, AluOp, Opcode, Rounding
 from ..ports import IssuePort, split_words
 from .alu import ALU_LATENCY
@@ -45,8 +52,9 @@ class VectorEngine(wiring.Component):
     dst_sbuf, dst_psum : Out(WritePort)
 
     One column per cycle, for one and two sources alike. An instruction of n columns is done
-    ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls; REDUCE of r results takes
-    ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most. The next is taken in the cycle of `done`.
+    ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls, CONVERT_LATENCY later if it
+    makes integers of FP32, FP32 of integers, or INT8; REDUCE of r results takes ``n + FIXED_CYCLES
+    + r * REDUCE_CYCLES`` at most. The next is taken in the cycle of `done`.
     """
 
     def __init__(self, config: CoreConfig, *, number: int) -> None:
@@ -117,9 +125,27 @@ class VectorEngine(wiring.Component):
         # -- Random words for the results, one column after the other.
         m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
         stochastic = Signal()
-        wanted = (two.header.rounding == Rounding.STOCHASTIC) & (two.body.dst.dtype != DType.FP32)
+        wanted = (two.header.rounding == Rounding.STOCHASTIC) & Cat(
+            two.body.dst.dtype == each for each in NARROW_FLOATS
+        ).any()
         with m.If(take):
             m.d.sync += stochastic.eq(wanted)
+
+        # -- Types: of the ALUs, and whether the result needs a conversion.
+        computes = Signal(DType)
+        converts = Signal()
+        writes_integer = Cat(two.body.dst.dtype == each for each in INTEGERS).any()
+        given = Signal(DType)
+        m.d.comb += given.eq(two.body.src0.dtype)
+        with m.If(opcode == Opcode.MEMSET):
+            m.d.comb += given.eq(Mux(writes_integer, DType.INT32, DType.FP32))
+        with m.If(take):
+            m.d.sync += [
+                computes.eq(given),
+                converts.eq(
+                    ((given != DType.FP32) ^ writes_integer) | (two.body.dst.dtype == DType.INT8)
+                ),
+            ]
         out_valid = Signal()
         written = Signal()
         offer = Signal()
@@ -171,7 +197,13 @@ class VectorEngine(wiring.Component):
             with m.If(enable):
                 m.d.sync += moved.eq(result)
             result = moved
-        m.d.comb += out_valid.eq(result)
+        straight = result
+        for stage in range(CONVERT_LATENCY):
+            moved = Signal(name=f"converted{stage}")
+            with m.If(enable):
+                m.d.sync += moved.eq(result & converts)
+            result = moved
+        m.d.comb += out_valid.eq(Mux(converts, result, straight))
 
         # A group of REDUCE: elements go to the accumulators in turn; after the last, wait until
         # all are in (6 cycles), combine in pairs, finish, clear, open again.
@@ -212,8 +244,11 @@ class VectorEngine(wiring.Component):
         random = split_words(m, dither.words, name="random")
         m.submodules.lanes = cells = side_by_side(
             VectorLane(), "vector_lane", lanes,
-            shared=("en", "op0", "op1", "imm0", "second", "index", "clear"),
+            shared=("en", "op0", "op1", "dtype", "imm0", "second", "index", "clear"),
         )  # fmt: skip
+        m.submodules.conversion = conversion = side_by_side(
+            ConvertWord(), "convert_word", lanes, shared=("en", "given", "dtype")
+        )
         m.submodules.rounding = rounding = side_by_side(
             RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
         )
@@ -221,10 +256,14 @@ class VectorEngine(wiring.Component):
             cells.en.eq(enable),
             cells.op0.eq(op0),
             cells.op1.eq(op1),
+            cells.dtype.eq(computes),
             cells.imm0.eq(scalar.body.imm0),
             cells.second.eq(second),
             cells.index.eq(index),
             cells.clear.eq(clear),
+            conversion.en.eq(enable & converts),
+            conversion.given.eq(computes),
+            conversion.dtype.eq(running.body.dst.dtype),
             rounding.dtype.eq(running.body.dst.dtype),
             rounding.stochastic.eq(stochastic),
         ]
@@ -235,11 +274,18 @@ class VectorEngine(wiring.Component):
                 # COPY_PREDICATED: the data pass through the ALUs, the mask comes along as b.
                 cells.a[lane].eq(Mux(is_predicated, source1, memset)),
                 cells.b[lane].eq(Mux(is_predicated, source0, Mux(is_tensor_tensor, source1, imm1))),
-                rounding.word[lane].eq(cells.o[lane]),
+                conversion.word[lane].eq(cells.o[lane]),
+                rounding.word[lane].eq(Mux(converts, conversion.o[lane], cells.o[lane])),
                 rounding.random[lane].eq(random[lane]),
                 column.data[lane].eq(rounding.o[lane]),
             ]
-        nonzero = Cat(cells.nonzero)
+        nonzero: Value = Cat(cells.nonzero)
+        for stage in range(CONVERT_LATENCY):
+            moved = Signal(lanes, name=f"nonzero{stage}")
+            with m.If(enable):
+                m.d.sync += moved.eq(nonzero)
+            nonzero = moved
+        nonzero = Mux(converts, nonzero, Cat(cells.nonzero))
         everywhere = (~is_predicated).replicate(lanes)
         m.d.comb += [
             column.mask.eq(lane_mask(running.header.lanes, lanes) & (nonzero | everywhere)),

@@ -5,6 +5,7 @@ from amaranth.lib import enum, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..emit import Once
+from ..formats import DType
 from ..isa import REDUCE_ACCUMULATORS, REDUCTIONS
 from .alu import ALU_LATENCY, Alu
 
@@ -32,6 +33,7 @@ class VectorLane(wiring.Component):
     -------
     en : In(1), low freezes the lane
     op0, op1, imm0 : In, of the running instruction, steady while it runs
+    dtype : In(DType) in which both ALUs work, steady while it runs
     a, b : In(32), operands of the element entering: x = a op0 imm0, result = x op1 b
     second : In(Second) and index : In(2), steer the second ALU in the cycle the element reaches it
     clear : In(1), sets all accumulators to the identity of op1
@@ -45,6 +47,7 @@ class VectorLane(wiring.Component):
     en: In(1)
     op0: In(6)
     op1: In(6)
+    dtype: In(DType)
     imm0: In(32)
     a: In(32)
     b: In(32)
@@ -62,12 +65,14 @@ class VectorLane(wiring.Component):
 
         m.d.comb += [
             first.en.eq(self.en),
+            first.dtype.eq(self.dtype),
+            second.dtype.eq(self.dtype),
             first.op.eq(self.op0),
             first.a.eq(self.a),
             first.b.eq(self.imm0),
         ]
         b = self.b
-        nonzero = self.b[:31].any()
+        nonzero = self.b[:31].any() | (self.b[31] & (self.dtype != DType.FP32))
         for stage in range(ALU_LATENCY):
             moved = Signal(32, name=f"b{stage}")
             with m.If(self.en):
@@ -82,9 +87,11 @@ class VectorLane(wiring.Component):
         accumulators = Array(Signal(32, name=f"accumulator{i}") for i in range(REDUCE_ACCUMULATORS))
         identity = Signal(32)
         with m.Switch(self.op1):
-            for op, start in REDUCTIONS.items():
-                with m.Case(op.value):
-                    m.d.comb += identity.eq(start)
+            for op, starts in REDUCTIONS.items():
+                with m.Case(op.value), m.Switch(self.dtype):
+                    for dtype, start in starts.items():
+                        with m.Case(dtype):
+                            m.d.comb += identity.eq(start)
 
         accumulator = accumulators[self.index]
         m.d.comb += [second.en.eq(self.en), second.op.eq(self.op1)]

@@ -87,8 +87,9 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
        ``fp8_rate`` is 1
     2. RESERVED_BITS: a bit that no field of the opcode's format holds is set
     3. ILLEGAL_OPERATION: op0, op1 or a wait mode has a code the opcode does not accept
-    4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or a
-       MATMUL's dst is INT32 and its src0 is not INT8
+    4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or
+       that of src1 of the vector engine is not that of src0, or a MATMUL's dst is INT32 and its
+       src0 is not INT8
     5. BAD_SPACE: the same for the operand's memory
     6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or of a load of the
        stationary operand counts 0 to 2 are not 1 or count 3 is more than N
@@ -120,6 +121,8 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     for name, (_, dtypes) in operands.items():
         if fields[f"{name}.dtype"] not in dtypes:
             return Fault(FaultCause.BAD_TYPE)
+    if any(fields[f"{name}.dtype"] != fields["src0.dtype"] for name in spec.alike):
+        return Fault(FaultCause.BAD_TYPE)
     if (
         opcode is Opcode.MATMUL
         and fields["dst.dtype"] == DType.INT32.value

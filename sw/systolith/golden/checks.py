@@ -284,7 +284,10 @@ class Checks:
                         found = np.where(never, self._mark(step, access, never), found)
                 marks[access.operand] = found
                 if opcode is Opcode.COPY_PREDICATED and access.operand == "src0":
-                    mask = nonzero(words.window(self._memories[access.space], access))
+                    mask = nonzero(
+                        words.window(self._memories[access.space], access),
+                        DType(fields["src0.dtype"]),
+                    )
                 words.window(words.read, access)[stream] = number
             if access.writes:
                 words.window(words.written, access)[stream] = number

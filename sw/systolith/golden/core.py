@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
-from systolith_hdl.formats import FORMATS, NARROW_FLOATS, DType
+from systolith_hdl.formats import FORMATS, INTEGERS, NARROW_FLOATS, DType
 from systolith_hdl.isa import (
     MAX_WAITS,
     SPECS,
@@ -103,6 +103,11 @@ def _repeats(counts: Sequence[int], strides: Sequence[int], width: int = 1) -> b
             return True
         reach += stride * (count - 1)
     return False
+
+
+def _computes(fields: dict[str, int]) -> DType:
+    """The type in which an instruction of the vector engine computes."""
+    return DType(fields["src0.dtype"])
 
 
 class _Pattern:
@@ -404,18 +409,20 @@ class Core:
         )
         return words.reshape(lanes, *counts)
 
-    def _writer(self, opcode: Opcode, fields: dict[str, int]) -> Callable[..., None]:
-        """Writes words to dst in its type."""
+    def _writer(
+        self, opcode: Opcode, fields: dict[str, int], given: DType = DType.FP32
+    ) -> Callable[..., None]:
+        """Writes words of type `given` to dst in its type."""
         pattern = self._pattern(opcode, "dst", fields)
         dtype = DType(fields["dst.dtype"])
-        if dtype is DType.FP32:
+        if dtype is given:
             return pattern.write
         shape = fields["lanes"], operand_counts(opcode, "dst", fields)
-        stochastic = Rounding(fields["rounding"]) is Rounding.STOCHASTIC
+        stochastic = Rounding(fields["rounding"]) is Rounding.STOCHASTIC and dtype in NARROW_FLOATS
 
         def write(words: Words, where: np.ndarray | None = None) -> None:
             random = self._random(*shape) if stochastic else None
-            pattern.write(arithmetic.round_to(words, dtype, random), where)
+            pattern.write(arithmetic.convert(words, given, dtype, random), where)
 
         return write
 
@@ -489,38 +496,41 @@ class Core:
         immediate = np.full(1, fields["imm0"], np.uint32)
         if operation is AluOp.BYPASS:
             return source.read
-        return lambda: arithmetic.alu(operation, source.read(), immediate)
+        dtype = _computes(fields)
+        return lambda: arithmetic.alu(operation, source.read(), immediate, dtype)
 
     def _tensor_tensor(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         first = self._first_stage(opcode, fields)
         second = self._pattern(opcode, "src1", fields)
-        operation = AluOp(fields["op1"])
-        write = self._writer(opcode, fields)
-        return lambda: write(arithmetic.alu(operation, first(), second.read()))
+        operation, dtype = AluOp(fields["op1"]), _computes(fields)
+        write = self._writer(opcode, fields, dtype)
+        return lambda: write(arithmetic.alu(operation, first(), second.read(), dtype))
 
     def _tensor_scalar(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         first = self._first_stage(opcode, fields)
-        operation = AluOp(fields["op1"])
+        operation, dtype = AluOp(fields["op1"]), _computes(fields)
         immediate = np.full(1, fields["imm1"], np.uint32)
-        write = self._writer(opcode, fields)
-        return lambda: write(arithmetic.alu(operation, first(), immediate))
+        write = self._writer(opcode, fields, dtype)
+        return lambda: write(arithmetic.alu(operation, first(), immediate, dtype))
 
     def _reduce(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         first = self._first_stage(opcode, fields)
-        operation = AluOp(fields["op1"])
-        write = self._writer(opcode, fields)
-        return lambda: write(arithmetic.reduce_last(operation, first())[..., None])
+        operation, dtype = AluOp(fields["op1"]), _computes(fields)
+        write = self._writer(opcode, fields, dtype)
+        return lambda: write(arithmetic.reduce_last(operation, first(), dtype)[..., None])
 
     def _memset(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         value = np.full(1, fields["imm0"], np.uint32)
-        write = self._writer(opcode, fields)
+        integer = DType(fields["dst.dtype"]) in INTEGERS
+        write = self._writer(opcode, fields, DType.INT32 if integer else DType.FP32)
         return lambda: write(value)
 
     def _copy_predicated(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         mask = self._pattern(opcode, "src0", fields)
         source = self._pattern(opcode, "src1", fields)
-        write = self._writer(opcode, fields)
-        return lambda: write(source.read(), arithmetic.nonzero(mask.read()))
+        dtype = _computes(fields)
+        write = self._writer(opcode, fields, dtype)
+        return lambda: write(source.read(), arithmetic.nonzero(mask.read(), dtype))
 
     def _activate(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         source = self._pattern(opcode, "src0", fields)

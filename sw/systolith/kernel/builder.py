@@ -20,6 +20,7 @@ from systolith_hdl.formats import (
     dtype_of,
 )
 from systolith_hdl.isa import (
+    BIT_OPERANDS,
     MAX_WAITS,
     REDUCTIONS,
     AluOp,
@@ -52,11 +53,9 @@ from .tensors import (
 )
 
 MAX_SEMAPHORE = (1 << 16) - 1
+#: types of views that are operands of the vector engine
+_VECTOR = (*FLOATS, *INTEGERS)
 _MAX_RUNS = 128  #: intervals kept of one DRAM access
-
-_BITWISE = frozenset({AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR})
-#: operations on words, whatever they hold
-_WORDS = frozenset({AluOp.BYPASS, *_BITWISE})
 
 
 def _rounding(rounding: Rounding | str, dtype: DType, what: str) -> dict[str, int]:
@@ -349,9 +348,21 @@ class _Elementwise(_Engine):
             refuse(f"{what} must be one of {names}, not {operation.name}")
         return operation.value
 
-    def _immediate(self, what: str, value: Any, word: bool = False) -> int:
-        """The word of an immediate: that of a float, or, with `word`, an int itself."""
-        if word and isinstance(value, int | np.integer):
+    def _immediate(
+        self,
+        what: str,
+        value: Any,
+        operation: AluOp = AluOp.BYPASS,
+        dtype: DType = DType.FP32,
+    ) -> int:
+        """The word of an immediate: an integer where the type is one, else a float; the second
+        operand of a bitwise operation or a shift may always be an int."""
+        integer = isinstance(value, int | np.integer)
+        if dtype is not DType.FP32 and not integer:
+            if not (isinstance(value, float | np.floating) and float(value).is_integer()):
+                refuse(f"{what} must be an integer, as src0 is {dtype.name}, not {value!r}")
+            value, integer = int(value), True
+        if integer and (dtype is not DType.FP32 or operation in BIT_OPERANDS):
             if not -(1 << 31) <= value < 1 << 32:
                 refuse(f"{what} = {value} does not fit 32 bits")
             return int(value) & 0xFFFFFFFF
@@ -385,20 +396,18 @@ class _Elementwise(_Engine):
         fields: dict[str, Any],
         rounding: Rounding | str,
         shape: tuple[int, ...] | None = None,
-        words: bool = False,
+        types: tuple[DType, ...] = FLOATS,
+        computes: DType = DType.FP32,
     ) -> None:
         """Checks operands and appends the instruction.
 
         `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
-        space, that of `dst` unless given. With `words` the instruction does no arithmetic, so it
-        moves integers, too.
+        space, that of `dst` unless given; `types` are those allowed for operands, `computes` is
+        that of the words of all sources.
         """
-        types = (*FLOATS, *INTEGERS) if words else FLOATS
         self._operand("dst", dst, self._BOTH, types)
-        rounds = dst.dtype not in (DType.FP32, *INTEGERS)
         for what, view in sources.values():
-            # A view that rounds as a destination holds FP32 words all the same.
-            self._operand(what, view, self._BOTH, FLOATS if rounds else types)
+            self._operand(what, view, self._BOTH, types)
             if view.lanes != dst.lanes:
                 refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
         self._distinct(dst)
@@ -407,11 +416,11 @@ class _Elementwise(_Engine):
             "lanes": dst.lanes,
             **_rounding(rounding, dst.dtype, "dst"),
             **self._counts(shape),
-            **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), _word_type(dst)),
+            **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), dst.dtype),
         }
         for name, (what, view) in sources.items():
             strides = self._pad(what, view, shape)
-            encoded.update(self._encode_operand(name, view, strides, DType.FP32))
+            encoded.update(self._encode_operand(name, view, strides, computes))
         self._check_overlap(dst, dict(sources.values()), shape)
         accesses = [self._access(view, False) for _, view in sources.values()]
         accesses.append(self._access(dst, True))
@@ -422,13 +431,36 @@ class _Elementwise(_Engine):
         raise NotImplementedError
 
 
+def _word_type(view: View) -> DType:
+    """The type of a view's words: every float is kept as FP32, INT8 as INT32."""
+    if view.dtype in INTEGERS:
+        return DType.UINT32 if view.dtype is DType.UINT32 else DType.INT32
+    return DType.FP32
+
+
 class _Vector(_Elementwise):
-    """Instructions of the vector engine. `rounding`, a `Rounding` or its name in lower case, says
-    how the result becomes the narrow type of dst."""
+    """Instructions of the vector engine. They compute in the type of the sources: FP32, of which
+    narrow floats are kept, INT32, of which INT8 is, or UINT32. The result is converted to the type
+    of dst; `rounding`, a `Rounding` or its name in lower case, says how it becomes a narrow
+    float. Immediates are numbers of the type computed in."""
 
     @property
     def _stream(self) -> int:
         return self._builder._vector
+
+    def _computes(self, **sources: View) -> DType:
+        """The type that the words of all sources have."""
+        first, *others = sources.items()
+        for what, view in sources.items():
+            self._operand(what, view, self._BOTH, _VECTOR)
+        for what, view in others:
+            if _word_type(view) is not _word_type(first[1]):
+                refuse(
+                    f"{first[0]} is {first[1].dtype.name} and {what} {view.dtype.name}, but the "
+                    f"vector engine computes in one type; copy one of them to a tile of the "
+                    f"other's type first: {first[1]} and {view}"
+                )
+        return _word_type(first[1])
 
     def tensor_tensor(
         self,
@@ -441,6 +473,7 @@ class _Vector(_Elementwise):
         rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         """dst = (src0 op0 imm0) op1 src1; sources broadcast to the shape of dst."""
+        computes = self._computes(src0=src0, src1=src1)
         self._emit(
             Opcode.TENSOR_TENSOR,
             dst,
@@ -448,10 +481,11 @@ class _Vector(_Elementwise):
             {
                 "op0": self._operation("op0", op0, AluOp),
                 "op1": self._operation("op1", op1, AluOp),
-                "imm0": self._immediate("imm0", imm0, op0 in _BITWISE),
+                "imm0": self._immediate("imm0", imm0, op0, computes),
             },
             rounding,
-            words={op0, op1} <= _WORDS,
+            types=_VECTOR,
+            computes=computes,
         )
 
     def tensor_scalar(
@@ -465,6 +499,7 @@ class _Vector(_Elementwise):
         rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         """dst = (src0 op0 imm0) op1 imm1."""
+        computes = self._computes(src0=src0)
         self._emit(
             Opcode.TENSOR_SCALAR,
             dst,
@@ -472,15 +507,16 @@ class _Vector(_Elementwise):
             {
                 "op0": self._operation("op0", op0, AluOp),
                 "op1": self._operation("op1", op1, AluOp),
-                "imm0": self._immediate("imm0", imm0, op0 in _BITWISE),
-                "imm1": self._immediate("imm1", imm1, op1 in _BITWISE),
+                "imm0": self._immediate("imm0", imm0, op0, computes),
+                "imm1": self._immediate("imm1", imm1, op1, computes),
             },
             rounding,
-            words={op0, op1} <= _WORDS,
+            types=_VECTOR,
+            computes=computes,
         )
 
     def copy(self, dst: View, src: View, rounding: Rounding | str = Rounding.NEAREST) -> None:
-        """dst = src, rounded to the type of dst; bits untouched if that is FP32 or an integer."""
+        """dst = src, converted to the type of dst."""
         self.tensor_scalar(dst, src, AluOp.BYPASS, rounding=rounding)
 
     def reduce(
@@ -496,33 +532,45 @@ class _Vector(_Elementwise):
 
         dst has the shape of src0 with an innermost dimension of 1.
         """
+        computes = self._computes(src0=src0)
         fields = {
             "op0": self._operation("op0", op0, AluOp),
             "op1": self._operation("op1", op1, AluOp, REDUCTIONS),
-            "imm0": self._immediate("imm0", imm0, op0 in _BITWISE),
+            "imm0": self._immediate("imm0", imm0, op0, computes),
         }
-        self._operand("src0", src0, self._BOTH, FLOATS)
         if not src0.shape or dst.shape != (*src0.shape[:-1], 1):
             refuse(
                 f"shape mismatch: the reduction of shape {src0.shape} needs a dst of shape "
                 f"{(*src0.shape[:-1], 1)}, not {dst.shape}"
             )
-        self._emit(Opcode.REDUCE, dst, {"src0": ("src0", src0)}, fields, rounding, src0.shape)
+        sources = {"src0": ("src0", src0)}
+        self._emit(Opcode.REDUCE, dst, sources, fields, rounding, src0.shape, _VECTOR, computes)
 
     def memset(
         self, dst: View, value: float | int, rounding: Rounding | str = Rounding.NEAREST
     ) -> None:
         """dst = value, an int if dst is of an integer type."""
-        integer = isinstance(dst, View) and dst.dtype in INTEGERS
-        fields = {"imm0": self._immediate("value", value, integer)}
-        self._emit(Opcode.MEMSET, dst, {}, fields, rounding, words=integer)
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        fields = {"imm0": self._immediate("value", value, dtype=_word_type(dst))}
+        self._emit(Opcode.MEMSET, dst, {}, fields, rounding, types=_VECTOR)
 
     def copy_predicated(
         self, dst: View, mask: View, src: View, rounding: Rounding | str = Rounding.NEAREST
     ) -> None:
-        """dst = src where mask is not zero (NaN is not zero); elsewhere dst keeps its value."""
+        """dst = src where mask is not zero (NaN is not zero); elsewhere dst keeps its value. The
+        mask may have another type than src if dst has that of src, so that nothing is
+        converted."""
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        if dst.dtype is src.dtype and dst.dtype not in NARROW_FLOATS:
+            self._operand("mask", mask, self._BOTH, _VECTOR)
+            # Words move as they are in any type, so the mask's serves for all.
+            dst = dst.astype(_word_type(mask))
+            src = src.astype(_word_type(mask))
+        computes = self._computes(mask=mask, src=src)
         sources = {"src0": ("mask", mask), "src1": ("src", src)}
-        self._emit(Opcode.COPY_PREDICATED, dst, sources, {}, rounding, words=True)
+        self._emit(
+            Opcode.COPY_PREDICATED, dst, sources, {}, rounding, types=_VECTOR, computes=computes
+        )
 
 
 class _Scalar(_Elementwise):
@@ -556,11 +604,6 @@ class _Scalar(_Elementwise):
 
 #: types of views that are operands of the tensor engine
 _OPERANDS = (*FLOATS, DType.INT8)
-
-
-def _word_type(view: View) -> DType:
-    """Type of a destination of the vector and scalar engines: integers are words like others."""
-    return DType.FP32 if view.dtype in INTEGERS else view.dtype
 
 
 def _matmul_type(view: View) -> DType:
