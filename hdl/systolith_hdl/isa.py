@@ -84,6 +84,8 @@ class Opcode(enum.Enum, shape=8):
     MEMSET = 0x23
     #: dst = src1 where src0 is not zero; other elements of dst keep their value
     COPY_PREDICATED = 0x24
+    #: dst = (src0 op0 scalar) op1 src1, where `scalar` is one word of each partition, read once
+    SCALAR_TENSOR_TENSOR = 0x25
     #: dst = function(src0 * imm0 + imm1)
     ACTIVATE = 0x30
     #: dst = function(src0 * imm0 + src1)
@@ -156,12 +158,32 @@ class AluOp(enum.Enum, shape=6):
     RELU = 26
     #: the complement of a, of the words, whatever b is
     BIT_NOT = 27
+    #: a / b; of integers toward zero, with all bits set if b is 0
+    DIVIDE = 28
+    #: of integers: what a / b leaves, with the sign of a; a if b is 0
+    MOD = 29
+    #: of FP32: 1 / a, whatever b is
+    RECIPROCAL = 30
+    #: of FP32: square root of a, whatever b is; NaN if a is below -0
+    SQRT = 31
+    #: of FP32: 1 divided by the rounded square root of a, whatever b is
+    RSQRT = 32
 
 
 #: Operations that do not look at b, though the instruction reads it.
 UNARY_OPERATIONS = frozenset(
-    {AluOp.BYPASS, AluOp.NEG, AluOp.ABS, AluOp.SQUARE, AluOp.RELU, AluOp.BIT_NOT}
-)
+    {
+        AluOp.BYPASS, AluOp.NEG, AluOp.ABS, AluOp.SQUARE, AluOp.RELU, AluOp.BIT_NOT,
+        AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT,
+    }
+)  # fmt: skip
+#: Operations of the divider, which only the second ALU has: a column takes as many cycles as bits.
+DIVISIONS = frozenset({AluOp.DIVIDE, AluOp.MOD, AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT})
+#: Operations that not all types have (else BAD_TYPE), with the types that src0 may have.
+OPERATION_TYPES: dict[AluOp, frozenset[DType]] = {
+    AluOp.MOD: frozenset({DType.INT32, DType.UINT32}),
+    **{op: frozenset({DType.FP32}) for op in (AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT)},
+}
 #: Operations on words, of whatever type.
 WORD_OPERATIONS = frozenset(
     {
@@ -345,6 +367,25 @@ class TensorTensorBody(data.Struct):
     imm0: unsigned(32)
 
 
+class ScalarOperand(data.Struct):
+    """Local operand of one word in each partition."""
+
+    base: unsigned(24)
+    space: Space
+    dtype: DType
+    reserved: unsigned(2)
+
+
+class ScalarTensorTensorBody(data.Struct):
+    """Two-source elementwise body with a third source of one column."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    src1: Operand
+    scalar: ScalarOperand
+
+
 class TensorScalarBody(data.Struct):
     """One-source elementwise body."""
 
@@ -454,6 +495,7 @@ _SRC1 = {"src1": (_BOTH, _READ)}
 _RESULT = {"dst": (_BOTH, _ANY)}
 _X = {"src0": (_BOTH, _WORDS)}
 _Y = {"src1": (_BOTH, _WORDS)}
+_SCALAR = {"scalar": (_BOTH, _WORDS)}
 
 SPECS: dict[Opcode, Spec] = {
     Opcode.NOP: Spec(kind=None, body=EmptyBody),
@@ -521,6 +563,13 @@ SPECS: dict[Opcode, Spec] = {
         alike=frozenset({"src1"}),
         unused=frozenset({"imm0"}),
     ),
+    Opcode.SCALAR_TENSOR_TENSOR: Spec(
+        kind=EngineKind.VECTOR,
+        body=ScalarTensorTensorBody,
+        header=frozenset({"op0", "op1", "lanes", "rounding"}),
+        operands={**_RESULT, **_X, **_Y, **_SCALAR},
+        alike=frozenset({"src1", "scalar"}),
+    ),
     Opcode.ACTIVATE: Spec(
         kind=EngineKind.SCALAR,
         body=TensorScalarBody,
@@ -572,7 +621,18 @@ def legal_operations(opcode: Opcode, field: str) -> frozenset[int]:
     """Returns the codes `opcode` accepts in op0 or op1."""
     if opcode is Opcode.REDUCE and field == "op1":
         return frozenset(op.value for op in REDUCTIONS)
-    return frozenset(op.value for op in operation_enums(opcode)[field])
+    codes = {op.value for op in operation_enums(opcode)[field]}
+    if field == "op0" and SPECS[opcode].kind is EngineKind.VECTOR:
+        codes -= {op.value for op in DIVISIONS}
+    return frozenset(codes)
+
+
+def operation_types(opcode: Opcode) -> dict[AluOp, frozenset[DType]]:
+    """Returns the operations of op1 that `opcode` has for some types of src0 only, and those."""
+    if SPECS[opcode].kind is not EngineKind.VECTOR or "op1" not in SPECS[opcode].header:
+        return {}
+    legal = legal_operations(opcode, "op1")
+    return {op: types for op, types in OPERATION_TYPES.items() if op.value in legal}
 
 
 class EncodeError(ValueError):

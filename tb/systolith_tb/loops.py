@@ -25,7 +25,13 @@ LANES = 4
 
 #: name -> component, and what its copies share: everything that the chip places side by side
 COMPONENTS: dict[str, tuple[Callable[[], wiring.Component], tuple[str, ...]]] = {
-    "vector_lane": (VectorLane, ("en", "op0", "op1", "dtype", "imm0", "second", "index", "clear")),
+    "vector_lane": (
+        VectorLane,
+        (
+            *("en", "op0", "op1", "dtype", "imm0", "load", "scalar", "divide", "start", "divides"),
+            *("second", "index", "clear"),
+        ),
+    ),
     "scalar_lane": (ScalarLane, ("en", "control", "dtype", "stochastic", "scale")),
     "psum_lane": (psum.Lane, ("integer", "accumulate")),
     "processing_element": (lambda: ProcessingElement(get_config("nano")), ()),

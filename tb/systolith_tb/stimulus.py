@@ -20,6 +20,7 @@ from systolith_hdl.isa import (
     Space,
     encode,
     legal_operations,
+    operation_types,
 )
 
 #: FP32 words at which arithmetic goes wrong first.
@@ -163,6 +164,10 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
             fields[name] = random.randint(low, low + (1 << width) - 1)
     if spec.alike and (not mutate or random.random() < 0.8):
         fields |= {f"{name}.dtype": fields["src0.dtype"] for name in spec.alike}
+    for operation, legal in operation_types(opcode).items():
+        if fields["op1"] == operation.value and (not mutate or random.random() < 0.8):
+            dtype = random.choice(sorted(legal, key=lambda t: t.value))
+            fields |= {f"{name}.dtype": dtype for name in ("src0", *spec.alike)}
     if opcode in LOADS:
         fields |= {"counts.0": 1, "counts.1": 1, "counts.2": 1}
         fields["counts.3"] = random.randint(1, config.lanes)

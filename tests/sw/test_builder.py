@@ -155,6 +155,22 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
         ),
         "src must be FP32 .*, not INT32",
     ),
+    "division first": (
+        lambda k: k.nc.vector.tensor_scalar(k.a.view(), k.b.view(), AluOp.DIVIDE, 2.0),
+        "op0 must not be DIVIDE, which only the second operation can be",
+    ),
+    "root of an integer": (
+        lambda k: k.nc.vector.tensor_scalar(
+            k.a.view(), k.b.view().astype(DType.INT32), AluOp.BYPASS, 0, AluOp.SQRT
+        ),
+        "op1 = SQRT needs sources of FP32, not INT32",
+    ),
+    "wide scalar": (
+        lambda k: k.nc.vector.scalar_tensor_tensor(
+            k.a.view(), k.b.view(), AluOp.MUL, k.b.view(), AluOp.ADD, k.b.view()
+        ),
+        "the scalar must be one column, not",
+    ),
     "fraction of an integer": (
         lambda k: k.nc.vector.tensor_scalar(
             k.a.view(), k.b.view().astype(DType.INT32), AluOp.ADD, 0.5
@@ -443,10 +459,12 @@ def test_integer_arithmetic() -> None:
     v.reduce(a[:1].astype(DType.UINT32), u, AluOp.BIT_OR)
     v.memset(i, -5)
     v.memset(u, 0xFFFFFFFF)
-    fields = [f for _, f in instructions(kit, "vector")[:8]]
+    v.scalar_tensor_tensor(a, i, AluOp.MUL, i[:1], AluOp.DIVIDE, i)
+    fields = [f for _, f in instructions(kit, "vector")[:9]]
+    assert fields[8]["scalar.dtype"] == 5 and fields[8]["scalar.base"] == kit.b.base
     words = [(f.get("imm0"), f.get("imm1")) for f in fields]
     assert words[:3] == [(0xFFFFFFFD, 4), (3_000_000_000, 7), (0, 0)]
-    assert words[4] == (16, 0) and [w for w, _ in words[6:]] == [0xFFFFFFFB, 0xFFFFFFFF]
+    assert words[4] == (16, 0) and [w for w, _ in words[6:8]] == [0xFFFFFFFB, 0xFFFFFFFF]
     types = [(f.get("src0.dtype", 0), f.get("src1.dtype", 0), f["dst.dtype"]) for f in fields]
     assert types[3] == (5, 5, 1) and types[1] == (7, 0, 0) and types[5] == (7, 0, 7)
 

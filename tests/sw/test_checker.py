@@ -9,8 +9,10 @@ from systolith.golden.checker import Fault, check
 from systolith_hdl.config import PRESETS
 from systolith_hdl.formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, WORDS, DType
 from systolith_hdl.isa import (
+    DIVISIONS,
     FIELDS,
     LOADS,
+    OPERATION_TYPES,
     PAIRS,
     SPECS,
     USED_BITS,
@@ -137,6 +139,20 @@ def test_causes() -> None:
                 found = c(opcode, src0__dtype=first.value, src1__dtype=other.value)
                 assert found is legal
         assert c(op.MEMSET, dst__dtype=first.value) is None
+    fields = legal_fields(op.SCALAR_TENSOR_TENSOR)
+    for name in ("src1", "scalar"):
+        raw = encode(op.SCALAR_TENSOR_TENSOR, fields | {f"{name}.dtype": DType.INT32.value})
+        assert check(raw, EngineKind.VECTOR, NANO) == Fault(FaultCause.BAD_TYPE)
+    assert c(op.SCALAR_TENSOR_TENSOR, scalar__base=2048) is FaultCause.OUT_OF_BOUNDS
+    assert c(op.SCALAR_TENSOR_TENSOR, scalar__space=2) is FaultCause.BAD_SPACE
+    # The divider is that of the second ALU, and has operations of one kind of type.
+    for division in DIVISIONS:
+        assert c(op.TENSOR_SCALAR, op0=division.value) is FaultCause.ILLEGAL_OPERATION
+        assert c(op.REDUCE, op1=division.value) is FaultCause.ILLEGAL_OPERATION
+        for dtype in WORDS:
+            legal = dtype in OPERATION_TYPES.get(division, WORDS)
+            found = c(op.TENSOR_SCALAR, op1=division.value, src0__dtype=dtype.value)
+            assert found is (None if legal else FaultCause.BAD_TYPE)
     assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT8.value) is None
     assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT32.value) is FaultCause.BAD_TYPE
     # Sums are FP32, those of INT8 may be INT32.
@@ -239,7 +255,7 @@ def test_bounds_against_a_walk(
     strides = st.integers(-40, 40)
     outside = False
     for name in SPECS[opcode].operands:
-        used = 3 if opcode is Opcode.REDUCE and name == "dst" else 4
+        used = sum(f"{name}.strides.{i}" in FIELDS[opcode] for i in range(4))
         space = fields[f"{name}.space"]
         depth = NANO.psum_depth if space else NANO.sbuf_depth
         fields[f"{name}.base"] = data.draw(

@@ -63,8 +63,12 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
         for name, (spaces, types) in spec.operands.items():
             fields[f"{name}.space"] = rng.choice(sorted(s.value for s in spaces))
             fields[f"{name}.dtype"] = rng.choice(sorted(t.value for t in types))
+            if name in spec.alike:
+                fields[f"{name}.dtype"] = fields["src0.dtype"]
             fields[f"{name}.base"] = rng.randrange(WINDOW)
             for i in range(3 if opcode is Opcode.REDUCE and name == "dst" else 4):
+                if f"{name}.strides.{i}" not in FIELDS[opcode]:
+                    continue
                 fields[f"{name}.strides.{i}"] = rng.choice((0, 1, 1, 2, 5, -1, -3))
         if spec.kind is EngineKind.DMA:
             fields["dram_base"] = rng.randrange(DRAM_BYTES // 2)
@@ -195,6 +199,11 @@ class Naive:
                 for lane, index in steps:
                     a = alu(f["op0"], word("src0", lane, index), one(f["imm0"]))
                     writes.append((lane, index, alu(f["op1"], a, one(f["imm1"]))))
+            case Opcode.SCALAR_TENSOR_TENSOR:
+                for lane, index in steps:
+                    scalar = word("scalar", lane, (0, 0, 0, 0))
+                    a = alu(f["op0"], word("src0", lane, index), scalar)
+                    writes.append((lane, index, alu(f["op1"], a, word("src1", lane, index))))
             case Opcode.REDUCE:
                 for outer in itertools.product(*(range(n) for n in counts[:3])):
                     for lane in range(lanes):

@@ -387,7 +387,7 @@ class Fp32Mul(wiring.Component):
         ]
         infinite = (x[23:31] == 0xFF) | (y[23:31] == 0xFF)
         zero = (x[23:31] == 0) | (y == 0)
-        factors = [Cat(x[:23], 1), Cat(y[:23], ~y_subnormal)]
+        factors: list[Value] = [Cat(x[:23], 1), Cat(y[:23], ~y_subnormal)]
         places: Value = zeros
         if words:
             mode = self.mode

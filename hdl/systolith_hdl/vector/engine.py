@@ -16,7 +16,15 @@ from ..arith import (
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
 from ..formats import INTEGERS, NARROW_FLOATS, DType
-from ..isa import INSTRUCTION_BITS, REDUCE_ACCUMULATORS, SPECS, AluOp, Opcode, Rounding
+from ..isa import (
+    DIVISIONS,
+    INSTRUCTION_BITS,
+    REDUCE_ACCUMULATORS,
+    SPECS,
+    AluOp,
+    Opcode,
+    Rounding,
+)
 from ..ports import IssuePort, split_words
 from .alu import ALU_LATENCY
 from .lane import LANE_LATENCY, Second, VectorLane
@@ -38,7 +46,8 @@ def lane_mask(lanes: Value, count: int) -> Value:
 
 
 class VectorEngine(wiring.Component):
-    """Executes TENSOR_TENSOR, TENSOR_SCALAR, REDUCE, MEMSET and COPY_PREDICATED on N lanes.
+    """Executes TENSOR_TENSOR, TENSOR_SCALAR, SCALAR_TENSOR_TENSOR, REDUCE, MEMSET and
+    COPY_PREDICATED on N lanes.
 
     Parameters
     ----------
@@ -52,9 +61,11 @@ class VectorEngine(wiring.Component):
     dst_sbuf, dst_psum : Out(WritePort)
 
     One column per cycle, for one and two sources alike. An instruction of n columns is done
-    ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls, CONVERT_LATENCY later if it
-    makes integers of FP32, FP32 of integers, or INT8; REDUCE of r results takes ``n + FIXED_CYCLES
-    + r * REDUCE_CYCLES`` at most. The next is taken in the cycle of `done`.
+    ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls; SCALAR_TENSOR_TENSOR, which
+    reads its scalars first, through the port of src1, takes one more; what makes integers of FP32,
+    FP32 of integers, or INT8 takes CONVERT_LATENCY more. With one of `isa.DIVISIONS` each column
+    takes up to DIVIDE_CYCLES or DIVIDE_INTEGER_CYCLES more. REDUCE of r results takes
+    ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most. The next is taken in the cycle of `done`.
     """
 
     def __init__(self, config: CoreConfig, *, number: int) -> None:
@@ -88,7 +99,10 @@ class VectorEngine(wiring.Component):
 
         two = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, incoming.payload)
         opcode = two.header.opcode
-        has_src1 = (opcode == Opcode.TENSOR_TENSOR) | (opcode == Opcode.COPY_PREDICATED)
+        has_scalar = opcode == Opcode.SCALAR_TENSOR_TENSOR
+        has_src1 = (
+            (opcode == Opcode.TENSOR_TENSOR) | (opcode == Opcode.COPY_PREDICATED) | has_scalar
+        )
         dst_pattern = Signal(Pattern)
         m.d.comb += [
             src0.start.payload.eq(pattern(two.body.src0, two.body.counts)),
@@ -103,6 +117,32 @@ class VectorEngine(wiring.Component):
         ]
         with m.If(opcode == Opcode.REDUCE):
             m.d.comb += dst.start.payload.counts[3].eq(1)
+        # The column of scalars is read before those of src1.
+        scalar_pattern = Signal(Pattern)
+        one_word = data.View(
+            SPECS[Opcode.SCALAR_TENSOR_TENSOR].layout, incoming.payload
+        ).body.scalar
+        m.d.comb += [
+            scalar_pattern.base.eq(one_word.base),
+            scalar_pattern.space.eq(one_word.space),
+            *(count.eq(1) for count in scalar_pattern.counts),
+        ]
+        follows = Signal()  # src1 is still to be started
+        load = Signal()  # the next column of src1 are the scalars
+        with m.If(take):
+            m.d.sync += [follows.eq(has_scalar), load.eq(has_scalar)]
+            with m.If(has_scalar):
+                m.d.comb += src1.start.payload.eq(scalar_pattern)
+        with m.Elif(follows):
+            second_start = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word).body
+            m.d.comb += [
+                src1.start.payload.eq(pattern(second_start.src1, second_start.counts)),
+                src1.start.valid.eq(1),
+            ]
+            with m.If(src1.start.ready):
+                m.d.sync += follows.eq(0)
+        with m.If(load & src1.columns.valid):
+            m.d.sync += load.eq(0)
 
         # -- The running instruction.
         running = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word)
@@ -116,7 +156,9 @@ class VectorEngine(wiring.Component):
             is_reduce.eq(code == Opcode.REDUCE),
             is_memset.eq(code == Opcode.MEMSET),
             is_predicated.eq(code == Opcode.COPY_PREDICATED),
-            is_tensor_tensor.eq(code == Opcode.TENSOR_TENSOR),
+            is_tensor_tensor.eq(
+                (code == Opcode.TENSOR_TENSOR) | (code == Opcode.SCALAR_TENSOR_TENSOR)
+            ),
         ]
         bypass = AluOp.BYPASS.value
         op0 = Mux(is_memset | is_predicated, bypass, running.header.op0)
@@ -149,8 +191,9 @@ class VectorEngine(wiring.Component):
         out_valid = Signal()
         written = Signal()
         offer = Signal()
+        divide = Signal()  # everything waits for the divider
         m.d.comb += [
-            offer.eq(out_valid & (dither.valid | ~stochastic)),
+            offer.eq(out_valid & (dither.valid | ~stochastic) & ~divide),
             written.eq(offer & dst.columns.ready),
             dither.start.eq(take & wanted),
             dither.seed.eq(self.issue.seed),
@@ -162,18 +205,18 @@ class VectorEngine(wiring.Component):
         # -- Lanes.
         enable = Signal()
         # An idle engine stands still: nothing is in its pipelines.
-        m.d.comb += enable.eq(active & (~out_valid | written))
+        m.d.comb += enable.eq(active & (~out_valid | written) & ~divide)
         offered = Mux(
             is_memset,
             steps.address.valid,
-            src0.columns.valid & (src1.columns.valid | ~(is_tensor_tensor | is_predicated)),
+            src0.columns.valid & (src1.columns.valid | ~(is_tensor_tensor | is_predicated)) & ~load,
         )
         closed = Signal()  # REDUCE is finishing a group
         enter = Signal()
         m.d.comb += [
             enter.eq(offered & enable & ~closed & active),
             src0.columns.ready.eq(enter & ~is_memset),
-            src1.columns.ready.eq(enter & (is_tensor_tensor | is_predicated)),
+            src1.columns.ready.eq(load | (enter & (is_tensor_tensor | is_predicated))),
             steps.address.ready.eq(enter & is_memset),
         ]
 
@@ -190,6 +233,18 @@ class VectorEngine(wiring.Component):
             with m.If(enable):
                 m.d.sync += moved.eq(Cat(entered, accumulate, slot_there))
             entered, accumulate, slot_there = moved[0], moved[1], moved[2:4]
+        # The element at the second ALU waits until its quotient is there.
+        divides = Signal()
+        started = Signal()
+        busy = Signal()
+        m.d.comb += divide.eq(divides & entered & (~started | busy))
+        m.d.sync += started.eq(divide)
+        with m.If(take):
+            m.d.sync += divides.eq(
+                ((opcode == Opcode.TENSOR_SCALAR) | (opcode == Opcode.TENSOR_TENSOR) | has_scalar)
+                & Cat(two.header.op1 == each for each in sorted(op.value for op in DIVISIONS)).any()
+            )
+
         finish = Signal()
         result = entered | finish
         for stage in range(ALU_LATENCY):
@@ -244,7 +299,10 @@ class VectorEngine(wiring.Component):
         random = split_words(m, dither.words, name="random")
         m.submodules.lanes = cells = side_by_side(
             VectorLane(), "vector_lane", lanes,
-            shared=("en", "op0", "op1", "dtype", "imm0", "second", "index", "clear"),
+            shared=(
+                "en", "op0", "op1", "dtype", "imm0", "load", "scalar", "divide", "start", "divides",
+                "second", "index", "clear",
+            ),
         )  # fmt: skip
         m.submodules.conversion = conversion = side_by_side(
             ConvertWord(), "convert_word", lanes, shared=("en", "given", "dtype")
@@ -258,6 +316,12 @@ class VectorEngine(wiring.Component):
             cells.op1.eq(op1),
             cells.dtype.eq(computes),
             cells.imm0.eq(scalar.body.imm0),
+            cells.load.eq(load),
+            cells.divide.eq(divide),
+            cells.start.eq(divide & ~started),
+            cells.divides.eq(divides),
+            busy.eq(Cat(cells.busy).any()),
+            cells.scalar.eq(code == Opcode.SCALAR_TENSOR_TENSOR),
             cells.second.eq(second),
             cells.index.eq(index),
             cells.clear.eq(clear),

@@ -233,6 +233,30 @@ def _signed_right(a: Words, b: Words) -> Words:
     return (a.view(np.int32) >> b.astype(np.int32)).view(np.uint32)
 
 
+@_quiet
+def divide(a: Words, b: Words) -> Words:
+    return canonical(floats(a) / floats(b))
+
+
+@_quiet
+def square_root(a: Words) -> Words:
+    return canonical(np.sqrt(floats(a)))
+
+
+def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Integers, toward zero; all bits set where b is 0."""
+    wide_a, wide_b = a.astype(np.int64), b.astype(np.int64)
+    size = np.abs(wide_a) // np.where(b == 0, 1, np.abs(wide_b))
+    result = np.where((wide_a < 0) == (wide_b < 0), size, -size)
+    return np.where(b == 0, -1, result).astype(np.uint32)
+
+
+def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What the quotient leaves; a where b is 0."""
+    left = a.astype(np.uint32) - _quotient(a, b) * b.astype(np.uint32)
+    return np.where(b == 0, a.astype(np.uint32), left)
+
+
 #: operations on words, whatever they hold
 _WORD_ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
     AluOp.BYPASS: lambda a, b: a,
@@ -268,6 +292,8 @@ INTEGER_ALU: dict[AluOp, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     AluOp.ABS: lambda a, b: np.abs(a),
     AluOp.SQUARE: lambda a, b: a * a,
     AluOp.RELU: lambda a, b: np.maximum(a, 0),
+    AluOp.DIVIDE: _quotient,
+    AluOp.MOD: _remainder,
 }
 
 #: what `a op b` is of FP32
@@ -293,6 +319,10 @@ ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
     AluOp.ABS: lambda a, b: canonical(np.abs(floats(a))),
     AluOp.SQUARE: lambda a, b: mul(a, a),
     AluOp.RELU: lambda a, b: maximum(a, np.zeros_like(a)),
+    AluOp.DIVIDE: divide,
+    AluOp.RECIPROCAL: lambda a, b: divide(np.full_like(a, _ONE), a),
+    AluOp.SQRT: lambda a, b: square_root(a),
+    AluOp.RSQRT: lambda a, b: divide(np.full_like(a, _ONE), square_root(a)),
 }
 
 #: reductions of words, in any order

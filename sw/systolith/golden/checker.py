@@ -22,6 +22,7 @@ from systolith_hdl.isa import (
     WaitMode,
     decode,
     legal_operations,
+    operation_types,
 )
 
 
@@ -66,7 +67,10 @@ _OPCODES = frozenset(opcode.value for opcode in Opcode)
 
 
 def operand_counts(opcode: Opcode, operand: str, fields: dict[str, int]) -> list[int]:
-    """The four counts an operand walks: REDUCE writes once for each innermost row."""
+    """The four counts an operand walks: REDUCE writes once for each innermost row, and `scalar` is
+    one column."""
+    if operand == "scalar":
+        return [1, 1, 1, 1]
     counts = [fields[f"counts.{i}"] for i in range(4)]
     if opcode is Opcode.REDUCE and operand == "dst":
         counts[3] = 1
@@ -88,15 +92,16 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     2. RESERVED_BITS: a bit that no field of the opcode's format holds is set
     3. ILLEGAL_OPERATION: op0, op1 or a wait mode has a code the opcode does not accept
     4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or
-       that of src1 of the vector engine is not that of src0, or a MATMUL's dst is INT32 and its
+       that of src1 or `scalar` of the vector engine is not that of src0, or op1 is an operation
+       that this type does not have, or a MATMUL's dst is INT32 and its
        src0 is not INT8
     5. BAD_SPACE: the same for the operand's memory
     6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or of a load of the
        stationary operand counts 0 to 2 are not 1 or count 3 is more than N
     7. BAD_SEMAPHORE: a wait (mode not NONE) or a signal (amount not 0) names a semaphore that
        does not exist, or the signal's chip is not 0
-    8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, local; of each the lowest address is
-       below 0 (address = that), or the highest is past the memory (address = that)
+    8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, scalar, local; of each the lowest
+       address is below 0 (address = that), or the highest is past the memory (address = that)
 
     DRAM addresses are not checked here: the bus answers those with an error.
     """
@@ -123,6 +128,9 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
             return Fault(FaultCause.BAD_TYPE)
     if any(fields[f"{name}.dtype"] != fields["src0.dtype"] for name in spec.alike):
         return Fault(FaultCause.BAD_TYPE)
+    for operation, legal in operation_types(opcode).items():
+        if fields["op1"] == operation.value and DType(fields["src0.dtype"]) not in legal:
+            return Fault(FaultCause.BAD_TYPE)
     if (
         opcode is Opcode.MATMUL
         and fields["dst.dtype"] == DType.INT32.value

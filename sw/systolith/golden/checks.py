@@ -41,6 +41,7 @@ from .checker import operand_counts, operand_strides
 _LANEWISE = frozenset(
     {
         Opcode.TENSOR_TENSOR,
+        Opcode.SCALAR_TENSOR_TENSOR,
         Opcode.TENSOR_SCALAR,
         Opcode.REDUCE,
         Opcode.COPY_PREDICATED,

@@ -506,6 +506,17 @@ class Core:
         write = self._writer(opcode, fields, dtype)
         return lambda: write(arithmetic.alu(operation, first(), second.read(), dtype))
 
+    def _scalar_tensor_tensor(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        sources = [self._pattern(opcode, name, fields) for name in ("src0", "scalar", "src1")]
+        op0, op1, dtype = AluOp(fields["op0"]), AluOp(fields["op1"]), _computes(fields)
+        write = self._writer(opcode, fields, dtype)
+
+        def run() -> None:
+            x, s, y = (source.read() for source in sources)
+            write(arithmetic.alu(op1, arithmetic.alu(op0, x, s, dtype), y, dtype))
+
+        return run
+
     def _tensor_scalar(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         first = self._first_stage(opcode, fields)
         operation, dtype = AluOp(fields["op1"]), _computes(fields)
@@ -622,6 +633,7 @@ _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Faul
     Opcode.LOAD_STATIONARY_PAIR: Core._load_stationary,
     Opcode.MATMUL_PAIR: Core._matmul,
     Opcode.TENSOR_TENSOR: Core._tensor_tensor,
+    Opcode.SCALAR_TENSOR_TENSOR: Core._scalar_tensor_tensor,
     Opcode.TENSOR_SCALAR: Core._tensor_scalar,
     Opcode.REDUCE: Core._reduce,
     Opcode.MEMSET: Core._memset,

@@ -16,12 +16,15 @@ from systolith_hdl.formats import (
     FP8_TYPES,
     INTEGERS,
     NARROW_FLOATS,
+    WORDS,
     DType,
     dtype_of,
 )
 from systolith_hdl.isa import (
     BIT_OPERANDS,
+    DIVISIONS,
     MAX_WAITS,
+    OPERATION_TYPES,
     REDUCTIONS,
     AluOp,
     EncodeError,
@@ -448,6 +451,22 @@ class _Vector(_Elementwise):
     def _stream(self) -> int:
         return self._builder._vector
 
+    def _operations(
+        self, computes: DType, op0: AluOp, op1: AluOp, second: Any = None
+    ) -> dict[str, int]:
+        """The fields of both operations; `second` are those that op1 may be, all by default."""
+        fields = {
+            "op0": self._operation("op0", op0, AluOp),
+            "op1": self._operation("op1", op1, AluOp, second),
+        }
+        if op0 in DIVISIONS:
+            refuse(f"op0 must not be {op0.name}, which only the second operation can be")
+        types = OPERATION_TYPES.get(op1)
+        if types is not None and computes not in types:
+            allowed = " or ".join(dtype.name for dtype in WORDS if dtype in types)
+            refuse(f"op1 = {op1.name} needs sources of {allowed}, not {computes.name}")
+        return fields
+
     def _computes(self, **sources: View) -> DType:
         """The type that the words of all sources have."""
         first, *others = sources.items()
@@ -479,9 +498,35 @@ class _Vector(_Elementwise):
             dst,
             {"src0": ("src0", src0), "src1": ("src1", src1)},
             {
-                "op0": self._operation("op0", op0, AluOp),
-                "op1": self._operation("op1", op1, AluOp),
+                **self._operations(computes, op0, op1),
                 "imm0": self._immediate("imm0", imm0, op0, computes),
+            },
+            rounding,
+            types=_VECTOR,
+            computes=computes,
+        )
+
+    def scalar_tensor_tensor(
+        self,
+        dst: View,
+        src0: View,
+        op0: AluOp,
+        scalar: View,
+        op1: AluOp,
+        src1: View,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = (src0 op0 scalar) op1 src1; `scalar` is a view of one column, a number for each
+        partition; sources broadcast to the shape of dst."""
+        computes = self._computes(src0=src0, src1=src1, scalar=scalar)
+        if scalar.size != 1:
+            refuse(f"the scalar must be one column, not {scalar.size}: {scalar}")
+        self._emit(
+            Opcode.SCALAR_TENSOR_TENSOR,
+            dst,
+            {"src0": ("src0", src0), "src1": ("src1", src1), "scalar": ("scalar", scalar)},
+            {
+                **self._operations(computes, op0, op1),
             },
             rounding,
             types=_VECTOR,
@@ -505,8 +550,7 @@ class _Vector(_Elementwise):
             dst,
             {"src0": ("src0", src0)},
             {
-                "op0": self._operation("op0", op0, AluOp),
-                "op1": self._operation("op1", op1, AluOp),
+                **self._operations(computes, op0, op1),
                 "imm0": self._immediate("imm0", imm0, op0, computes),
                 "imm1": self._immediate("imm1", imm1, op1, computes),
             },
@@ -534,8 +578,7 @@ class _Vector(_Elementwise):
         """
         computes = self._computes(src0=src0)
         fields = {
-            "op0": self._operation("op0", op0, AluOp),
-            "op1": self._operation("op1", op1, AluOp, REDUCTIONS),
+            **self._operations(computes, op0, op1, REDUCTIONS),
             "imm0": self._immediate("imm0", imm0, op0, computes),
         }
         if not src0.shape or dst.shape != (*src0.shape[:-1], 1):
