@@ -95,11 +95,9 @@ async def results(dut) -> None:
         if dtype is DType.FP32:
             others = near(rng, count)
         else:
-            others = tuple(
-                rng.integers(0, 1 << 32, count, np.uint32) >> rng.integers(0, 32, count, np.uint32)
-                for _ in "ab"
-            )
-            others = tuple(np.where(rng.random(count) < 0.5, x, -x) for x in others)
+            sizes = rng.integers(0, 32, (2, count), np.uint32)
+            one, other = rng.integers(0, 1 << 32, (2, count), np.uint32) >> sizes
+            others = one, np.where(rng.random(count) < 0.5, other, -other)
         a, b = (
             np.concatenate([g, random_words(rng, count // 2), x])
             for g, x in zip(grid, others, strict=True)

@@ -765,7 +765,7 @@ class Generator:
             self._work["vector"] += count * free
 
     def _alias(self, op: Op) -> None:
-        """reshape, slice and cast: other strides or types over the same bytes in DRAM."""
+        """reshape and slice: other strides over the same bytes in DRAM."""
         use = op.operands[0]
         home = self._home(use.value)
         result = self._home(op.result)
@@ -777,14 +777,6 @@ class Generator:
                 None,
             ) or self._to_dram(home, transposed=use.transposed)
             strides = (op.result.shape[1], 1)
-            result.dram.append(_DramCopy(copy.tensor, copy.offset, strides))
-            return
-        if op.kind == "cast":
-            # Loaded from a copy of its own type a number has the bits of all wider ones.
-            copies = [copy for copy in home.dram if copy.tensor.dtype is use.value.dtype]
-            copy = copies[0] if copies else self._to_dram(home)
-            row, col = copy.strides
-            strides = (col, row) if use.transposed else (row, col)
             result.dram.append(_DramCopy(copy.tensor, copy.offset, strides))
             return
         if op.kind == "result":
