@@ -228,7 +228,15 @@ def test_alu(operation: AluOp, dtype: DType, pairs: list[tuple[int, int]]) -> No
 def test_conversions_of_integers(row: list[int], given_type: DType, dtype: DType) -> None:
     """To integers modulo their size; to floats one rounding of the integer, as in a list of all
     numbers."""
-    source = words([*row, *INTEGER_CORNERS.tolist()])
+    # Halfway between two narrow numbers, and one beside it, which two roundings would not see.
+    ties = [
+        (1 << top) + (1 << top - 1 - FORMATS[narrow].fraction) + beside
+        for top in (15, 25, 30)
+        for narrow in (DType.FP32, *NARROW_FLOATS)
+        if top > FORMATS[narrow].fraction
+        for beside in (-1, 0, 1)
+    ]
+    source = words([*row, *INTEGER_CORNERS.tolist(), *ties])
     got = arithmetic.convert(source, given_type, dtype)
     numbers = [integer(word, given_type is DType.INT32) for word in source.tolist()]
     if dtype in INTEGERS:
