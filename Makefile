@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test bench nightly synth baseline gatesim lint setup docs clean
+.PHONY: train test bench fuzz nightly synth baseline gatesim lint setup docs clean
 
 train: setup
 	$(BIN)/systolith train digits --device rtl --config small
@@ -18,18 +18,26 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Utilization on the RTL at N = 16, the error of products over K, the speed of the simulation and the
-# kernel library at N = 8; writes docs/performance.md, docs/accuracy.md, docs/simulation.md and the
-# figures of docs/kernel-library.md and docs/tutorial.md.
+# Utilization on the RTL at N = 16, the error of products over K, the speed of the simulation, the
+# bandwidth of DMA, the kernel library at N = 8 and engines side by side; writes docs/performance.md,
+# docs/accuracy.md, docs/simulation.md, docs/dma.md, docs/engines.md and the figures of
+# docs/kernel-library.md and docs/tutorial.md.
 bench: setup
 	$(BIN)/python benchmarks/gemm.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/simulation.py
+	$(BIN)/python benchmarks/dma.py
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/engines.py
 
-# 30 million cases of the floating-point cells against SoftFloat; writes docs/softfloat.md.
-nightly: setup
+# 30 million cases of the floating-point cells against SoftFloat, then the fuzzer; writes
+# docs/softfloat.md.
+nightly: fuzz
 	$(BIN)/python benchmarks/softfloat.py
+
+# Thousands of random programs, gates against golden model; writes docs/fuzz.md.
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz.py
 
 # FPGA reports into docs/reports; about an hour the first time, on an idle machine. A design that
 # does not fit ends its command with an error, and its report is there all the same.

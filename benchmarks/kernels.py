@@ -25,7 +25,7 @@ from systolith import kernels
 from systolith.kernel.function import Kernel
 from systolith.program import Program
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import Opcode, decode
+from systolith_hdl.isa import DRAM_READERS, DRAM_WRITERS, decode
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernel-library.md"
@@ -47,6 +47,7 @@ def cases() -> dict[str, Case]:
     state = *(array(4096) for _ in range(3)), np.abs(array(4096))
     rates = np.array([0.01, 2.0, 3.0], np.float32)
     image = array(1, 16, 16, 8)
+    index = rng.integers(0, 64, 64, dtype=np.int32)
     found: dict[str, Case] = {}
     for left in (False, True):
         for right in (False, True):
@@ -59,6 +60,8 @@ def cases() -> dict[str, Case]:
         "transpose 64 x 64": (kernels.transpose, {}, (x,)),
         "softmax 64 x 64": (kernels.softmax, {}, (x,)),
         "softmax_grad 64 x 64": (kernels.softmax_grad, {}, (np.abs(x), g)),
+        "cumsum 64 x 64": (kernels.cumsum, {}, (x,)),
+        "top_k 64 x 64, 8": (kernels.top_k, {"k": 8}, (x,)),
         "cross_entropy 64 x 64": (kernels.cross_entropy, {}, (x, labels)),
         "cross_entropy_forward 64 x 64": (kernels.cross_entropy_forward, {}, (x, labels)),
         "cross_entropy_grad 64 x 64": (kernels.cross_entropy_grad, {}, (x, labels, gain, gain)),
@@ -80,6 +83,9 @@ def cases() -> dict[str, Case]:
             {},
             (array(64, 32), array(32, 64), array(32, 64), array(64, 32)),
         ),
+        "embedding 64 of 64 x 64": (kernels.embedding, {}, (x, index)),
+        "embedding_grad 64 of 64 x 64": (kernels.embedding_grad, {"rows": 64}, (g, index)),
+        "scatter_add 64 of 64 x 64": (kernels.scatter_add, {}, (x, index, g)),
         "adamw 4096": (kernels.adamw, {}, (*state, rates)),
         "conv2d 16 x 16 x 8, 3 x 3 x 8": (
             kernels.conv2d,
@@ -108,15 +114,18 @@ def cases() -> dict[str, Case]:
 
 def dram_bytes(program: Program) -> tuple[int, int]:
     """Bytes that a program loads and stores."""
-    moved = {Opcode.DMA_LOAD: 0, Opcode.DMA_STORE: 0}
+    loaded = stored = 0
     for _, _, raw in program.instructions():
         opcode, fields = decode(raw)
-        if opcode in moved:
+        if opcode in DRAM_READERS | DRAM_WRITERS:
             # A load with a lane stride of 0 fetches one lane.
             lanes = fields["lanes"] if fields["lane_stride"] else 1
             count = math.prod(fields[f"counts.{i}"] for i in range(4))
-            moved[opcode] += lanes * count * FORMATS[DType(fields["dram_dtype"])].bytes
-    return moved[Opcode.DMA_LOAD], moved[Opcode.DMA_STORE]
+            moved = lanes * count * FORMATS[DType(fields["dram_dtype"])].bytes
+            store = opcode in DRAM_WRITERS
+            stored += moved * store
+            loaded += moved * (not store or fields["accumulate"])  # what is added to is read
+    return loaded, stored
 
 
 def measure(kind: str, config: str, only: str | None) -> list[list[str]]:

@@ -7,6 +7,7 @@ import pytest
 from systolith.compiler.trace import _HANDLERS, _INTEGER_HANDLERS
 from systolith_hdl import psum
 from systolith_hdl.config import PRESETS
+from systolith_hdl.isa import Opcode
 from systolith_hdl.scalar import engine as scalar
 from systolith_hdl.scalar import lane as scalar_lane
 from systolith_hdl.tensor import (
@@ -59,7 +60,7 @@ def rows(page: str, marker: str) -> list[list[str]]:
 
 def test_primitives() -> None:
     listed = [name for row in rows("docs/compiler.md", "primitives")
-              for name in re.findall(r"`(\w+)`", row[0])]  # fmt: skip
+              for name in re.findall(r"`([\w-]+)`", row[0])]  # fmt: skip
     assert len(listed) == len(set(listed))
     assert set(listed) == set(_HANDLERS) | set(_INTEGER_HANDLERS)
 
@@ -91,6 +92,15 @@ def test_figures() -> None:
     assert PAIR_MUL_LATENCY == MUL_LATENCY + 2
     assert f"| ALU latency | {alu.ALU_LATENCY} |" in text
     assert f"`n + {vector.FIXED_CYCLES}` cycles" in text
+    for config in PRESETS.values():
+        fixed = vector.fixed_cycles(Opcode.AFFINE_SELECT, config)
+        assert fixed == vector.FIXED_CYCLES + max(0, config.lanes.bit_length() - 4)
+    assert f"`n + {vector.FIXED_CYCLES}`, and 1 more for each doubling of N past 8" in text
+    assert f"`n + {vector.fixed_cycles(Opcode.RANGE_SELECT, config)}`: its bounds" in text
+    assert f"`n + {vector.fixed_cycles(Opcode.DROPOUT, config)}`: the hash" in text
+    assert f"`6 (s - 1) + c + {vector.FIXED_CYCLES}`" in text and vector.LANE_LATENCY == 6
+    assert f"`n + r + {vector.FIXED_CYCLES}`" in text
+    assert f"`c + (b - 1) max(c, l) + l + {vector.FIXED_CYCLES + 1}`" in text
     assert f"`n + {vector.FIXED_CYCLES} + {vector.REDUCE_CYCLES} r`" in text
     assert f"| lane latency | {scalar_lane.LANE_LATENCY}:" in text
     assert f"`n + {scalar.FIXED_CYCLES}` cycles" in text

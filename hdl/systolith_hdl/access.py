@@ -8,45 +8,66 @@ from .config import CoreConfig
 from .isa import Space
 from .ports import READ_LATENCY, ReadPort, WritePort, column_shape
 
+#: Bits of a word address.
+ADDRESS_BITS = 24
 
-class Pattern(data.Struct):
-    """A checked access pattern: the word address of step (i0, i1, i2, i3), index 3 innermost, is
+
+def walk_layout(width: int) -> data.StructLayout:
+    """A walk of numbers of `width` bits: step (i0, i1, i2, i3), index 3 innermost, gives
     ``base + sum(i[d] * strides[d])``."""
+    return data.StructLayout(
+        {
+            "base": unsigned(width),
+            "strides": data.ArrayLayout(signed(16), 4),
+            "counts": data.ArrayLayout(unsigned(16), 4),
+            "space": Space,
+        }
+    )
 
-    base: unsigned(24)
-    strides: data.ArrayLayout(signed(16), 4)
-    counts: data.ArrayLayout(unsigned(16), 4)
-    space: Space
+
+#: A checked access pattern: a walk of word addresses in a memory.
+Pattern = walk_layout(ADDRESS_BITS)
 
 
 def pattern(operand: data.View, counts: data.View) -> data.View:
     """Builds the `Pattern` of an instruction's operand."""
     return data.View(
-        data.Layout.cast(Pattern),
+        Pattern,
         Cat(operand.base, operand.strides.as_value(), counts.as_value(), operand.space.as_value()),
     )
 
 
 class AddressGenerator(wiring.Component):
-    """Walks a `Pattern`: one address per cycle.
+    """Walks a pattern: one address per cycle.
+
+    Parameters
+    ----------
+    width : bits of an address, modulo which it is worked out
 
     Members
     -------
-    start : In(stream of Pattern); taken when idle, or in the cycle in which the last address of
-        the pattern before it is taken, so that patterns follow each other without a bubble.
-    address : Out(stream of {address, last, space}); first valid one cycle after `start` is taken.
+    start : In(stream of `walk_layout`); taken when idle, or in the cycle in which the last address
+        of the pattern before it is taken, so that patterns follow each other without a bubble.
+    address : Out(stream of {address, following, last, space}); first valid one cycle after `start`
+        is taken. `following` is the next address, if there is one.
 
     Throughput: one address per cycle. No multiplier: a running address is kept per nesting level.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, width: int = ADDRESS_BITS) -> None:
+        self._width = width
         super().__init__(
             {
-                "start": In(stream.Signature(Pattern)),
+                "start": In(stream.Signature(walk_layout(width))),
                 "address": Out(
                     stream.Signature(
                         data.StructLayout(
-                            {"address": unsigned(24), "last": unsigned(1), "space": Space}
+                            {
+                                "address": unsigned(width),
+                                "following": unsigned(width),
+                                "last": unsigned(1),
+                                "space": Space,
+                            }
                         )
                     )
                 ),
@@ -56,8 +77,9 @@ class AddressGenerator(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         active = Signal()
-        current = Signal(Pattern)
-        levels = Signal(data.ArrayLayout(unsigned(24), 4))  # address at which each level started
+        current = Signal(walk_layout(self._width))
+        #: address at which each level started
+        levels = Signal(data.ArrayLayout(unsigned(self._width), 4))
         index = Signal(data.ArrayLayout(unsigned(16), 4))
 
         ends = [Signal(name=f"end{d}") for d in range(4)]
@@ -72,18 +94,19 @@ class AddressGenerator(wiring.Component):
             self.address.payload.space.eq(current.space),
             self.start.ready.eq(~active | (self.address.ready & last)),
         ]
-        with m.If(active & self.address.ready):
-            # The innermost level that is not at its end steps; those inside it start again there.
-            with m.If(last):
-                m.d.sync += active.eq(0)
-            for d in range(4):
-                inner_end = Cat(*ends[d + 1 :]).all() if d < 3 else 1
-                with m.If(inner_end & ~ends[d]):
-                    step = Signal(24, name=f"step{d}")
-                    m.d.comb += step.eq(levels[d] + current.strides[d])
+        # The innermost level that is not at its end steps; those inside it start again there.
+        following = self.address.payload.following
+        go = active & self.address.ready
+        with m.If(go & last):
+            m.d.sync += active.eq(0)
+        for d in range(4):
+            inner_end = Cat(*ends[d + 1 :]).all() if d < 3 else 1
+            with m.If(inner_end & ~ends[d]):
+                m.d.comb += following.eq(levels[d] + current.strides[d])
+                with m.If(go):
                     m.d.sync += index[d].eq(index[d] + 1)
                     for inner in range(d, 4):
-                        m.d.sync += levels[inner].eq(step)
+                        m.d.sync += levels[inner].eq(following)
                     for inner in range(d + 1, 4):
                         m.d.sync += index[inner].eq(0)
         with m.If(self.start.valid & self.start.ready):
@@ -256,13 +279,19 @@ def elementwise_ports(config: CoreConfig) -> dict[str, wiring.Member]:
     return members
 
 
+#: Columns that a source of an elementwise engine may be ahead by. Two sources that ask for the same
+#: bank part by a cycle, and whoever leads needs room to stay ahead: with the least depth both would
+#: lose every fifth cycle. Memories of FPGAs have the room anyway.
+_AHEAD = 8
+
+
 def place_streamers(
     m: Module, engine: wiring.Component, config: CoreConfig
 ) -> tuple[ReadStreamer, ReadStreamer, WriteStreamer]:
     """Places the streamers src0, src1 and dst behind an engine's `elementwise_ports`."""
     streamers = (
-        ReadStreamer(config, psum=True),
-        ReadStreamer(config, psum=True),
+        ReadStreamer(config, psum=True, depth=_AHEAD),
+        ReadStreamer(config, psum=True, depth=_AHEAD),
         WriteStreamer(config, psum=True),
     )
     for name, streamer in zip(("src0", "src1", "dst"), streamers, strict=True):

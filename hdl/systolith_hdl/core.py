@@ -14,6 +14,7 @@ from .host import FaultRecord, HostPort
 from .isa import FaultCause, engine_kind
 from .ports import axi4_lite, axi4_read, axi4_write
 from .psum import Psum
+from .regs import MEMORIES
 from .scalar.engine import ScalarEngine
 from .semaphores import SemaphoreFile
 from .sequencer.sequencer import Sequencer
@@ -33,7 +34,8 @@ class Core(wiring.Component):
     watchdog, seed : In(32), as the registers
     axi_read, axi_write : Out, the AXI4 channels
     quiet : Out(1), no AXI transaction is offered or outstanding
-    running, done, fault, cycles, macs, busy, instructions, semaphores : Out, as the registers
+    running, done, fault, cycles, macs, busy, conflicts, instructions, semaphores : Out, as the
+        registers
     event : Out(1), high for a cycle when the program ends or faults
     """
 
@@ -58,6 +60,7 @@ class Core(wiring.Component):
                 "cycles": Out(64),
                 "macs": Out(64),
                 "busy": Out(64).array(engines),
+                "conflicts": Out(32).array(len(MEMORIES)),
                 "instructions": Out(32).array(engines),
                 "semaphores": Out(16).array(config.semaphores),
             }
@@ -233,9 +236,15 @@ class Core(wiring.Component):
         # -- Counters.
         with m.If(self.start):
             m.d.sync += [self.cycles.eq(0), self.macs.eq(0)]
-            m.d.sync += [b.eq(0) for b in self.busy] + [i.eq(0) for i in self.instructions]
+            m.d.sync += [
+                counter.eq(0) for counter in (*self.busy, *self.conflicts, *self.instructions)
+            ]
         with m.Elif(started):
             m.d.sync += [self.cycles.eq(self.cycles + 1), self.macs.eq(self.macs + tensor.macs)]
+            m.d.sync += [
+                counter.eq(counter + memory.stalled)
+                for counter, memory in zip(self.conflicts, (sbuf, psum), strict=True)
+            ]
             for index, sequencer in enumerate(sequencers):
                 done = sum(sequencer.completed[bit] for bit in range(3))
                 m.d.sync += [
@@ -344,6 +353,8 @@ class Chip(wiring.Component):
                 host.busy[index].eq(core.busy[index]),
                 host.instructions[index].eq(core.instructions[index]),
             ]
+        for memory in range(len(MEMORIES)):
+            m.d.comb += host.conflicts[memory].eq(core.conflicts[memory])
         for sem in range(config.semaphores):
             m.d.comb += host.semaphores[sem].eq(core.semaphores[sem])
         return m

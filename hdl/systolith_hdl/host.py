@@ -33,8 +33,8 @@ class HostPort(wiring.Component):
     interrupt : Out(1)
     event : In(1), high for a cycle when a program ended or faulted
     watchdog, seed : Out(32);  stream_base : Out(64) x engines
-    running, done, resetting, fault, cycles, macs, busy, instructions, semaphores : In, read-only
-        values
+    running, done, resetting, fault, cycles, macs, busy, conflicts, instructions, semaphores : In,
+        read-only values
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -57,6 +57,7 @@ class HostPort(wiring.Component):
                 "cycles": In(64),
                 "macs": In(64),
                 "busy": In(64).array(engines),
+                "conflicts": In(32).array(len(regs.MEMORIES)),
                 "instructions": In(32).array(engines),
                 "semaphores": In(16).array(config.semaphores),
             }
@@ -106,6 +107,7 @@ class HostPort(wiring.Component):
             "MACS": self.macs,
             "STREAM_BASE": [self.stream_base[e] for e in engines],
             "BUSY": [self.busy[e] for e in engines],
+            "CONFLICTS": list(self.conflicts),
             "INSTRUCTIONS": [self.instructions[e] for e in engines],
             "SEMAPHORE": list(self.semaphores),
             "CONTROL": 0,

@@ -12,9 +12,10 @@ One step touches one *column*: the word at one address in every partition 0 to l
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from amaranth.hdl import Shape, signed, unsigned
+from amaranth.hdl import Shape, Value, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES, CoreConfig
@@ -22,6 +23,8 @@ from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, WORDS, DType
 
 ISA_VERSION = 3
 MAX_WAITS = 3
+LOOP_DEPTH = 4  #: loops that may be open at once in a stream
+INDEX_REGISTERS = 3  #: of each stream, 32 bits each
 INSTRUCTION_BITS = 8 * INSTRUCTION_BYTES
 
 
@@ -57,6 +60,18 @@ class Opcode(enum.Enum, shape=8):
     #: ends the engine's stream once all its earlier instructions have completed; the program is
     #: done when every engine has ended
     END = 0x01
+    #: the instructions up to the matching NEXT are executed `count` times, at least once (else
+    #: BAD_COUNT); loops nest up to 4 deep (else BAD_LOOP)
+    LOOP = 0x02
+    #: ends the body of the innermost loop (BAD_LOOP if there is none). If iterations are left, and,
+    #: with `conditional`, the flag is set, `steps` are added to the index registers and the loop
+    #: goes on after its LOOP; else it is over, and the index registers are again what they were
+    #: before it
+    NEXT = 0x03
+    #: reads the 32-bit word at `dram_base`, of which the two lowest bits are ignored, once all
+    #: earlier instructions of its engine are complete: the flag of the stream is set if the word is
+    #: a number other than zero, that is unless bits 30 to 0 are zero. At first it is not set
+    TEST = 0x04
     #: stationary[k, m] <- src0 rounded to its type (of INT8: the low 8 bits of the word, as a
     #: number), `lanes` rows (K), one column per step; counts 0 to 2 must be 1 and count 3 is M, at
     #: most N (else BAD_COUNT). Rows from K on become zero, columns from M on keep their weights
@@ -86,14 +101,59 @@ class Opcode(enum.Enum, shape=8):
     COPY_PREDICATED = 0x24
     #: dst = (src0 op0 scalar) op1 src1, where `scalar` is one word of each partition, read once
     SCALAR_TENSOR_TENSOR = 0x25
+    #: dst = base + i0*steps.0 + i1*steps.1 + i2*steps.2 + i3*steps.3 + lane*lane_step, modulo 2**32
+    #: as a signed number; of type INT32 the number itself, of FP32 rounded to the nearest float
+    IOTA = 0x26
+    #: dst = src0 where the number that IOTA would write satisfies ``number op0 0``, elsewhere
+    #: `fill`, the upper half of an FP32 word
+    AFFINE_SELECT = 0x27
+    #: dst = src1 where ``src0 op0 0`` holds, elsewhere imm0
+    SELECT = 0x28
+    #: dst = src0 where low <= i3 < high, elsewhere imm0. Low and high are two words of each
+    #: partition, signed integers: the first and the second column of src1
+    RANGE_SELECT = 0x29
+    #: dst = r, with ``r = (src0 op0 (r of i2 - 1)) op1 src1`` along index 2, beginning from imm0;
+    #: with `accumulate`, ``r = (src0 op0 (r of i2 - 1)) op1 imm0``, beginning from the word of src1
+    #: at i2 = 0. Index 3 counts rows, 6 at most (else BAD_COUNT), which are worked on in turn
+    SCAN = 0x2A
+    #: the `kept` largest (op0 MAX) or smallest (MIN) words of src0 along the innermost dimension, 1
+    #: to 8 and no more than there are (else BAD_COUNT). Dst walks 2 * `kept` in place of it: the
+    #: one that comes first is written last, and of each its index, an integer, before itself. -0 is
+    #: less than +0; NaNs, which are equal and given as the canonical one, come before any number;
+    #: of equal words the one of the lowest index comes first
+    TOP = 0x2B
+    #: blocks turned: partition j of column (i0, i1, i2, l) of dst = partition l of column
+    #: (i0, i1, i2, j) of src0. `lanes` partitions of src0 are `lanes` columns of dst, and the
+    #: columns that count 3 counts, N at most (else BAD_COUNT), are partitions of dst
+    TRANSPOSE = 0x2C
+    #: partition l of dst = partition g + `select` at l - g of src0, g being l rounded down to a
+    #: multiple of 8, or of N where it is less; with `spread`, partition `lane` of src0. `lanes` are
+    #: those of dst. A number of a partition that does not exist is BAD_COUNT
+    SHUFFLE = 0x2D
+    #: dst = random words: of type INT32 the words themselves, of FP32 numbers from 0 to 1, without
+    #: 1: multiples of 2**-23. The words follow from the SEED register, `key`, the element and the
+    #: lane (see docs/numerics.md), so an instruction of the same key and counts repeats them
+    RANDOM = 0x2E
+    #: dst = src0 * imm0 where the random word, that of RANDOM, is at least `threshold`, elsewhere
+    #: 0 * imm0
+    DROPOUT = 0x2F
     #: dst = function(src0 * imm0 + imm1)
     ACTIVATE = 0x30
     #: dst = function(src0 * imm0 + src1)
     ACTIVATE_TENSOR_BIAS = 0x31
-    #: local <- DRAM
+    #: local <- DRAM; with `accumulate` local <- local + DRAM, in FP32, of integers modulo 2**32
     DMA_LOAD = 0x40
-    #: DRAM <- local
+    #: DRAM <- local; with `accumulate`, for one i0 after the other, first a DMA_LOAD with
+    #: `accumulate` and then a DMA_STORE: the sums are in both
     DMA_STORE = 0x41
+    #: local <- rows of a table in DRAM, picked by a vector of indices; counts 1 and 2 must be 1
+    #: (else BAD_COUNT). Executes as `counts.0` DMA_LOADs one after the other, that of row i0 from
+    #: ``dram_base + index(i0) * row_stride`` to ``local.base + i0 * local.strides.0``
+    GATHER = 0x42
+    #: rows of a table in DRAM, picked by a vector of indices, <- local: executes as `counts.0`
+    #: DMA_STOREs, otherwise as GATHER. Of rows of one index the last one stays; with `accumulate`
+    #: each is added
+    SCATTER = 0x43
 
 
 class AluOp(enum.Enum, shape=6):
@@ -221,6 +281,28 @@ REDUCTIONS: dict[AluOp, dict[DType, int]] = {
 REDUCE_ACCUMULATORS = 4
 
 
+#: Comparisons with zero that AFFINE_SELECT and SELECT take as op0. A NaN satisfies NE alone, and
+#: -0 is zero.
+COMPARISONS = frozenset({AluOp.EQ, AluOp.NE, AluOp.LT, AluOp.LE, AluOp.GT, AluOp.GE})
+
+
+#: Operations SCAN takes.
+SCAN_OPERATIONS = frozenset(
+    {
+        *(AluOp.BYPASS, AluOp.ADD, AluOp.SUB, AluOp.RSUB, AluOp.MUL),
+        *(AluOp.MAX, AluOp.MIN, AluOp.ABS_MAX),
+    }
+)
+#: SCAN works on this many rows in turn, at most: in as many cycles as the two operations take.
+SCAN_ROWS = 6
+#: TOP finds this many words, at most.
+MAX_KEPT = 8
+
+
+#: SHUFFLE moves words within groups of so many lanes.
+SHUFFLE_GROUP = 8
+
+
 class Function(enum.Enum, shape=6):
     """Function of the scalar engine, applied to y = x * scale + bias."""
 
@@ -295,11 +377,13 @@ class FaultCause(enum.Enum, shape=8):
     BAD_TYPE = 4
     #: operand in a memory the instruction cannot reach
     BAD_SPACE = 5
-    #: a count of zero, or lanes or columns outside 1..N (LOAD_STATIONARY: see there)
+    #: a count of zero, lanes or columns outside 1..N, or a field outside of the opcode's limits
     BAD_COUNT = 6
     #: semaphore number does not exist, or its chip is not this one
     BAD_SEMAPHORE = 7
-    #: an access pattern leaves its memory; address = first word outside that the check met
+    #: an access pattern leaves its memory; address = first word outside that the check met. Or an
+    #: index names no row of its table; address = the index, unsigned. The rows before it have been
+    #: moved then, no others
     OUT_OF_BOUNDS = 8
     #: a signal would carry a semaphore past 65535; address = semaphore number
     SEMAPHORE_OVERFLOW = 9
@@ -312,6 +396,9 @@ class FaultCause(enum.Enum, shape=8):
     #: nothing progressed for as many cycles as the watchdog register holds; engine = the lowest
     #: numbered one that has not ended, pc = its oldest instruction that is not complete
     WATCHDOG = 13
+    #: a LOOP inside of 4 others, or a NEXT without a LOOP; found after all the checks of the
+    #: instruction itself
+    BAD_LOOP = 14
 
 
 class Signal(data.Struct):
@@ -345,13 +432,14 @@ class Header(data.Struct):
 
 
 class Operand(data.Struct):
-    """Local operand: `base` and strides in words of one partition."""
+    """Local operand: `base` and strides in words of one partition. An `index` of 1 to 3 adds that
+    index register to the base, modulo 2**24."""
 
     base: unsigned(24)
     strides: data.ArrayLayout(signed(16), 4)
     space: Space
     dtype: DType
-    reserved: unsigned(2)
+    index: unsigned(2)
 
 
 Counts = data.ArrayLayout(unsigned(16), 4)
@@ -397,6 +485,61 @@ class TensorScalarBody(data.Struct):
     imm0: unsigned(32)
 
 
+class AffineBody(data.Struct):
+    """Elementwise body with an integer that depends on the indices and the lane."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    base: signed(32)
+    steps: data.ArrayLayout(signed(16), 4)
+    lane_step: signed(16)
+    fill: unsigned(16)
+
+
+class TopBody(data.Struct):
+    """Body of TOP."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    kept: unsigned(4)
+    reserved: unsigned(124)
+
+
+class OneSourceBody(data.Struct):
+    """Body with one source and no number."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    reserved: unsigned(128)
+
+
+class RandomBody(data.Struct):
+    """Body of RANDOM and DROPOUT."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    key: unsigned(32)
+    threshold: unsigned(32)
+    reserved: unsigned(32)
+    imm0: unsigned(32)
+
+
+class ShuffleBody(data.Struct):
+    """Body of SHUFFLE."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    select: data.ArrayLayout(unsigned(3), SHUFFLE_GROUP)
+    spread: unsigned(1)
+    lane: unsigned(8)
+    reserved: unsigned(95)
+
+
 class TensorBody(data.Struct):
     """Tensor-engine body: `src0` is the stationary or the moving operand, `columns` is M."""
 
@@ -420,7 +563,8 @@ class TensorPairBody(data.Struct):
 
 class DmaBody(data.Struct):
     """DMA body. Element (i0, i1, i2, i3) of lane l lies in DRAM at byte
-    ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride``, packed in `dram_dtype`."""
+    ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride``, packed in `dram_dtype`. A
+    `dram_index` of 1 to 3 adds that index register, as a signed number, to `dram_base`."""
 
     counts: Counts
     local: Operand
@@ -428,7 +572,51 @@ class DmaBody(data.Struct):
     dram_strides: data.ArrayLayout(signed(32), 4)
     lane_stride: signed(32)
     dram_dtype: DType
-    reserved: unsigned(12)
+    reserved: unsigned(10)
+    dram_index: unsigned(2)
+
+
+class LoopBody(data.Struct):
+    """Body of LOOP."""
+
+    count: unsigned(32)
+    reserved: unsigned(352)
+
+
+class NextBody(data.Struct):
+    """Body of NEXT: what each iteration adds to the index registers 1 to 3, modulo 2**32."""
+
+    steps: data.ArrayLayout(signed(32), INDEX_REGISTERS)
+    conditional: unsigned(1)
+    reserved: unsigned(287)
+
+
+class IndexVector(data.Struct):
+    """INT32 words in SBUF, N in a column: index i is in partition ``i % N`` of word
+    ``base + i // N``. An index register is added to the base as in `Operand`."""
+
+    base: unsigned(24)
+    index: unsigned(2)
+    reserved: unsigned(6)
+
+
+class IndexedBody(data.Struct):
+    """DMA body with a vector of indices. Element (i0, 0, 0, i3) of lane l lies in DRAM at byte
+    ``dram_base + index(i0) * row_stride + i3 * column_stride + l * lane_stride``. What both have
+    is where `DmaBody` has it, the index register of `dram_base` too. An index, taken as unsigned,
+    must be less than `rows`."""
+
+    counts: Counts
+    local: Operand
+    dram_base: unsigned(48)
+    row_stride: signed(32)
+    rows: unsigned(32)
+    index: IndexVector
+    column_stride: signed(32)
+    lane_stride: signed(32)
+    dram_dtype: DType
+    reserved: unsigned(10)
+    dram_index: unsigned(2)
 
 
 class EmptyBody(data.Struct):
@@ -452,6 +640,11 @@ class Spec:
     header : header fields it uses beside opcode, signal and wait
     operands : local operands it uses -> (spaces allowed, types allowed)
     unused : dotted body fields that must be zero though the body has them
+    inner : operand -> what it walks in the innermost dimension instead of count 3, from a function
+        that gives the instruction's fields
+    lanes : operand -> the field that holds the number of partitions it takes, if not `lanes`
+    limits : field -> its least and its largest value, from a function that gives the instruction's
+        fields, and the core's configuration
     alike : operands that must have the type of src0
     pairs : works on pairs of FP8 numbers, which only some cores have
     """
@@ -463,8 +656,20 @@ class Spec:
         default_factory=dict
     )
     unused: frozenset[str] = frozenset()
+    inner: dict[str, Callable[[Callable[[str], Any]], Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    lanes: dict[str, str] = dataclasses.field(default_factory=dict)
+    limits: dict[str, Callable[[Callable[[str], Any], CoreConfig], tuple[Any, Any]]] = (
+        dataclasses.field(default_factory=dict)
+    )
     alike: frozenset[str] = frozenset()
     pairs: bool = False
+
+    @property
+    def indexed(self) -> bool:
+        """Whether it reads an `IndexVector` of `counts.0` indices."""
+        return self.body is IndexedBody
 
     def exists(self, config: CoreConfig) -> bool:
         """Whether cores of that configuration have the instruction."""
@@ -485,6 +690,7 @@ _ANY = frozenset(DType)
 _MATMUL = frozenset({*NARROW_FLOATS, DType.INT8})
 _FP8 = frozenset(FP8_TYPES)
 _SUMS = frozenset({DType.FP32, DType.INT32})
+_INTEGER = frozenset({DType.INT32})
 #: types DMA moves between DRAM and 32-bit words
 DMA_TYPES = frozenset({*FLOATS, *INTEGERS})
 
@@ -497,21 +703,40 @@ _X = {"src0": (_BOTH, _WORDS)}
 _Y = {"src1": (_BOTH, _WORDS)}
 _SCALAR = {"scalar": (_BOTH, _WORDS)}
 
+#: One column after the other, at most as many as the array has.
+_STATIONARY: dict[str, Any] = {
+    **{f"counts.{d}": lambda field, config: (1, 1) for d in range(3)},
+    "counts.3": lambda field, config: (1, config.lanes),
+}
+
+_ROWS: dict[str, Any] = {f"counts.{d}": lambda field, config: (1, 1) for d in (1, 2)}
+
 SPECS: dict[Opcode, Spec] = {
     Opcode.NOP: Spec(kind=None, body=EmptyBody),
     Opcode.END: Spec(kind=None, body=EmptyBody),
+    Opcode.LOOP: Spec(
+        kind=None, body=LoopBody, limits={"count": lambda field, config: (1, (1 << 32) - 1)}
+    ),
+    Opcode.NEXT: Spec(kind=None, body=NextBody),
+    Opcode.TEST: Spec(
+        kind=None,
+        body=DmaBody,
+        unused=frozenset({"counts", "local", "dram_strides", "lane_stride", "dram_dtype"}),
+    ),
     Opcode.LOAD_STATIONARY: Spec(
         kind=EngineKind.TENSOR,
         body=TensorBody,
         header=frozenset({"lanes"}),
         operands={"src0": (_SBUF, _MATMUL)},
         unused=frozenset({"dst", "columns"}),
+        limits=_STATIONARY,
     ),
     Opcode.MATMUL: Spec(
         kind=EngineKind.TENSOR,
         body=TensorBody,
         header=frozenset({"lanes", "accumulate"}),
         operands={"dst": (_PSUM, _SUMS), "src0": (_SBUF, _MATMUL)},
+        lanes={"dst": "columns"},
     ),
     Opcode.LOAD_STATIONARY_PAIR: Spec(
         kind=EngineKind.TENSOR,
@@ -519,6 +744,7 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"lanes"}),
         operands={"src0": (_SBUF, _FP8), "src1": (_SBUF, _FP8)},
         unused=frozenset({"dst", "columns"}),
+        limits=_STATIONARY,
         pairs=True,
     ),
     Opcode.MATMUL_PAIR: Spec(
@@ -526,6 +752,7 @@ SPECS: dict[Opcode, Spec] = {
         body=TensorPairBody,
         header=frozenset({"lanes", "accumulate"}),
         operands={"dst": (_PSUM, _READ), "src0": (_SBUF, _FP8), "src1": (_SBUF, _FP8)},
+        lanes={"dst": "columns"},
         pairs=True,
     ),
     Opcode.TENSOR_TENSOR: Spec(
@@ -570,6 +797,86 @@ SPECS: dict[Opcode, Spec] = {
         operands={**_RESULT, **_X, **_Y, **_SCALAR},
         alike=frozenset({"src1", "scalar"}),
     ),
+    Opcode.IOTA: Spec(
+        kind=EngineKind.VECTOR,
+        body=AffineBody,
+        header=frozenset({"lanes"}),
+        operands={"dst": (_BOTH, _SUMS)},
+        unused=frozenset({"src0", "fill"}),
+    ),
+    Opcode.AFFINE_SELECT: Spec(
+        kind=EngineKind.VECTOR,
+        body=AffineBody,
+        header=frozenset({"op0", "lanes", "rounding"}),
+        operands={**_DST, **_SRC0},
+    ),
+    Opcode.SELECT: Spec(
+        kind=EngineKind.VECTOR,
+        body=TensorTensorBody,
+        header=frozenset({"op0", "lanes", "rounding"}),
+        operands={**_DST, **_SRC0, **_SRC1},
+    ),
+    Opcode.RANGE_SELECT: Spec(
+        kind=EngineKind.VECTOR,
+        body=TensorTensorBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={**_DST, **_SRC0, "src1": (_BOTH, _INTEGER)},
+        unused=frozenset({"src1.strides.0", "src1.strides.1", "src1.strides.2"}),
+        inner={"src1": lambda field: 2},
+    ),
+    Opcode.SCAN: Spec(
+        kind=EngineKind.VECTOR,
+        body=TensorTensorBody,
+        header=frozenset({"op0", "op1", "lanes", "accumulate", "rounding"}),
+        operands={**_DST, **_SRC0, **_SRC1},
+        limits={"counts.3": lambda field, config: (1, SCAN_ROWS)},
+    ),
+    Opcode.TOP: Spec(
+        kind=EngineKind.VECTOR,
+        body=TopBody,
+        header=frozenset({"op0", "lanes"}),
+        operands={"dst": (_BOTH, _READ), **_SRC0},
+        inner={"dst": lambda field: 2 * field("kept")},
+        limits={
+            "kept": lambda field, config: (1, MAX_KEPT),
+            "counts.3": lambda field, config: (field("kept"), (1 << 16) - 1),
+        },
+    ),
+    Opcode.TRANSPOSE: Spec(
+        kind=EngineKind.VECTOR,
+        body=OneSourceBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={**_DST, **_SRC0},
+        inner={"dst": lambda field: field("lanes")},
+        lanes={"dst": "counts.3"},
+        limits={"counts.3": lambda field, config: (1, config.lanes)},
+    ),
+    Opcode.SHUFFLE: Spec(
+        kind=EngineKind.VECTOR,
+        body=ShuffleBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={**_DST, **_SRC0},
+        limits={
+            **{
+                f"select.{place}": lambda field, config: (0, min(SHUFFLE_GROUP, config.lanes) - 1)
+                for place in range(SHUFFLE_GROUP)
+            },
+            "lane": lambda field, config: (0, config.lanes - 1),
+        },
+    ),
+    Opcode.RANDOM: Spec(
+        kind=EngineKind.VECTOR,
+        body=RandomBody,
+        header=frozenset({"lanes"}),
+        operands={"dst": (_BOTH, _SUMS)},
+        unused=frozenset({"src0", "threshold", "imm0"}),
+    ),
+    Opcode.DROPOUT: Spec(
+        kind=EngineKind.VECTOR,
+        body=RandomBody,
+        header=frozenset({"lanes"}),
+        operands={**_DST, **_SRC0},
+    ),
     Opcode.ACTIVATE: Spec(
         kind=EngineKind.SCALAR,
         body=TensorScalarBody,
@@ -585,14 +892,30 @@ SPECS: dict[Opcode, Spec] = {
     Opcode.DMA_LOAD: Spec(
         kind=EngineKind.DMA,
         body=DmaBody,
-        header=frozenset({"lanes"}),
+        header=frozenset({"lanes", "accumulate"}),
         operands={"local": (_SBUF, _READ)},
     ),
     Opcode.DMA_STORE: Spec(
         kind=EngineKind.DMA,
         body=DmaBody,
-        header=frozenset({"lanes", "rounding"}),
+        header=frozenset({"lanes", "accumulate", "rounding"}),
         operands={"local": (_SBUF, _READ)},
+    ),
+    Opcode.GATHER: Spec(
+        kind=EngineKind.DMA,
+        body=IndexedBody,
+        header=frozenset({"lanes", "accumulate"}),
+        operands={"local": (_SBUF, _READ)},
+        unused=frozenset({"local.strides.1", "local.strides.2"}),
+        limits=_ROWS,
+    ),
+    Opcode.SCATTER: Spec(
+        kind=EngineKind.DMA,
+        body=IndexedBody,
+        header=frozenset({"lanes", "accumulate", "rounding"}),
+        operands={"local": (_SBUF, _READ)},
+        unused=frozenset({"local.strides.1", "local.strides.2"}),
+        limits=_ROWS,
     ),
 }
 
@@ -600,6 +923,11 @@ SPECS: dict[Opcode, Spec] = {
 #: Instructions that load the stationary operand. They complete in order among themselves, but out
 #: of order with the tensor engine's others.
 LOADS = frozenset({Opcode.LOAD_STATIONARY, Opcode.LOAD_STATIONARY_PAIR})
+#: Instructions that the sequencer executes itself.
+CONTROL = frozenset({Opcode.NOP, Opcode.END, Opcode.LOOP, Opcode.NEXT, Opcode.TEST})
+#: DMA instructions that read DRAM into SBUF, and those that write it from there.
+DRAM_READERS = frozenset({Opcode.DMA_LOAD, Opcode.GATHER})
+DRAM_WRITERS = frozenset({Opcode.DMA_STORE, Opcode.SCATTER})
 #: Instructions on pairs of FP8 numbers.
 PAIRS = frozenset(opcode for opcode, spec in SPECS.items() if spec.pairs)
 
@@ -617,11 +945,21 @@ def operation_enums(opcode: Opcode) -> dict[str, type[enum.Enum]]:
     return {field: kind for field in ("op0", "op1") if field in spec.header}
 
 
+#: What op0 or op1 may be where it is not any operation of the engine.
+_OPERATIONS: dict[tuple[Opcode, str], frozenset[AluOp]] = {
+    (Opcode.REDUCE, "op1"): frozenset(REDUCTIONS),
+    (Opcode.AFFINE_SELECT, "op0"): COMPARISONS,
+    (Opcode.SELECT, "op0"): COMPARISONS,
+    (Opcode.SCAN, "op0"): SCAN_OPERATIONS,
+    (Opcode.SCAN, "op1"): SCAN_OPERATIONS,
+    (Opcode.TOP, "op0"): frozenset({AluOp.MAX, AluOp.MIN}),
+}
+
+
 def legal_operations(opcode: Opcode, field: str) -> frozenset[int]:
     """Returns the codes `opcode` accepts in op0 or op1."""
-    if opcode is Opcode.REDUCE and field == "op1":
-        return frozenset(op.value for op in REDUCTIONS)
-    codes = {op.value for op in operation_enums(opcode)[field]}
+    allowed = _OPERATIONS.get((opcode, field), operation_enums(opcode)[field])
+    codes = {op.value for op in allowed}
     if field == "op0" and SPECS[opcode].kind is EngineKind.VECTOR:
         codes -= {op.value for op in DIVISIONS}
     return frozenset(codes)
@@ -633,6 +971,20 @@ def operation_types(opcode: Opcode) -> dict[AluOp, frozenset[DType]]:
         return {}
     legal = legal_operations(opcode, "op1")
     return {op: types for op, types in OPERATION_TYPES.items() if op.value in legal}
+
+
+def operand_counts(
+    opcode: Opcode, operand: str, counts: Sequence[Any], field: Callable[[str], Any]
+) -> list[Any]:
+    """The four counts an operand walks, of the instruction's `counts`; numbers or, with `field`
+    giving values in hardware, such values. It does not walk a dimension whose stride it lacks."""
+    spec = SPECS[opcode]
+    walked = [
+        count if f"{operand}.strides.{d}" in FIELDS[opcode] else 1 for d, count in enumerate(counts)
+    ]
+    if operand in spec.inner:
+        walked[3] = spec.inner[operand](field)
+    return walked
 
 
 class EncodeError(ValueError):
@@ -683,6 +1035,53 @@ def _build_tables() -> None:
 
 
 _build_tables()
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedField:
+    """An address field that an index register may be added to: bit offsets and its width."""
+
+    index: int
+    base: int
+    width: int
+
+
+def indexed_fields(opcode: Opcode) -> list[IndexedField]:
+    """The address fields of an opcode that have an index register."""
+    found = []
+    for name, (offset, _) in FIELDS[opcode].items():
+        if name.endswith((".index", "dram_index")):
+            base, shape = FIELDS[opcode][name.removesuffix("index") + "base"]
+            found.append(IndexedField(offset, base, shape.width))
+    return found
+
+
+#: code of an opcode -> mask of the bits that select index registers
+INDEX_BITS: dict[int, int] = {
+    opcode.value: sum(3 << field.index for field in indexed_fields(opcode)) for opcode in SPECS
+}
+
+
+def add_indices(raw: bytes, registers: Sequence[int]) -> bytes:
+    """The instruction with index registers 1 to 3 (modulo 2**32) added to its addresses."""
+    word = int.from_bytes(raw, "little")
+    for field in indexed_fields(Opcode(raw[0])):
+        number = word >> field.index & 3
+        if number:
+            value = registers[number - 1] & 0xFFFFFFFF
+            value -= value >> 31 << 32
+            mask = (1 << field.width) - 1
+            base = (word >> field.base) + value & mask
+            word = word & ~(mask << field.base) | base << field.base
+    return word.to_bytes(INSTRUCTION_BYTES, "little")
+
+
+def field_of(word: Value, opcode: Opcode, name: str) -> Value:
+    """A field of an instruction of that opcode, in hardware."""
+    offset, shape = FIELDS[opcode][name]
+    width, is_signed = _width(shape)
+    bits = word[offset : offset + width]
+    return bits.as_signed() if is_signed else bits
 
 
 def encode(opcode: Opcode, fields: dict[str, Any]) -> bytes:

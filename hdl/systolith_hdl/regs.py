@@ -29,7 +29,8 @@ class Register:
     ----------
     access : "ro", "rw", "w1" (writing a one acts, reads give zero) or "w1c" (a one clears)
     words : 32-bit words of one element (2 for a 64-bit value, low word first)
-    array : None for one element, else "engine" or "semaphore": an element for each
+    array : None for one element, else "engine", "semaphore" or "memory" (SBUF, PSUM): an element
+        for each
     """
 
     name: str
@@ -37,17 +38,23 @@ class Register:
     access: Literal["ro", "rw", "w1", "w1c"]
     doc: str
     words: int = 1
-    array: Literal["engine", "semaphore"] | None = None
+    array: Literal["engine", "semaphore", "memory"] | None = None
     reset: int = 0
     fields: tuple[Field, ...] = ()
 
     def count(self, config: CoreConfig) -> int:
         """Number of elements in a core of that config."""
-        if self.array is None:
-            return 1
-        return len(config.engines) if self.array == "engine" else config.semaphores
+        match self.array:
+            case "engine":
+                return len(config.engines)
+            case "semaphore":
+                return config.semaphores
+            case "memory":
+                return len(MEMORIES)
+        return 1
 
 
+MEMORIES = ("SBUF", "PSUM")  #: elements of an array over memories
 ADDRESS_BITS = 12  #: width of the host port's byte address
 
 _ALL = (
@@ -150,6 +157,14 @@ _ALL = (
         words=2,
         array="engine",
         doc="Cycles in which an engine was executing at least one instruction.",
+    ),
+    Register(
+        name="CONFLICTS",
+        address=0x1C0,
+        access="ro",
+        array="memory",
+        doc="Cycles in which SBUF (element 0) or PSUM (1) held a request back, as another had its "
+        "bank.",
     ),
     Register(
         name="INSTRUCTIONS",

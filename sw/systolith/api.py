@@ -389,7 +389,8 @@ class Jitted:
         """Figures of the last call.
 
         ``cycles``, ``macs``, ``tensor_utilization`` (MACs of those the array could have done),
-        ``busy`` (engine -> cycles) and ``instructions`` (engine -> number). What takes a clock
+        ``busy`` (engine -> cycles), ``conflicts`` (memory -> cycles in which a bank was asked for
+        twice) and ``instructions`` (engine -> number). What takes a clock
         is None on a device without one.
         """
         self._latest()
@@ -403,6 +404,7 @@ class Jitted:
             "macs": counters.macs,
             "tensor_utilization": counters.macs / peak if clocked else None,
             "busy": dict(counters.busy) if clocked else None,
+            "conflicts": dict(counters.conflicts) if clocked else None,
             "instructions": dict(counters.instructions),
         }
 

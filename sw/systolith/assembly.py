@@ -45,6 +45,22 @@ _BITS = {op.value for op in BIT_OPERANDS}
 #: types whose immediates are integers, shown as bits too
 _INTEGERS = {dtype.value for dtype in INTEGERS}
 
+#: strides of a transfer -> those that one with indices has, which is shown with the others as 0
+_TABLE_STRIDES = {"dram_strides.0": "row_stride", "dram_strides.3": "column_stride"}
+
+
+def _index(register: int) -> str:
+    """An index register behind the address that it is added to."""
+    return f"+r{register}" if register else ""
+
+
+#: fields that have a form of their own
+_SPECIAL = (
+    *("opcode", "signal", "wait", "op0", "op1", "lanes", "columns", "accumulate", "rounding"),
+    *("counts", "dram_base", "dram_index", "dram_strides", "dram_dtype", "lane_stride"),
+    *("index", "rows", "row_stride", "column_stride", "imm0", "imm1"),
+)
+
 
 @functools.cache
 def _codes(kind: type) -> dict[int, str]:
@@ -87,8 +103,8 @@ def _parse_immediate(text: str) -> int:
     return int(text, 16) if text.startswith("0x") else float_to_bits(float(text))
 
 
-def _bracket(fields: dict[str, int], prefix: str) -> str:
-    return "[" + ",".join(str(fields.get(f"{prefix}.{i}", 0)) for i in range(4)) + "]"
+def _bracket(fields: dict[str, int], prefix: str, count: int = 4) -> str:
+    return "[" + ",".join(str(fields.get(f"{prefix}.{i}", 0)) for i in range(count)) + "]"
 
 
 def disassemble_instruction(raw: bytes) -> str:
@@ -133,12 +149,21 @@ def disassemble_instruction(raw: bytes) -> str:
         space = _name(Space, fields[f"{name}.space"]).lower()
         dtype = _name(DType, fields[f"{name}.dtype"]).lower()
         strides = _bracket(fields, f"{name}.strides")
-        parts.append(f"{name}={space}.{dtype}@{fields[f'{name}.base']}{strides}")
-    if "dram_base" in fields:
+        index = _index(fields.get(f"{name}.index", 0))
+        parts.append(f"{name}={space}.{dtype}@{fields[f'{name}.base']}{index}{strides}")
+    if "dram_dtype" in fields:
         dtype = _name(DType, fields["dram_dtype"]).lower()
         strides = _bracket(fields, "dram_strides")
-        parts.append(f"dram={dtype}@{fields['dram_base']:#x}{strides}")
+        if SPECS[opcode].indexed:
+            strides = f"[{fields['row_stride']},0,0,{fields['column_stride']}]"
+        index = _index(fields["dram_index"])
+        parts.append(f"dram={dtype}@{fields['dram_base']:#x}{index}{strides}")
         parts.append(f"lane_stride={fields['lane_stride']}")
+        if SPECS[opcode].indexed:
+            index = _index(fields["index.index"])
+            parts.append(f"index={fields['index.base']}{index} rows={fields['rows']}")
+    elif "dram_base" in fields:
+        parts.append(f"word={fields['dram_base']:#x}{_index(fields['dram_index'])}")
     computes = fields.get("src0.dtype", fields.get("dst.dtype"))  # MEMSET has no source
     for name, operation in (("imm0", "op0"), ("imm1", "op1")):
         if fields.get(name):
@@ -148,15 +173,32 @@ def disassemble_instruction(raw: bytes) -> str:
             parts.append(
                 f"{name}={fields[name]:#010x}" if bits else f"{name}={_immediate(fields[name])}"
             )
+    for name in _others(opcode):
+        if f"{name}.0" in FIELDS[opcode]:
+            members = [member for member in FIELDS[opcode] if member.startswith(f"{name}.")]
+            if any(fields[member] for member in members):
+                parts.append(f"{name}={_bracket(fields, name, len(members))}")
+        elif fields[name]:
+            parts.append(f"{name}={fields[name]}")
     if sem or amount or chip:
         parts.append(f"signal(s{sem}+{amount}" + (f"@{chip})" if chip else ")"))
     return " ".join(parts)
 
 
+@functools.cache
+def _others(opcode: Opcode) -> tuple[str, ...]:
+    """Fields, and arrays, that are written as plain numbers."""
+    special = {*_SPECIAL, *SPECS[opcode].operands}
+    names = (name.split(".")[0] for name in FIELDS[opcode])
+    return tuple(dict.fromkeys(name for name in names if name not in special))
+
+
 _WAIT = re.compile(r"s(\d+)(?:(>=|-=)|#(\d+):)(\d+)")
 _SIGNAL = re.compile(r"signal\(s(\d+)\+(\d+)(?:@(\d+))?\)")
-_OPERAND = re.compile(r"([\w#]+)\.([\w#]+)@(\d+)\[([-\d,]+)\]")
-_DRAM = re.compile(r"([\w#]+)@(0x[0-9a-f]+)\[([-\d,]+)\]")
+_OPERAND = re.compile(r"([\w#]+)\.([\w#]+)@(\d+)(?:\+r([1-3]))?\[([-\d,]+)\]")
+_DRAM = re.compile(r"([\w#]+)@(0x[0-9a-f]+)(?:\+r([1-3]))?\[([-\d,]+)\]")
+_VECTOR = re.compile(r"(\d+)(?:\+r([1-3]))?")
+_WORD = re.compile(r"(0x[0-9a-f]+)(?:\+r([1-3]))?")
 
 
 def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
@@ -166,10 +208,10 @@ def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
     return found
 
 
-def _four(text: str, prefix: str, known: dict) -> Iterator[tuple[str, int]]:
+def _numbers(text: str, prefix: str, known: dict, count: int = 4) -> Iterator[tuple[str, int]]:
     values = [int(item) for item in text.split(",")]
-    if len(values) != 4:
-        raise ProgramError(f"{prefix} needs four numbers, not {len(values)}")
+    if len(values) != count:
+        raise ProgramError(f"{prefix} needs {count} numbers, not {len(values)}")
     for i, value in enumerate(values):
         # A stride that the format lacks (that of REDUCE's innermost dimension) is written as 0.
         if value or f"{prefix}.{i}" in known:
@@ -225,25 +267,42 @@ def _assemble_words(words: list[str]) -> bytes:
             known = FIELDS[opcode]
             if name in ("op0", "op1"):
                 fields[name] = _code(operation_enums(opcode)[name], value)
-            elif name in ("lanes", "columns", "accumulate", "lane_stride"):
+            elif name in ("lanes", "columns", "accumulate", "lane_stride", "rows"):
                 fields[name] = int(value)
+            elif name == "index":
+                base, index = _match(_VECTOR, value).groups()
+                fields |= {"index.base": int(base), "index.index": int(index or 0)}
             elif name == "rounding":
                 fields[name] = _code(Rounding, value)
             elif name in ("imm0", "imm1"):
                 fields[name] = _parse_immediate(value)
             elif name == "counts":
-                fields.update(_four(value.strip("[]"), "counts", known))
+                fields.update(_numbers(value.strip("[]"), "counts", known))
+            elif name in _others(opcode):
+                if f"{name}.0" in known:
+                    count = sum(member.startswith(f"{name}.") for member in known)
+                    fields.update(_numbers(value.strip("[]"), name, known, count))
+                else:
+                    fields[name] = int(value)
             elif name == "dram":
-                dtype, base, strides = _match(_DRAM, value).groups()
+                dtype, base, index, strides = _match(_DRAM, value).groups()
                 fields["dram_dtype"] = _code(DType, dtype)
                 fields["dram_base"] = int(base, 16)
-                fields.update(_four(strides, "dram_strides", known))
+                fields["dram_index"] = int(index or 0)
+                names = _TABLE_STRIDES if SPECS[opcode].indexed else {}
+                for field, stride in _numbers(strides, "dram_strides", known):
+                    fields[names.get(field, field)] = stride
+            elif name == "word":
+                base, index = _match(_WORD, value).groups()
+                fields |= {"dram_base": int(base, 16), "dram_index": int(index or 0)}
             else:
-                space, dtype, base, strides = _match(_OPERAND, value).groups()
+                space, dtype, base, index, strides = _match(_OPERAND, value).groups()
+                if index:
+                    fields[f"{name}.index"] = int(index)
                 fields[f"{name}.space"] = _code(Space, space)
                 fields[f"{name}.dtype"] = _code(DType, dtype)
                 fields[f"{name}.base"] = int(base)
-                fields.update(_four(strides, f"{name}.strides", known))
+                fields.update(_numbers(strides, f"{name}.strides", known))
     if opcode is None:
         raise ProgramError("no opcode")
     return encode(opcode, fields)

@@ -115,7 +115,7 @@ def _opcode(opcode: Opcode, doc: str) -> str:
             + f"; where that depends on the type, for {', '.join(t.name for t in formats.WORDS)}"
             + ".\n\n"
         )
-    if "dram_base" in FIELDS[opcode]:
+    if "dram_dtype" in FIELDS[opcode]:
         text += f"`dram_dtype` is {_names(isa.DMA_TYPES)}.\n\n"
     return text + _fields(opcode, shared=False) + "\n"
 
@@ -178,6 +178,32 @@ UINT32 are moved bit for bit; narrow types are widened by a load, INT8 with its 
 by a store, as its `rounding` says, which takes the low 8 bits for INT8. Elements that
 coincide are written in the order (i0, i1, i2, i3, l): the last one stays.
 
+With `accumulate` a DMA_LOAD adds to the words of SBUF, in that order, with one FP32 rounding for
+each, or modulo 2^32 if the elements are integers. A DMA_STORE with `accumulate` does so for one i0
+after the other, and stores each once it is added: the sums are in DRAM, rounded to `dram_dtype`,
+and in SBUF. What meets in DRAM at different i0 is thus added in order; at one i0, the last one
+stays.
+
+GATHER and SCATTER move rows of a table, picked by a vector of indices: INT32 words in SBUF, N in a
+column, index i in partition i mod N of word `index.base` + i div N. Element (i0, 0, 0, i3) of lane
+l lies in DRAM at byte `dram_base + index(i0)*row_stride + i3*column_stride + l*lane_stride`. They
+execute as `counts.0` DMA_LOADs or DMA_STOREs, one after the other; of rows of one index a SCATTER's
+last one stays, and with `accumulate` each is added. All indices are read before anything is moved,
+and after everything before the instruction in its stream is complete; what one writes over its own
+indices is undefined. An index that, taken as unsigned, is not less than `rows` is a fault: the rows
+before it have been moved, no others.
+
+### Loops
+
+Every stream has {registers} index registers of 32 bits, a flag, and up to {depth} loops open at
+once; at the start of a program the registers are zero and the flag is not set. LOOP and NEXT
+enclose a body. An operand whose `index` is r lies at `base` plus index register r, modulo 2^24;
+`dram_base` moves by register `dram_index` in the same way, which counts as a signed number there.
+What is checked is the address that results. A loop's registers step with it and are restored when
+it ends, so an address in nested loops is affine in their iteration numbers. The instructions of a
+body wait and signal in every iteration, for which waits of mode ACQUIRE are made. TEST and a
+`conditional` NEXT end a loop by data.
+
 ### Faults
 
 An instruction is checked before its waits. One that fails a check does nothing, and the engine
@@ -191,7 +217,11 @@ def isa_page() -> str:
     """The text of ``isa.md``."""
     text = _GENERATED + f"\n# Instruction set, version {isa.ISA_VERSION}\n\n"
     text += _CONVENTIONS.format(
-        bytes=INSTRUCTION_BYTES, waits=isa.MAX_WAITS, nan=formats.CANONICAL_NAN
+        bytes=INSTRUCTION_BYTES,
+        waits=isa.MAX_WAITS,
+        nan=formats.CANONICAL_NAN,
+        registers=isa.INDEX_REGISTERS,
+        depth=isa.LOOP_DEPTH,
     )
     text += _enumeration(isa.FaultCause) + "\n"
     checks = inspect.cleandoc(checker.check.__doc__ or "")

@@ -30,7 +30,14 @@ from typing import Any
 import numpy as np
 from systolith_hdl.config import INSTRUCTION_BYTES, ConfigError, CoreConfig
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import FIELDS, ISA_VERSION, Opcode, decode, encode
+from systolith_hdl.isa import (
+    DRAM_WRITERS,
+    FIELDS,
+    ISA_VERSION,
+    Opcode,
+    decode,
+    encode,
+)
 
 from .assembly import assemble, disassemble_instruction
 from .errors import ConfigMismatch, ProgramError
@@ -53,7 +60,10 @@ _DIGEST_OFFSET = 32
 
 _DRAM_BASE_BIT = FIELDS[Opcode.DMA_LOAD]["dram_base"][0]
 _DRAM_BASE = slice(_DRAM_BASE_BIT // 8, _DRAM_BASE_BIT // 8 + 6)
-_DMA_OPCODES = (Opcode.DMA_LOAD.value, Opcode.DMA_STORE.value)
+#: opcodes with an address in DRAM, in the same bits
+_DRAM_CODES = {opcode.value for opcode, fields in FIELDS.items() if "dram_base" in fields}
+assert all(FIELDS[Opcode(code)]["dram_base"][0] == _DRAM_BASE_BIT for code in _DRAM_CODES)
+_WRITER_CODES = frozenset(opcode.value for opcode in DRAM_WRITERS)
 
 
 def align_up(value: int, align: int = DRAM_ALIGN) -> int:
@@ -182,7 +192,7 @@ class Program:
         return frozenset(
             self.tensors[relocation.tensor].name
             for relocation in self.relocations
-            if self.instruction(relocation.engine, relocation.index)[0] == Opcode.DMA_STORE.value
+            if self.instruction(relocation.engine, relocation.index)[0] in _WRITER_CODES
         )
 
     def disassemble(self) -> str:
@@ -286,7 +296,7 @@ class Program:
             )
             require(
                 self.streams[relocation.engine][relocation.index * INSTRUCTION_BYTES]
-                in _DMA_OPCODES,
+                in _DRAM_CODES,
                 f"{relocation} is of an instruction without a DRAM address",
             )
 

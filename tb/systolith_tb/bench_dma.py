@@ -18,9 +18,11 @@ from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, RisingEdge
 from cocotbext.axi import AxiBus, AxiSlave
 from systolith.golden import dither
-from systolith.golden.dma import dma_load, dma_store, first_bad_burst
+from systolith.golden.dma import DmaFault, dma_store, execute, first_bad_burst
 from systolith_hdl.config import get_config
+from systolith_hdl.dma.accumulate import column_cycles
 from systolith_hdl.dma.queue import DRAW_DELAY
+from systolith_hdl.dma.rows import ROW_CYCLES
 from systolith_hdl.formats import FLOATS, FORMATS, INTEGERS, DType
 from systolith_hdl.isa import FaultCause, Opcode, Rounding, decode, encode
 from systolith_hdl.ports import READ_LATENCY
@@ -177,6 +179,7 @@ class Queue:
         self.words = random_words(rng, (N, DEPTH))
         self.stall = 0.0
         self.done = 0
+        self.waited = 0  #: cycles until the last instruction was taken
         self.seed = random.getrandbits(32)
         self.pin("issue__seed").value = self.seed
         for name in ("issue__instruction__valid", "stop", "read__response__valid"):
@@ -231,8 +234,10 @@ class Queue:
         self.pin("issue__counter").value = counter
         self.pin("issue__instruction__payload").value = int.from_bytes(raw, "little")
         self.pin("issue__instruction__valid").value = 1
+        self.waited = 0
         while True:
             await RisingEdge(self.dut.clk)
+            self.waited += 1
             if int(self.pin("issue__instruction__ready").value):
                 break
         self.pin("issue__instruction__valid").value = 0
@@ -393,9 +398,73 @@ def make(
                 f"dram_strides.{d}": strides[d],
             }
         opcode = opcode or random.choice([Opcode.DMA_LOAD, Opcode.DMA_STORE])
+        fields["accumulate"] = int(random.random() < 0.3)
         if opcode is Opcode.DMA_STORE:
             fields["rounding"] = random.choice(list(Rounding))
         return opcode, fields
+
+
+#: Opcodes with indices -> those of their rows.
+INDEXED = {Opcode.GATHER: Opcode.DMA_LOAD, Opcode.SCATTER: Opcode.DMA_STORE}
+#: SBUF from this word on is kept for indices.
+INDEX_BASE = DEPTH - 64
+
+
+def make_indexed(
+    mode: str, queue: Queue, *, low: int, high: int, opcode: Opcode, columns: int = 40
+) -> dict[str, Any]:
+    """Draws a GATHER or SCATTER whose rows are of a mode and lie in bytes low to high - 1, and
+    places its indices in the queue's SBUF."""
+    while True:
+        _, row = make(mode, low=low, high=high, columns=columns, opcode=INDEXED[opcode])
+        counts = random.choice([1, N - 1, N, 2 * N + 1, random.randint(1, 20)])
+        if row["accumulate"]:
+            counts = min(counts, 6)
+        fields: dict[str, Any] = {
+            name: row[name]
+            for name in ("lanes", "local.base", "dram_base", "lane_stride", "dram_dtype")
+        }
+        fields |= {
+            "counts.0": counts,
+            "counts.1": 1,
+            "counts.2": 1,
+            "counts.3": row["counts.3"],
+            "local.strides.3": row["local.strides.3"],
+            "local.strides.0": random.choice([row["counts.3"], random.randint(-9, 9)]),
+            "column_stride": row["dram_strides.3"],
+            "accumulate": row["accumulate"],
+        }
+        if opcode is Opcode.SCATTER:
+            fields["rounding"] = row["rounding"]
+        # A row's own extent, and rows as far apart as there is room for, or over each other.
+        strides = {fields["column_stride"]: row["counts.3"], fields["lane_stride"]: row["lanes"]}
+        size = FORMATS[row["dram_dtype"]].bytes
+        reach = [(n - 1) * s for s, n in strides.items()]
+        first = row["dram_base"] + sum(min(r, 0) for r in reach)
+        last = row["dram_base"] + sum(max(r, 0) for r in reach) + size
+        fields["rows"] = random.choice([1, 2, 5, 30])
+        room = max((high - last) // fields["rows"], 0)
+        fields["row_stride"] = random.choice([0, room, -((first - low) // fields["rows"]), size])
+        fields["row_stride"] = int(fields["row_stride"] / size) * size
+        top = (fields["rows"] - 1) * fields["row_stride"]
+        if min(first, first + top) < low or max(last, last + top) > high:
+            continue
+        fields["index.base"] = random.randint(INDEX_BASE, DEPTH - -(-counts // N))
+        # Whatever is written has to keep off the indices.
+        reach = [(counts - 1) * fields["local.strides.0"]]
+        reach.append((row["counts.3"] - 1) * row["local.strides.3"])
+        bottom = row["local.base"] + sum(min(r, 0) for r in reach)
+        if bottom < 0 or row["local.base"] + sum(max(r, 0) for r in reach) >= INDEX_BASE:
+            continue
+        place_indices(queue, fields)
+        return fields
+
+
+def place_indices(queue: Queue, fields: dict[str, Any]) -> None:
+    """Draws the indices of a GATHER or SCATTER into the queue's SBUF; many are drawn twice."""
+    for i in range(fields["counts.0"]):
+        place = i % N, fields["index.base"] + i // N
+        queue.words[place] = random.randrange(fields["rows"])
 
 
 async def check(queue: Queue, dram: Dram, opcode: Opcode, fields: dict[str, Any]) -> int:
@@ -404,10 +473,7 @@ async def check(queue: Queue, dram: Dram, opcode: Opcode, fields: dict[str, Any]
     low, high = queue.number * REGION, (queue.number + 1) * REGION
     memory, words = dram.bytes.copy(), queue.words.copy()
     counter = random_counter()
-    if opcode is Opcode.DMA_LOAD:
-        dma_load(memory, words, decode(raw)[1])
-    else:
-        dma_store(memory, words, decode(raw)[1], queue.random(decode(raw)[1], counter))
+    execute(opcode, memory, words, decode(raw)[1], queue.random(decode(raw)[1], counter))
     cycles = await queue.execute(raw, counter)
     bad = np.argwhere(queue.words != words)
     assert not len(bad), f"{opcode.name} {fields}: SBUF differs at (lane, address) {bad[:4]}"
@@ -451,6 +517,7 @@ async def random_instructions(dut: Any, stall: str) -> None:
     """Both queues and the fetcher at once, every mode, against golden after each instruction."""
     dram, queues, axi = await start(dut, stalls=STALLS[stall])
     compared: Counter[tuple[str, str]] = Counter()
+    added: Counter[str] = Counter()
 
     async def work(queue: Queue) -> None:
         low = queue.number * REGION
@@ -459,6 +526,12 @@ async def random_instructions(dut: Any, stall: str) -> None:
                 _, fields = make(mode, low=low, high=low + REGION, columns=40, opcode=opcode)
                 await check(queue, dram, opcode, fields)
                 compared[mode, opcode.name] += 1
+                added[opcode.name] += fields["accumulate"]
+            for opcode in INDEXED:
+                fields = make_indexed(mode, queue, low=low, high=low + REGION, opcode=opcode)
+                await check(queue, dram, opcode, fields)
+                compared[mode, opcode.name] += 1
+                added[opcode.name] += fields["accumulate"]
 
     stop: list[bool] = []
     fetcher = cocotb.start_soon(fetch(dut, dram, stop))
@@ -468,7 +541,9 @@ async def random_instructions(dut: Any, stall: str) -> None:
     stop.append(True)
     assert await fetcher > 10
     await ClockCycles(dut.clk, 20)
-    assert set(compared) == {(m, o) for m in MODES for o in ("DMA_LOAD", "DMA_STORE")}
+    opcodes = [*INDEXED, *INDEXED.values()]
+    assert all(added[opcode.name] for opcode in opcodes)
+    assert set(compared) == {(mode, opcode.name) for mode in MODES for opcode in opcodes}
     assert [queue.done for queue in queues] == [compared.total() // QUEUES] * QUEUES
     for queue in queues:
         assert not int(queue.pin("issue__busy").value) and not int(queue.pin("active").value)
@@ -610,6 +685,173 @@ async def stores_follow_stores(dut: Any, rounding: Rounding) -> None:
 
 
 @cocotb.test(timeout_time=1_000, timeout_unit="us")
+@cocotb.parametrize(opcode=list(INDEXED))
+async def indexed_throughput(dut: Any, opcode: Opcode) -> None:
+    """Rows follow each other at a beat per cycle, or one every `ROW_CYCLES`."""
+    dram, queues, _ = await start(dut, slave=False)
+    latency = 20
+    model = PipelinedDram(dut, dram.bytes, latency=latency)
+    queue = queues[0]
+    checked = 0
+    for columns in (1, 2, 4, 8, 32):
+        count = min(40, (DEPTH - 64) // columns)
+        item = 4 * N * columns
+        fields = {
+            "lanes": N, "counts.0": count, "counts.1": 1, "counts.2": 1, "counts.3": columns,
+            "local.strides.0": columns, "local.strides.3": 1, "index.base": INDEX_BASE,
+            "row_stride": item, "rows": REGION // item, "column_stride": 4 * N, "lane_stride": 4,
+            "dram_dtype": DType.FP32,
+        }  # fmt: skip
+        place_indices(queue, fields)
+        model.beats = 0
+        cycles = await check(queue, dram, opcode, fields)
+        beats = count * item // BEAT
+        assert model.beats == beats
+        limit = max(beats, ROW_CYCLES * count)
+        total = cycles + queue.waited
+        dut._log.info(f"{opcode.name} of {item} bytes: {total} cycles, {beats} beats")
+        assert limit <= total <= limit + latency + OVERHEAD + ROW_CYCLES + 2 * N
+        checked += 1
+    assert checked == 5
+
+
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
+@cocotb.parametrize(dtype=[DType.FP32, DType.INT32, DType.BF16])
+async def accumulation(dut: Any, dtype: DType) -> None:
+    """A column every `column_cycles` cycles; rows of one index are all added, each waited for."""
+    dram, queues, _ = await start(dut, slave=False)
+    latency = 20
+    PipelinedDram(dut, dram.bytes, latency=latency)
+    queue = queues[0]
+    wait = latency + OVERHEAD + 2 * N
+    fields = _fields("merged", dtype, 16, 0) | {"accumulate": 1}
+    cycles = await check(queue, dram, Opcode.DMA_LOAD, fields)
+    dut._log.info(f"16 columns added to SBUF: {cycles} cycles")
+    assert 16 * column_cycles(N) <= cycles <= 16 * column_cycles(N) + wait
+    # All rows are one, and what comes to it are their sums.
+    item = FORMATS[dtype].bytes
+    fields = {
+        "lanes": N, "counts.0": 7, "counts.1": 1, "counts.2": 1, "counts.3": 8, "accumulate": 1,
+        "local.strides.0": 8, "local.strides.3": 1, "index.base": INDEX_BASE, "dram_base": 64,
+        "row_stride": 8 * N * item, "rows": 9, "column_stride": N * item, "lane_stride": item,
+        "dram_dtype": dtype,
+    }  # fmt: skip
+    for indices in ([5] * 7, [3, 4, 3, 3, 0, 8, 4]):
+        for i, index in enumerate(indices):
+            queue.words[i % N, INDEX_BASE + i // N] = index
+        cycles = await check(queue, dram, Opcode.SCATTER, fields)
+        cycles += queue.waited
+        dut._log.info(f"7 rows of {8 * N * item} bytes added to DRAM: {cycles} cycles")
+        assert 7 * 8 * column_cycles(N) <= cycles
+        assert cycles <= 7 * (8 * (column_cycles(N) + 4 * N // BEAT) + 2 * wait + ROW_CYCLES)
+    # The same without indices: what lies apart, and one row again and again.
+    for stride in (8 * N * item, 0):
+        plain = _fields("merged", dtype, 8, 0) | {"accumulate": 1, "counts.0": 5}
+        plain |= {"local.strides.0": 8, "dram_strides.0": stride}
+        await check(queue, dram, Opcode.DMA_STORE, plain)
+
+
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
+@cocotb.parametrize(stall=["none", "both"])
+async def indices_of_the_instruction_before(dut: Any, stall: str) -> None:
+    """Indices that a load just brings, right before the instruction that needs them, and what a
+    GATHER brings stored right after it."""
+    dram, queues, _ = await start(dut, stalls=STALLS[stall])
+    queue = queues[0]
+    numbers = dram.bytes[:4096].view(np.uint32)
+    for _ in range(6):
+        numbers[:] = np.random.default_rng(random.getrandbits(32)).integers(0, 9, 1024)
+        count, table = random.randint(1, 3 * N), random.choice([0, 8192])
+        load = {
+            "lanes": N, "counts.0": 1, "counts.1": 1, "counts.2": 1, "counts.3": -(-count // N),
+            "local.base": INDEX_BASE, "local.strides.3": 1, "dram_strides.3": 4 * N,
+            "dram_base": 0, "lane_stride": 4, "dram_dtype": DType.INT32,
+        }  # fmt: skip
+        # The second takes its indices from what the first has gathered.
+        gather = {
+            "lanes": N, "counts.0": count, "counts.1": 1, "counts.2": 1, "counts.3": 2,
+            "local.base": 8, "local.strides.0": 2, "local.strides.3": 1, "dram_base": table,
+            "row_stride": 4 * N, "rows": 9, "column_stride": 4 * N, "lane_stride": 4,
+            "dram_dtype": DType.INT32, "index.base": INDEX_BASE,
+        }  # fmt: skip
+        if table == 0:
+            second = gather | {"index.base": 8, "local.base": 400, "counts.0": min(count, 2 * N)}
+        else:
+            second = gather | {"dram_base": 0, "local.base": 400}
+        scatter = second | {"local.base": 400, "dram_base": 12288}
+        work = [
+            (Opcode.DMA_LOAD, load),
+            (Opcode.GATHER, gather),
+            (Opcode.GATHER, second),
+            (Opcode.SCATTER, scatter),
+            (Opcode.DMA_LOAD, load | {"dram_base": 12288, "local.base": 300}),
+        ]
+        memory, words = dram.bytes.copy(), queue.words.copy()
+        before = queue.done
+        for opcode, fields in work:
+            execute(opcode, memory, words, decode(encode(opcode, fields))[1])
+        for opcode, fields in work:
+            await queue.offer(encode(opcode, fields))
+        while queue.done < before + len(work):
+            await RisingEdge(dut.clk)
+        assert (queue.words == words).all() and (dram.bytes == memory).all()
+        await ClockCycles(dut.clk, 3)
+        assert queue.done == before + len(work)
+
+
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
+@cocotb.parametrize(opcode=list(INDEXED), stall=["none", "both"])
+async def bad_indices(dut: Any, opcode: Opcode, stall: str) -> None:
+    """An index outside the table: the rows before it are moved, no others; then nothing is taken
+    any more, no burst is left, and the other queue works. So it is if a row leaves DRAM."""
+    outside = 0
+    for mode in MODES:
+        dram, queues, _ = await _restart(dut, STALLS[stall])
+        queue, other = queues
+        fields = make_indexed(mode, queue, low=0, high=REGION, opcode=opcode)
+        at = random.randrange(fields["counts.0"])
+        leaves = mode == "columns" and fields["row_stride"] != 0
+        if leaves and opcode is Opcode.SCATTER:
+            # Rows after one that the bus refuses may have been stored: let there be none.
+            at = fields["counts.0"] - 1
+        place = at % N, fields["index.base"] + at // N
+        wrong = fields["rows"] + random.choice([0, 1, 100, (1 << 31) - fields["rows"]])
+        queue.words[place] = random.choice([wrong, (1 << 32) - 1])
+        if leaves:
+            # An index of the table, but of a row that DRAM does not have.
+            queue.words[place] = 1 << 31
+            fields["rows"] = (1 << 32) - 1
+        raw = encode(opcode, fields)
+        decoded = decode(raw)[1]
+        memory, words = dram.bytes.copy(), queue.words.copy()
+        try:
+            execute(opcode, memory, words, decoded, queue.random(decoded, 5))
+            raise AssertionError("golden finds nothing wrong")
+        except DmaFault as fault:
+            cause, address = fault.cause, fault.address
+        outside += cause is FaultCause.OUT_OF_BOUNDS
+        offering = cocotb.start_soon(queue.offer(raw, 5))
+        for _ in range(20_000):
+            await RisingEdge(dut.clk)
+            if int(queue.pin("fault__valid").value) and not int(queue.pin("active").value):
+                break
+        else:
+            raise AssertionError("no fault, or bursts left in flight")
+        assert int(queue.pin("fault__cause").value) == cause.value
+        assert int(queue.pin("fault__address").value) == address, fields
+        await ClockCycles(dut.clk, 4)
+        assert queue.done == 0 and not int(queue.pin("issue__instruction__ready").value)
+        assert (queue.words == words).all() and (dram.bytes == memory).all()
+        assert not int(dut.outstanding_reads.value) and not int(dut.outstanding_writes.value)
+        opcode_, more = make("turned", low=REGION, high=2 * REGION, columns=20)
+        await check(other, dram, opcode_, more)
+        assert queue.done == 0 and other.done == 1
+        offering.cancel()
+        queue.pin("issue__instruction__valid").value = 0
+    assert outside >= len(MODES) - 1
+
+
+@cocotb.test(timeout_time=1_000, timeout_unit="us")
 @cocotb.parametrize(opcode=["DMA_LOAD", "DMA_STORE"], stall=["none", "both"])
 async def error_responses(dut: Any, opcode: str, stall: str) -> None:
     """Accesses that leave DRAM: fault record as golden, bursts finished, no more done."""
@@ -626,6 +868,7 @@ async def error_responses(dut: Any, opcode: str, stall: str) -> None:
                 columns=60,
                 opcode=operation,
             )
+            fields["accumulate"] = 0
             raw = encode(operation, fields)
             store = operation is Opcode.DMA_STORE
             address = first_bad_burst(decode(raw)[1], DRAM_BYTES, N, store=store)

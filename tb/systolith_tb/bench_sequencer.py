@@ -13,15 +13,29 @@ from cocotb.triggers import ClockCycles, FallingEdge, RisingEdge
 from cocotbext.axi import AxiReadBus, AxiSlaveRead
 from systolith.golden.checker import check
 from systolith_hdl.config import INSTRUCTION_BYTES
-from systolith_hdl.isa import LOADS, FaultCause, Opcode, WaitMode, decode, encode, engine_kind
+from systolith_hdl.isa import (
+    CONTROL,
+    INDEX_REGISTERS,
+    LOADS,
+    LOOP_DEPTH,
+    FaultCause,
+    Opcode,
+    WaitMode,
+    add_indices,
+    decode,
+    encode,
+    engine_kind,
+)
 
 from .configs import bench_config
+from .fuzz import draw_instruction, draw_loop, lines
 from .stimulus import random_raw
 
 CONFIG = bench_config()
 KINDS = [engine_kind(name) for name in CONFIG.engines]
 COUNT = len(KINDS)
 STREAM_BYTES = 1 << 14
+INTERNAL = frozenset(opcode.value for opcode in CONTROL)
 
 
 class Memory:
@@ -219,8 +233,7 @@ async def random_programs(dut: Any, *, pause: float, delay: int, programs: int) 
         await ClockCycles(dut.clk, 3)
         for e in range(COUNT):
             assert not bench.high("fault", e)
-            internal = (Opcode.NOP.value, Opcode.END.value)
-            issued = {pc: raw for pc, raw in enumerate(streams[e]) if raw[0] not in internal}
+            issued = {pc: raw for pc, raw in enumerate(streams[e]) if raw[0] not in INTERNAL}
             assert bench.issued[e] == list(issued.values())
             assert bench.counters[e] == list(issued)
             assert bench.completed[e] == len(streams[e])
@@ -279,7 +292,7 @@ async def every_fault_as_golden_finds_it(dut: Any) -> None:
                 if raw[0] == Opcode.END.value:
                     assert bench.high("ended", e)
                     break
-                issued += raw[0] != Opcode.NOP.value
+                issued += raw[0] not in INTERNAL
             assert len(bench.issued[e]) == issued
         await bench.pulse_reset()
     dut._log.info("faults seen: %s", dict(seen))
@@ -292,6 +305,127 @@ def decode_safe(raw: bytes) -> object:
         return decode(raw)
     except ValueError:
         return raw.hex()
+
+
+def executed(stream: list[bytes], memory: np.ndarray) -> tuple[list[bytes], list[int], int]:
+    """What a stream with loops issues, index registers added, with the counter of each, and how
+    many instructions it executes: loops by recursion, unlike the golden model's."""
+    issued: list[bytes] = []
+    counters: list[int] = []
+    count = 0
+    flag = False
+
+    def body(at: int, registers: list[int]) -> int:
+        """Executes from `at` to the NEXT or END that ends the body; returns where that is."""
+        nonlocal count, flag
+        while True:
+            opcode, fields = decode(stream[at])
+            if opcode is Opcode.NEXT:
+                return at
+            raw = add_indices(stream[at], registers)
+            if opcode not in CONTROL:
+                issued.append(raw)
+                counters.append(count)
+            count += 1
+            if opcode is Opcode.END:
+                return at
+            if opcode is Opcode.TEST:
+                address = decode(raw)[1]["dram_base"] & ~3
+                flag = bool(memory[address : address + 4].view(np.uint32)[0] & 0x7FFFFFFF)
+            elif opcode is Opcode.LOOP:
+                inner = list(registers)
+                for _ in range(fields["count"]):
+                    end = body(at + 1, inner)
+                    count += 1
+                    following = decode(stream[end])[1]
+                    if following["conditional"] and not flag:
+                        break
+                    for i in range(INDEX_REGISTERS):
+                        inner[i] += following[f"steps.{i}"]
+                at = end
+            at += 1
+
+    body(0, [0] * INDEX_REGISTERS)
+    return issued, counters, count
+
+
+async def loops(dut: Any, *, pause: float, delay: int) -> None:
+    """Random loops: what is issued, in which order and how often."""
+    bench = Bench(dut, pause=pause, delay=delay)
+    await bench.reset()
+    repeated = ended_early = 0
+    for _ in range(6):
+        streams = []
+        for engine in CONFIG.engines:
+            elements = [
+                draw_loop(CONFIG, engine) if random.random() < 0.5 else
+                draw_instruction(CONFIG, engine)
+                for _ in range(6)
+            ]  # fmt: skip
+            found = [line for element in elements for line in lines(element)]
+            streams.append([encode(*line) for line in [*found, (Opcode.END, {})]])
+        bench.load(streams)
+        # Words that TEST reads: instructions of the streams, which are often zero.
+        await bench.start()
+        for _ in range(100_000):
+            await RisingEdge(dut.clk)
+            if all(bench.high("ended", e) and bench.high("idle", e) for e in range(COUNT)):
+                break
+        else:
+            raise AssertionError("the program did not end")
+        await ClockCycles(dut.clk, 3)
+        for e in range(COUNT):
+            assert not bench.high("fault", e)
+            issued, counters, count = executed(streams[e], bench.memory.bytes)
+            assert bench.issued[e] == issued
+            assert bench.counters[e] == counters
+            assert bench.completed[e] == count
+            repeated += count - len(streams[e])
+            ended_early += any(raw[0] == Opcode.TEST.value for raw in streams[e])
+    assert repeated > 100 and ended_early > 3
+
+
+@cocotb.test(timeout_time=50, timeout_unit="ms")
+async def loops_without_stalls(dut: Any) -> None:
+    await loops(dut, pause=0.0, delay=0)
+
+
+@cocotb.test(timeout_time=50, timeout_unit="ms")
+async def loops_with_stalls(dut: Any) -> None:
+    await loops(dut, pause=0.4, delay=40)
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
+async def loops_that_do_not_match(dut: Any) -> None:
+    """BAD_LOOP at the instruction that is one too many, and TEST of a word that does not exist."""
+    bench = Bench(dut)
+    await bench.reset()
+    loop, following = encode(Opcode.LOOP, {"count": 2}), encode(Opcode.NEXT, {})
+    end = encode(Opcode.END, {})
+    far = encode(Opcode.TEST, {"dram_base": (1 << 40) + 67})
+    deep = [loop] * (LOOP_DEPTH + 1)
+    streams = [[*deep, end], [loop, following, following, end], [loop, far, following, end]]
+    bench.load([*streams, *([[end]] * (COUNT - 3))])
+    await bench.start()
+    for _ in range(3000):
+        await RisingEdge(dut.clk)
+        if all(bench.high("fault", e) for e in range(3)):
+            break
+    await ClockCycles(dut.clk, 3)
+    found = [
+        (
+            FaultCause(int(getattr(dut, f"cause__{e}").value)),
+            int(getattr(dut, f"pc__{e}").value),
+            int(getattr(dut, f"address__{e}").value),
+        )
+        for e in range(3)
+    ]
+    beat = min(CONFIG.axi_bytes, INSTRUCTION_BYTES)
+    assert found == [
+        (FaultCause.BAD_LOOP, LOOP_DEPTH, 0),
+        (FaultCause.BAD_LOOP, 2, 0),
+        (FaultCause.AXI_READ_ERROR, 1, ((1 << 40) + 67) // beat * beat),
+    ]
 
 
 @cocotb.test(timeout_time=5, timeout_unit="ms")

@@ -9,8 +9,10 @@ from typing import Any
 
 import cocotb
 import numpy as np
+from amaranth.hdl import Shape
 from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, RisingEdge
+from systolith.golden.checker import operand_counts
 from systolith.golden.core import Core
 from systolith_hdl.arith import CONVERT_LATENCY
 from systolith_hdl.arith.divide import (
@@ -26,15 +28,16 @@ from systolith_hdl.isa import (
     OPERATION_TYPES,
     SPECS,
     AluOp,
+    EngineKind,
     Opcode,
     Rounding,
     Space,
     decode,
     encode,
     legal_operations,
-    operation_enums,
 )
-from systolith_hdl.vector.engine import FIXED_CYCLES, REDUCE_CYCLES
+from systolith_hdl.vector.engine import FIXED_CYCLES, REDUCE_CYCLES, fixed_cycles
+from systolith_hdl.vector.lane import LANE_LATENCY
 
 from .memory import MemoryModel
 from .stimulus import (
@@ -61,6 +64,9 @@ class Bench:
         self.golden = Core(CONFIG, np.zeros(1 << 20, np.uint8))
         self.golden.sbuf[:] = random_words(rng, self.golden.sbuf.shape)
         self.golden.psum[:] = random_words(rng, self.golden.psum.shape)
+        for memory in (self.golden.sbuf, self.golden.psum):  # bounds of RANGE_SELECT, for one
+            small = rng.integers(-3, 20, memory.shape).astype(np.int32).view(np.uint32)
+            memory[:] = np.where(rng.random(memory.shape) < 0.1, small, memory)
         self.sbuf = MemoryModel(
             dut, self.golden.sbuf.copy(), reads=list(READS), writes=["dst_sbuf"], stall=stall
         )
@@ -128,48 +134,51 @@ class Bench:
                 )
 
 
+OPCODES = [opcode for opcode, spec in SPECS.items() if spec.kind is EngineKind.VECTOR]
+
+
+def random_number(shape: Any) -> int:
+    """A number that a field holds: small or any."""
+    cast = Shape.cast(shape)
+    low = -(1 << cast.width - 1) if cast.signed else 0
+    high = low + (1 << cast.width) - 1
+    return random.choice((0, random.randint(max(low, -9), min(9, high)), random.randint(low, high)))
+
+
 def random_instruction() -> bytes:
     """A legal vector instruction whose destination does not overlap its sources."""
-    opcode = random.choice(
-        [
-            Opcode.TENSOR_TENSOR, Opcode.TENSOR_SCALAR, Opcode.REDUCE, Opcode.MEMSET,
-            Opcode.COPY_PREDICATED, Opcode.SCALAR_TENSOR_TENSOR,
-        ]
-    )  # fmt: skip
+    opcode = random.choice(OPCODES)
+    spec = SPECS[opcode]
     counts = random_counts(60)
     fields: dict[str, Any] = {f"counts.{d}": counts[d] for d in range(4)}
     fields["lanes"] = random.randint(1, N)
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, CONFIG)
+        fields[name] = random.randint(least, most) if most < 60 else max(least, fields[name])
     half, psum_half = CONFIG.sbuf_depth // 2, CONFIG.psum_depth // 2
     sources = {Space.SBUF: (half, 2 * half), Space.PSUM: (psum_half, 2 * psum_half)}
     targets = {Space.SBUF: (0, half), Space.PSUM: (0, psum_half)}
-    fields["dst.dtype"] = random.choice([DType.FP32, *DType])
-    computes = random.choice([DType.FP32, *WORDS])
-    fields["rounding"] = random.choice(list(Rounding))
-
-    def immediate() -> int:
-        rng = np.random.default_rng(random.getrandbits(32))
-        return int(random_words(rng, (1,))[0])
-
-    dst_counts = [*counts[:3], 1] if opcode is Opcode.REDUCE else counts
-    dst = operand_fields(CONFIG, "dst", dst_counts, regions=targets, nested=True)
-    if opcode is Opcode.REDUCE:
-        del dst["dst.strides.3"]
-    fields |= dst
-    if opcode is not Opcode.MEMSET:
-        fields |= operand_fields(CONFIG, "src0", counts, regions=sources)
-        fields["src0.dtype"] = computes
-    spec = SPECS[opcode]
-    if "src1" in spec.operands:
-        fields |= operand_fields(CONFIG, "src1", counts, regions=sources)
-    if "scalar" in spec.operands:
-        column = operand_fields(CONFIG, "scalar", [1, 1, 1, 1], regions=sources)
-        fields |= {name: column[name] for name in ("scalar.base", "scalar.space")}
+    regions = {name: sources for name in spec.operands} | {"dst": targets}
+    for name in spec.operands:
+        walked = operand_counts(opcode, name, fields)
+        found = operand_fields(CONFIG, name, walked, regions=regions[name], nested=name == "dst")
+        fields |= {field: value for field, value in found.items() if field in FIELDS[opcode]}
+        types = sorted(spec.operands[name][1], key=lambda dtype: dtype.value)
+        fields[f"{name}.dtype"] = random.choice([*types, types[0]])
+    computes = fields.get("src0.dtype", DType.FP32)
     fields |= {f"{name}.dtype": computes for name in spec.alike}
-    fields |= {name: immediate() for name in ("imm0", "imm1") if name in FIELDS[opcode]}
-    for name in operation_enums(opcode):
-        legal = [AluOp(code) for code in legal_operations(opcode, name)]
-        legal = [op for op in legal if computes in OPERATION_TYPES.get(op, WORDS)]
-        fields[name] = random.choice(sorted(legal, key=lambda op: op.value))
+    rng = np.random.default_rng(random.getrandbits(32))
+    for name, (_, shape) in FIELDS[opcode].items():
+        if name in ("op0", "op1"):
+            legal = sorted(legal_operations(opcode, name))
+            legal = [code for code in legal if computes in OPERATION_TYPES.get(AluOp(code), WORDS)]
+            fields[name] = random.choice(legal)
+        elif name == "rounding":
+            fields[name] = random.choice(list(Rounding))
+        elif name.startswith("imm"):
+            fields[name] = int(random_words(rng, (1,))[0])
+        elif name not in fields and name.partition(".")[0] not in ("opcode", "signal", "wait"):
+            fields[name] = random_number(shape)
     return encode(opcode, fields)
 
 
@@ -205,7 +214,7 @@ async def random_instructions(dut: Any, count: int, stall: float, idle: float) -
 
 @cocotb.test(timeout_time=20, timeout_unit="ms")
 async def without_stalls(dut: Any) -> None:
-    await random_instructions(dut, 200, 0.0, 0.0)
+    await random_instructions(dut, 300, 0.0, 0.0)
 
 
 @cocotb.test(timeout_time=20, timeout_unit="ms")
@@ -250,24 +259,34 @@ async def cycles(dut: Any) -> None:
     """The latencies the engine states, without stalls."""
     bench = Bench(dut, 0.0)
     await bench.reset()
-    compared = 0
-    for _ in range(100):
+    compared = set()
+    for _ in range(250):
         raw = random_instruction()
         word = int.from_bytes(raw, "little")
         counts = [word >> (128 + 16 * d) & 0xFFFF for d in range(4)]
         (took,) = await bench.run([raw])
+        opcode = Opcode(word & 0xFF)
         columns = math.prod(counts)
         took -= convert_cycles(raw)
-        if word & 0xFF == Opcode.REDUCE.value:
-            results = columns // counts[3]
-            assert took <= columns + FIXED_CYCLES + results * REDUCE_CYCLES
-        elif word & 0xFF == Opcode.MEMSET.value:
-            assert took <= columns + FIXED_CYCLES
+        fixed = fixed_cycles(opcode, CONFIG)
+        rows = columns // counts[3]
+        if opcode is Opcode.REDUCE:
+            assert took <= columns + FIXED_CYCLES + rows * REDUCE_CYCLES
+            continue
+        if division(raw):
+            assert took <= columns * (1 + division(raw)) + fixed
+            continue
+        if opcode is Opcode.SCAN:
+            columns = LANE_LATENCY * (rows - 1) + counts[3]
+        elif opcode is Opcode.TOP:
+            columns += 2 * decode(raw)[1]["kept"] * rows
+        elif opcode is Opcode.TRANSPOSE:
+            turned = decode(raw)[1]["lanes"]
+            columns = counts[3] + (rows - 1) * max(counts[3], turned) + turned + 1
+        if "src0" not in SPECS[opcode].operands:
+            assert took <= columns + fixed
         else:
-            took -= word & 0xFF == Opcode.SCALAR_TENSOR_TENSOR.value
-            assert took <= columns * (1 + division(raw)) + FIXED_CYCLES
-            if not division(raw):
-                assert took == columns + FIXED_CYCLES, f"{took} cycles for {columns} columns"
-                compared += 1
-    assert compared > 20
+            assert took == columns + fixed, f"{opcode.name}: {took} cycles for {columns} columns"
+            compared.add(opcode)
+    assert len(compared) == sum("src0" in SPECS[opcode].operands for opcode in OPCODES) - 1
     bench.compare()

@@ -19,7 +19,9 @@ from systolith_hdl.emit import side_by_side, to_verilog
 from systolith_hdl.scalar.lane import ScalarLane
 from systolith_hdl.tensor.array import ProcessingElement
 from systolith_hdl.toolchain import sources_hash
+from systolith_hdl.vector.front import FrontLane
 from systolith_hdl.vector.lane import VectorLane
+from systolith_hdl.vector.top import TopLane
 
 LANES = 4
 
@@ -28,10 +30,19 @@ COMPONENTS: dict[str, tuple[Callable[[], wiring.Component], tuple[str, ...]]] = 
     "vector_lane": (
         VectorLane,
         (
-            *("en", "op0", "op1", "dtype", "imm0", "load", "scalar", "divide", "start", "divides"),
-            *("second", "index", "clear"),
+            *("en", "op0", "op1", "dtype", "chain", "divide", "start", "divides", "second"),
+            *("index", "clear"),
         ),
     ),
+    "vector_front": (
+        FrontLane,
+        (
+            *("data", "condition", "holds", "otherwise", "index", "bounds", "start", "base"),
+            *("step", "increment", "threshold", "initial", "imm0", "predicated", "tensor"),
+            *("imm1", "load", "scalar"),
+        ),
+    ),
+    "vector_top": (TopLane, ("smallest", "used", "take", "index", "shift", "value")),
     "scalar_lane": (ScalarLane, ("en", "control", "dtype", "stochastic", "scale")),
     "psum_lane": (psum.Lane, ("integer", "accumulate")),
     "processing_element": (lambda: ProcessingElement(get_config("nano")), ()),

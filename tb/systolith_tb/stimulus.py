@@ -13,7 +13,6 @@ from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
     INSTRUCTION_BITS,
-    LOADS,
     SPECS,
     EngineKind,
     Opcode,
@@ -168,9 +167,15 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
         if fields["op1"] == operation.value and (not mutate or random.random() < 0.8):
             dtype = random.choice(sorted(legal, key=lambda t: t.value))
             fields |= {f"{name}.dtype": dtype for name in ("src0", *spec.alike)}
-    if opcode in LOADS:
-        fields |= {"counts.0": 1, "counts.1": 1, "counts.2": 1}
-        fields["counts.3"] = random.randint(1, config.lanes)
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, config)
+        fields[name] = random.randint(least, min(most, least + 4))
+    if spec.indexed:
+        columns = -(-fields["counts.0"] // config.lanes)
+        end = config.sbuf_depth - columns
+        fields["index.base"] = random.choice((0, random.randrange(end), end, end, end + 1))
+        if not mutate:
+            fields["index.base"] = min(end, fields["index.base"])
     if opcode is Opcode.MATMUL and fields["dst.dtype"] is DType.INT32:
         # As it must be; seldom not, which is an error.
         if not mutate or random.random() < 0.8:

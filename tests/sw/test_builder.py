@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: k.nc.vector.tensor_scalar(
             k.a.view(), k.b.view().astype(DType.INT32), AluOp.ADD, 0.5
         ),
-        "imm0 must be an integer, as src0 is INT32, not 0.5",
+        "imm0 must be an integer for words of INT32, not 0.5",
     ),
     "choice of another type": (
         lambda k: k.nc.vector.copy_predicated(
@@ -240,6 +240,52 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: k.nc.dma.load(k.a.view(), Kit().x),
         "belongs to another builder",
     ),
+    "float index": (
+        lambda k: k.nc.dma.gather(k.a.view((4, 2)), k.x, k.b.view(1)),
+        "vector of indices must be INT32, not FP32",
+    ),
+    "index layout": (
+        lambda k: k.nc.dma.gather(k.a.view((4, 2)), k.x, _ints(k.b.view((2,), (2,)))),
+        "columns of indices must follow each other",
+    ),
+    "few indices": (
+        lambda k: k.nc.dma.gather(k.a.view((9, 2)), k.x, _ints(k.b.view(2))),
+        "9 indices are wanted, there are 2 columns of 4",
+    ),
+    "lanes of indices": (
+        lambda k: k.nc.dma.gather(k.a.view((4, 2)), k.x, _ints(k.b.view(1, lanes=3))),
+        "4 indices are wanted, there are 1 columns of 3",
+    ),
+    "gathered shape": (
+        lambda k: k.nc.dma.gather(k.a.view(8), k.x, _ints(k.b.view(1))),
+        r"must have the shape \(indices, columns\)",
+    ),
+    "gathered over indices": (
+        lambda k: k.nc.dma.gather(k.a.view((4, 2)), k.x, _ints(k.a.view(1, offset=7))),
+        "rows are written over the indices",
+    ),
+    "added over indices": (
+        lambda k: k.nc.dma.scatter(
+            k.a.view((4, 2)), k.x, _ints(k.a.view(1, offset=7)), accumulate=True
+        ),
+        "rows are written over the indices",
+    ),
+    "gathered past": (
+        lambda k: k.nc.dma.gather(k.a.view((2, 9)), k.x, _ints(k.b.view(1))),
+        "reaches bytes 0 to 527 of the 512",
+    ),
+    "table past": (
+        lambda k: k.nc.dma.scatter(k.a.view((4, 8)), k.x, _ints(k.b.view(1)), rows=5),
+        "reaches bytes 0 to 639 of the 512",
+    ),
+    "no rows": (
+        lambda k: k.nc.dma.scatter(k.a.view((4, 8)), k.x, _ints(k.b.view(1)), rows=0),
+        "rows = 0 is not 1 to",
+    ),
+    "scattered constant": (
+        lambda k: k.nc.dma.scatter(k.a.view((1, 1)), k.c, _ints(k.b.view(1))),
+        "cannot be stored to",
+    ),
     # tensors
     "same name": (lambda k: k.nc.dram.tensor("x", (1,), DType.FP32), "a tensor 'x' already"),
     "kind": (lambda k: k.nc.dram.tensor("y", (1,), DType.FP32, kind="inout"), "kind must be one"),
@@ -256,6 +302,10 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     "empty tensor": (lambda k: k.nc.dram.tensor("y", (3, 0), DType.FP32), "at least 1"),
     "finished": (lambda k: (k.nc.finish(), k.nc.sbuf.tile(1)), "'kit' is finished"),
 }
+
+
+def _ints(view: View) -> View:
+    return view.astype(DType.INT32)
 
 
 def _mm(k: Kit, dst: View, moving: View) -> None:
@@ -510,6 +560,33 @@ def test_dma_queues() -> None:
     kit.nc.dma.load(kit.b.view(), kit.x, queue=1)
     program = kit.nc.finish()
     assert [program.count(f"dma{q}") - 1 for q in range(2)] == [1, 2]
+
+
+def test_gather_and_scatter_fields() -> None:
+    kit = Kit()
+    index = _ints(kit.b.view(2))
+    kit.nc.dma.gather(kit.a.view((5, 2)), kit.x, index)
+    kit.nc.dma.scatter(
+        kit.a.view((3, 2), (8, 2), lanes=2), kit.x, index, 8, 2, 256, 32, 16, queue=0
+    )
+    program = kit.nc.finish()
+    found = [decode(raw) for _, _, raw in program.instructions()]
+    ((_, gather),) = [one for one in found if one[0] is Opcode.GATHER]
+    ((_, scatter),) = [one for one in found if one[0] is Opcode.SCATTER]
+    x = program.tensor("x").address
+    wanted = {
+        "counts.0": 5, "counts.1": 1, "counts.2": 1, "counts.3": 2, "lanes": 4,
+        "local.base": kit.a.base, "local.strides.0": 2, "local.strides.3": 1,
+        "dram_base": x, "row_stride": 128, "rows": 4, "column_stride": 16, "lane_stride": 4,
+        "index.base": kit.b.base,
+    }  # fmt: skip
+    assert {name: gather[name] for name in wanted} == wanted
+    wanted = {
+        "counts.0": 3, "counts.3": 2, "lanes": 2, "local.strides.0": 8, "local.strides.3": 2,
+        "dram_base": x + 8, "row_stride": 256, "rows": 2, "column_stride": 32, "lane_stride": 16,
+    }  # fmt: skip
+    assert {name: scatter[name] for name in wanted} == wanted
+    assert program.written_tensors() == {"x"}
 
 
 def test_views() -> None:

@@ -5,15 +5,19 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from systolith.golden.checker import Fault, check
+from systolith.golden.checker import Fault, check, operand_counts
 from systolith_hdl.config import PRESETS
 from systolith_hdl.formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, WORDS, DType
 from systolith_hdl.isa import (
+    COMPARISONS,
     DIVISIONS,
     FIELDS,
     LOADS,
+    MAX_KEPT,
     OPERATION_TYPES,
     PAIRS,
+    SCAN_OPERATIONS,
+    SCAN_ROWS,
     SPECS,
     USED_BITS,
     AluOp,
@@ -42,9 +46,12 @@ def legal_fields(opcode: Opcode) -> dict[str, int]:
             fields[f"{name}.space"] = min(s.value for s in spaces)
             fields[f"{name}.dtype"] = min(t.value for t in types)
             fields[f"{name}.base"] = 8
-    for name in ("lanes", "columns"):
+    for name in ("lanes", "columns", "count"):
         if name in FIELDS[opcode]:
             fields[name] = 4
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, NANO)
+        fields[name] = min(max(fields.get(name, 0), least), most)
     for name in ("op0", "op1"):
         if name in spec.header:
             fields[name] = min(legal_operations(opcode, name))
@@ -101,6 +108,7 @@ def test_every_reserved_bit(opcode: Opcode) -> None:
 
 def test_causes() -> None:
     c, op = cause, Opcode
+    assert c(op.LOOP, count=0) is FaultCause.BAD_COUNT
     assert c(op.TENSOR_TENSOR, op0=len(AluOp)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.TENSOR_TENSOR, op1=63) is FaultCause.ILLEGAL_OPERATION
     assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION
@@ -153,6 +161,16 @@ def test_causes() -> None:
             legal = dtype in OPERATION_TYPES.get(division, WORDS)
             found = c(op.TENSOR_SCALAR, op1=division.value, src0__dtype=dtype.value)
             assert found is (None if legal else FaultCause.BAD_TYPE)
+    for opcode in (op.AFFINE_SELECT, op.SELECT):
+        for operation in AluOp:
+            legal = None if operation in COMPARISONS else FaultCause.ILLEGAL_OPERATION
+            assert c(opcode, op0=operation.value) is legal
+    for dtype in DType:
+        legal = None if dtype in (DType.FP32, DType.INT32) else FaultCause.BAD_TYPE
+        assert c(op.IOTA, dst__dtype=dtype.value) is legal
+        assert c(op.RANDOM, dst__dtype=dtype.value) is legal
+        legal = None if dtype is DType.INT32 else FaultCause.BAD_TYPE
+        assert c(op.RANGE_SELECT, src1__dtype=dtype.value) is legal
     assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT8.value) is None
     assert c(op.LOAD_STATIONARY, src0__dtype=DType.INT32.value) is FaultCause.BAD_TYPE
     # Sums are FP32, those of INT8 may be INT32.
@@ -180,6 +198,39 @@ def test_causes() -> None:
     assert c(op.LOAD_STATIONARY_PAIR, counts__0=2, counts__3=1) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__3=5) is FaultCause.BAD_COUNT
     assert c(op.LOAD_STATIONARY, counts__2=2, counts__3=1) is FaultCause.BAD_COUNT
+    for opcode in (op.GATHER, op.SCATTER):
+        assert c(opcode, counts__0=9) is None
+        assert c(opcode, counts__0=0) is FaultCause.BAD_COUNT
+        assert c(opcode, counts__1=2) is FaultCause.BAD_COUNT
+        assert c(opcode, counts__2=2) is FaultCause.BAD_COUNT
+        assert c(opcode, dram_dtype=9) is FaultCause.BAD_TYPE
+        assert c(opcode, local__space=1) is FaultCause.BAD_SPACE
+    for rows in range(1, 10):
+        legal = None if rows <= SCAN_ROWS else FaultCause.BAD_COUNT
+        assert c(op.SCAN, counts__3=rows) is legal
+    for columns in range(1, 10):
+        legal = None if columns <= NANO.lanes else FaultCause.BAD_COUNT
+        assert c(op.TRANSPOSE, counts__3=columns) is legal
+        assert c(op.SHUFFLE, lane=columns - 1) is legal
+        if columns <= 8:
+            assert c(op.SHUFFLE, select__1=columns - 1) is legal
+            assert c(op.SHUFFLE, select__7=columns - 1) is legal
+    for kept in range(16):
+        legal = None if 1 <= kept <= MAX_KEPT else FaultCause.BAD_COUNT
+        assert c(op.TOP, kept=kept, counts__3=40) is legal
+        if 1 < kept <= MAX_KEPT:
+            assert c(op.TOP, kept=kept, counts__3=kept) is None
+            assert c(op.TOP, kept=kept, counts__3=kept - 1) is FaultCause.BAD_COUNT
+    for operation in AluOp:
+        legal = None if operation in SCAN_OPERATIONS else FaultCause.ILLEGAL_OPERATION
+        assert c(op.SCAN, op0=operation.value) is legal
+        assert c(op.SCAN, op1=operation.value) is legal
+        found = c(op.TOP, op0=operation.value)
+        legal = operation in (AluOp.MAX, AluOp.MIN)
+        assert found is (None if legal else FaultCause.ILLEGAL_OPERATION)
+    for dtype in DType:
+        found = c(op.TOP, dst__dtype=dtype.value)
+        assert found is (None if dtype is DType.FP32 else FaultCause.BAD_TYPE)
     assert c(op.NOP, wait__0__mode=1, wait__0__sem=32) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, wait__2__mode=2, wait__2__sem=63) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, signal__amount=1, signal__sem=32) is FaultCause.BAD_SEMAPHORE
@@ -187,6 +238,24 @@ def test_causes() -> None:
     # Slots that do nothing are not looked at.
     assert c(op.NOP, wait__0__sem=63, wait__0__value=7) is None
     assert c(op.NOP, signal__sem=63, signal__chip=5) is None
+
+
+def test_what_operands_walk() -> None:
+    """Dimensions without a stride are not walked, and some innermost counts are their own."""
+    counts = {f"counts.{d}": n for d, n in enumerate((2, 3, 4, 5))}
+
+    def walked(opcode: Opcode, operand: str) -> list[int]:
+        return operand_counts(opcode, operand, counts)
+
+    assert walked(Opcode.TENSOR_SCALAR, "dst") == [2, 3, 4, 5]
+    assert walked(Opcode.REDUCE, "src0") == [2, 3, 4, 5]
+    assert walked(Opcode.REDUCE, "dst") == [2, 3, 4, 1]
+    assert walked(Opcode.RANGE_SELECT, "src0") == [2, 3, 4, 5]
+    assert walked(Opcode.RANGE_SELECT, "src1") == [1, 1, 1, 2]
+    counts |= {"kept": 3, "lanes": 7}
+    assert walked(Opcode.TRANSPOSE, "src0") == [2, 3, 4, 5]
+    assert walked(Opcode.TRANSPOSE, "dst") == [2, 3, 4, 7]
+    assert walked(Opcode.TOP, "dst") == [2, 3, 4, 6]
 
 
 def test_order_of_causes() -> None:
@@ -240,6 +309,17 @@ def test_bounds_address_and_operand_order() -> None:
     assert address() == -100
 
 
+def test_bounds_of_indices() -> None:
+    fields = legal_fields(Opcode.GATHER) | {"counts.0": 8, "index.base": 2046}
+    assert check(encode(Opcode.GATHER, fields), EngineKind.DMA, NANO) is None
+    fields["counts.0"] = 9
+    fault = check(encode(Opcode.GATHER, fields), EngineKind.DMA, NANO)
+    assert fault == Fault(FaultCause.OUT_OF_BOUNDS, 2048)
+    fields["local.base"] = 3000  # comes before them
+    fault = check(encode(Opcode.GATHER, fields), EngineKind.DMA, NANO)
+    assert fault == Fault(FaultCause.OUT_OF_BOUNDS, 3000)
+
+
 @settings(max_examples=200)
 @given(
     opcode=st.sampled_from([op for op in Opcode if SPECS[op].operands]),
@@ -251,24 +331,32 @@ def test_bounds_against_a_walk(
 ) -> None:
     if opcode in LOADS:
         counts = (1, 1, 1, counts[3])
+    if SPECS[opcode].indexed:
+        counts = (counts[0] ** 2, 1, 1, counts[3])
     fields = legal_fields(opcode) | {f"counts.{i}": n for i, n in enumerate(counts)}
     strides = st.integers(-40, 40)
     outside = False
     for name in SPECS[opcode].operands:
-        used = sum(f"{name}.strides.{i}" in FIELDS[opcode] for i in range(4))
+        walked = operand_counts(opcode, name, fields)
         space = fields[f"{name}.space"]
         depth = NANO.psum_depth if space else NANO.sbuf_depth
         fields[f"{name}.base"] = data.draw(
             st.one_of(st.integers(0, 60), st.integers(depth - 60, depth + 10))
         )
-        for i in range(used):
-            fields[f"{name}.strides.{i}"] = data.draw(strides)
+        for i in range(4):
+            if f"{name}.strides.{i}" in FIELDS[opcode]:
+                fields[f"{name}.strides.{i}"] = data.draw(strides)
         walk = {
             fields[f"{name}.base"]
-            + sum(i * fields[f"{name}.strides.{d}"] for d, i in enumerate(index))
-            for index in itertools.product(*(range(n) for n in counts[:used]))
+            + sum(i * fields.get(f"{name}.strides.{d}", 0) for d, i in enumerate(index))
+            for index in itertools.product(*(range(n) for n in walked))
         }
         outside |= min(walk) < 0 or max(walk) >= depth
+    if SPECS[opcode].indexed:
+        # Of N indices in a column.
+        fields["index.base"] = data.draw(st.integers(NANO.sbuf_depth - 4, NANO.sbuf_depth + 1))
+        columns = {row // NANO.lanes for row in range(counts[0])}
+        outside |= fields["index.base"] + max(columns) >= NANO.sbuf_depth
     fault = check(encode(opcode, fields), kind_of(opcode), NANO)
     assert (fault is not None) == outside
     assert fault is None or fault.cause is FaultCause.OUT_OF_BOUNDS

@@ -134,6 +134,39 @@ def test_races_in_dram_are_found_byte_by_byte() -> None:
         execute(program(0))
 
 
+@pytest.mark.parametrize("scatter", [False, True])
+def test_races_of_indices_are_found_by_their_values(scatter: bool) -> None:
+    """A gather or scatter touches the rows that its indices name, and reads the indices."""
+
+    def program(queue: int, *, broken: bool) -> Program:
+        nc = KernelBuilder("nano")
+        numbers = nc.dram.tensor("numbers", (3,), np.int32)
+        table = nc.dram.tensor("table", (8, 4), DType.FP32)
+        rows, row = nc.sbuf.tile(3).view((3, 1)), nc.sbuf.tile(1).view(1)
+        index = nc.sbuf.tile(1).view(lanes=3).astype(DType.INT32)
+        nc.vector.memset(row, 1.0)
+        nc.vector.memset(rows, 2.0)
+        nc.dma.store(row, table, 5 * 4 * FP32, lane_stride=FP32, queue=0)
+        nc.dma.load(index, numbers, 0, lane_stride=FP32, queue=queue)
+        (nc.dma.scatter if scatter else nc.dma.gather)(rows, table, index, queue=1)
+        made = nc.finish()
+        at = made.count("dma1") - 2
+        opcode, fields = decode(made.instruction("dma1", at))
+        assert opcode is (Opcode.SCATTER if scatter else Opcode.GATHER)
+        first_queue = 4  # its semaphore
+        (slot,) = (i for i in range(3) if fields[f"wait.{i}.sem"] == first_queue)
+        return without_wait(made, "dma1", at, slot) if broken else made
+
+    here, elsewhere = (np.array(rows, np.int32) for rows in ([1, 5, 5], [1, 7, 6]))
+    table = np.zeros((8, 4), np.float32)
+    execute(program(1, broken=False), numbers=here, table=table)
+    execute(program(1, broken=True), numbers=elsewhere, table=table)
+    with pytest.raises(RaceError, match="byte 80 of tensor 'table'"):
+        execute(program(1, broken=True), numbers=here, table=table)
+    with pytest.raises(RaceError, match=r"word \d of partition 0 of SBUF"):
+        execute(program(0, broken=True), numbers=elsewhere, table=table)
+
+
 def test_a_semaphore_of_two_streams_orders_only_what_it_must() -> None:
     """A wait for one of two signals orders neither signaller, a wait for both orders both."""
 

@@ -27,12 +27,14 @@ from systolith.kernel import (
 from systolith.program import Program
 from systolith_hdl.config import PRESETS, CoreConfig
 from systolith_hdl.formats import FLOATS, FORMATS, FP8_TYPES, INTEGERS
-from systolith_hdl.isa import LOADS, SPECS, Opcode, WaitMode, decode
+from systolith_hdl.isa import DRAM_READERS, LOADS, SPECS, Opcode, WaitMode, decode
 from systolith_tb.configs import NANO_FP8
 
 NANO = PRESETS["nano"]
 FOUR_QUEUES = dataclasses.replace(NANO, name="four", dma_queues=4)
 STREAM_BASE = 1 << 14
+#: of rows of the tensors; what loads bring into the first words of SBUF is there before, too
+INDICES = np.array([2, 0, 3, 2, 1, 1, 0, 3], np.int32)
 
 
 def random_program(rng: random.Random, calls: int, config: CoreConfig = NANO) -> Program:
@@ -40,6 +42,8 @@ def random_program(rng: random.Random, calls: int, config: CoreConfig = NANO) ->
     nc = KernelBuilder(config, name="random")
     tensors = [nc.dram.tensor(f"t{i}", (4, 16), rng.choice((*FLOATS, *INTEGERS)))
                for i in range(3)]  # fmt: skip
+    numbers = nc.dram.tensor("indices", kind="constant", data=INDICES)
+    index = nc.sbuf.tile(2).view().astype(DType.INT32)
     sbuf = [nc.sbuf.tile(12) for _ in range(4)]
     psum = [nc.psum.tile(12) for _ in range(2)]
 
@@ -62,12 +66,32 @@ def random_program(rng: random.Random, calls: int, config: CoreConfig = NANO) ->
             [item if dense else 4 * item],
             16 * item if dense else item,
             queue=rng.choice((None, *range(config.dma_queues))),
+            accumulate=rng.random() < 0.3,
+        )
+
+    def by_index(method: object, dram: DramTensor) -> None:
+        if rng.random() < 0.3:
+            nc.dma.load(index, numbers, 0, [4 * 4], 4, queue=rng.choice((None, 0)))
+            return
+        rows, columns = rng.choice(((1, 4), (3, 2), (5, 1), (6, 1)))
+        method(  # type: ignore[operator]
+            view(sbuf, (rows, columns)),
+            dram,
+            index,
+            4 * dram.itemsize * rng.randint(0, 4 - columns),
+            rng.choice((None, 4)),
+            queue=rng.choice((None, *range(config.dma_queues))),
+            accumulate=rng.random() < 0.3,
         )
 
     def call() -> None:
         shape = rng.choice(((4,), (2, 3), (8,), (2, 1, 2)))
         either = rng.choice((sbuf, psum))
-        match rng.randrange(10):
+        match rng.randrange(12):
+            case 10:
+                by_index(nc.dma.gather, rng.choice(tensors))
+            case 11:
+                by_index(nc.dma.scatter, rng.choice(tensors))
             case 0 | 1:
                 transfer(nc.dma.load, rng.choice(tensors))
             case 2:
@@ -149,19 +173,26 @@ def decoded(program: Program) -> list[Instruction]:
                 operand_counts(opcode, name, fields),
                 operand_strides(name, fields),
             )
-            writing = name == "dst" or opcode is Opcode.DMA_LOAD
+            adds = "dram_base" in fields and fields["accumulate"]
+            writing = name == "dst" or opcode in DRAM_READERS or adds
             (writes if writing else reads).update((space, word) for word in words)
         if fields.get("columns") and fields["accumulate"]:
             reads |= writes
         if "dram_base" in fields:
             size = FORMATS[DType(fields["dram_dtype"])].bytes
-            starts = walk(
-                fields["dram_base"],
-                [fields["lanes"], *(fields[f"counts.{i}"] for i in range(4))],
-                [fields["lane_stride"], *(fields[f"dram_strides.{i}"] for i in range(4))],
-            )
+            bases = {fields["dram_base"]}
+            if "rows" in fields:
+                picked = INDICES[: fields["counts.0"]].tolist()
+                reads |= {("sbuf", i // 4 + fields["index.base"]) for i in range(len(picked))}
+                bases = {fields["dram_base"] + i * fields["row_stride"] for i in picked}
+                counts = [fields["lanes"], fields["counts.3"]]
+                strides = [fields["lane_stride"], fields["column_stride"]]
+            else:
+                counts = [fields["lanes"], *(fields[f"counts.{i}"] for i in range(4))]
+                strides = [fields["lane_stride"], *(fields[f"dram_strides.{i}"] for i in range(4))]
+            starts = {start for base in bases for start in walk(base, counts, strides)}
             touched = {("dram", start + i) for start in starts for i in range(size)}
-            (reads if opcode is Opcode.DMA_LOAD else writes).update(touched)
+            (reads if opcode in DRAM_READERS else writes).update(touched)
         stream = "loads" if opcode in LOADS else engine
         label = program.debug_info(engine, index).label
         assert label is not None
@@ -240,6 +271,10 @@ def memories(seed: int, program: Program, scheduler: random.Random | None) -> Co
     core = Core(program.config, dram, scheduler=scheduler)
     for memory in (core.sbuf, core.psum):
         memory[:] = generator.standard_normal(memory.shape).astype(np.float32).view(np.uint32)
+    core.sbuf[:, :2] = INDICES.reshape(2, 4).T
+    for name, raw in program.constants.items():
+        at = program.tensor(name).address
+        core.dram[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
     return core
 
 

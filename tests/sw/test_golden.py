@@ -12,19 +12,22 @@ from systolith.errors import BackendError
 from systolith.golden import Core, GoldenDevice, arithmetic
 from systolith.golden.activation import evaluate
 from systolith.golden.checker import check
-from systolith_hdl.formats import FORMATS, INTEGERS, DType
+from systolith.golden.dither import random_words
+from systolith_hdl.arith.dither import RANDOM_STREAM
+from systolith_hdl.formats import CANONICAL_NAN, FORMATS, INTEGERS, DType
 from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
-    LOADS,
     REDUCE_ACCUMULATORS,
     REDUCTIONS,
     SPECS,
+    AffineBody,
     AluOp,
     EngineKind,
     FaultCause,
     Function,
     Opcode,
+    RandomBody,
     Space,
     decode,
     encode,
@@ -38,6 +41,9 @@ NANO = NANO_FP8
 DRAM_BYTES = 4096
 #: where random operands lie: small, so that elements meet
 WINDOW = 48
+#: from this word on SBUF holds indices of a table of that many rows
+INDICES = 1024
+ROWS = 20
 
 
 def engine_of(opcode: Opcode) -> str:
@@ -50,9 +56,10 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
     spec = SPECS[opcode]
     while True:
         counts = [rng.choice((1, 1, 2, 3, 5)) for _ in range(4)]
-        if opcode in LOADS:
-            counts = [1, 1, 1, rng.randint(1, 4)]
         fields = {f"counts.{i}": n for i, n in enumerate(counts)}
+        for name, limit in spec.limits.items():
+            least, most = limit(fields.__getitem__, NANO)
+            fields[name] = rng.randint(least, min(most, least + 3))
         for name in ("lanes", "columns", "accumulate", "op0", "op1"):
             if name not in FIELDS[opcode]:
                 continue
@@ -66,16 +73,35 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
             if name in spec.alike:
                 fields[f"{name}.dtype"] = fields["src0.dtype"]
             fields[f"{name}.base"] = rng.randrange(WINDOW)
-            for i in range(3 if opcode is Opcode.REDUCE and name == "dst" else 4):
-                if f"{name}.strides.{i}" not in FIELDS[opcode]:
-                    continue
-                fields[f"{name}.strides.{i}"] = rng.choice((0, 1, 1, 2, 5, -1, -3))
+            for i in range(4):
+                if f"{name}.strides.{i}" in FIELDS[opcode]:
+                    fields[f"{name}.strides.{i}"] = rng.choice((0, 1, 1, 2, 5, -1, -3))
         if spec.kind is EngineKind.DMA:
             fields["dram_base"] = rng.randrange(DRAM_BYTES // 2)
             fields["dram_dtype"] = rng.choice(sorted(t.value for t in DMA_TYPES))
             fields["lane_stride"] = rng.choice((0, 2, 4, 64, -64, rng.randint(-50, 50)))
             for i in range(4):
                 fields[f"dram_strides.{i}"] = rng.choice((0, 2, 4, 16, 20, rng.randint(-50, 50)))
+        if spec.indexed:
+            fields |= {"counts.0": rng.randint(1, 12), "counts.1": 1, "counts.2": 1}
+            fields["row_stride"] = fields["dram_strides.0"]
+            fields["column_stride"] = fields["dram_strides.3"]
+            fields["rows"] = rng.choice((ROWS, ROWS, ROWS - 1))
+            fields["index.base"] = rng.randrange(INDICES, INDICES + 6)
+            fields = {k: v for k, v in fields.items() if k in FIELDS[opcode]}
+        if spec.body is AffineBody:
+            fields["base"] = rng.choice((0, rng.randint(-9, 9), rng.randint(-(1 << 31), 1 << 30)))
+            fields["fill"] = rng.getrandbits(16)
+            for name in ("lane_step", *(f"steps.{d}" for d in range(4))):
+                fields[name] = rng.choice((0, 1, -1, rng.randint(-(1 << 15), (1 << 15) - 1)))
+        if opcode is Opcode.IOTA:
+            del fields["fill"]
+        if opcode is Opcode.SHUFFLE:
+            fields["spread"] = rng.randint(0, 1)
+        if spec.body is RandomBody:
+            fields["key"] = rng.getrandbits(32)
+        if opcode is Opcode.DROPOUT:
+            fields["threshold"] = rng.choice((0, 1 << 31, (1 << 32) - 1, rng.getrandbits(32)))
         fields["imm0"] = rng.choice((0, 0x3F800000, rng.getrandbits(32)))
         fields["imm1"] = rng.choice((0, 0xBF800000, rng.getrandbits(32)))
         for name in ("imm0", "imm1"):
@@ -93,8 +119,13 @@ def random_core(rng: random.Random) -> Core:
         ordinary = generator.standard_normal(memory.shape).astype(np.float32).view(np.uint32)
         wild = generator.integers(0, 2**32, memory.shape, dtype=np.uint32)
         memory[:] = np.where(generator.random(memory.shape) < 0.8, ordinary, wild)
+    core.sbuf[:, INDICES:] = generator.integers(0, ROWS, core.sbuf[:, INDICES:].shape)
     words, pairs = core.stationary.words, generator.random(NANO.lanes) < 0.5
+    core.seed = rng.getrandbits(32)
     core.stationary.pairs[:] = pairs
+    for memory in (core.sbuf, core.psum):  # bounds of a range, for one
+        small = generator.integers(-2, 7, memory.shape).astype(np.int32).view(np.uint32)
+        memory[:] = np.where(generator.random(memory.shape) < 0.1, small, memory)
     words[0] = arithmetic.round_to(words[0], DType.BF16)
     words[:, :, pairs] = arithmetic.round_to(words[:, :, pairs], DType.FP8_E5M2)
     core.weights.assign(core.stationary)
@@ -118,6 +149,38 @@ def integer(value: np.float32) -> int:
     return max(-(1 << 31), min((1 << 31) - 1, int(value)))
 
 
+def affine(f: dict[str, int], lane: int, index: tuple[int, ...]) -> int:
+    """The affine number of an element, signed."""
+    number = (
+        f["base"] + lane * f["lane_step"] + sum(i * f[f"steps.{d}"] for d, i in enumerate(index))
+    )
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def compares(operation: int, number: float) -> bool:
+    """Whether a number compares with zero."""
+    match AluOp(operation):
+        case AluOp.EQ:
+            return number == 0
+        case AluOp.NE:
+            return number != 0
+        case AluOp.LT:
+            return number < 0
+        case AluOp.LE:
+            return number <= 0
+        case AluOp.GT:
+            return number > 0
+    return number >= 0
+
+
+def rank(word: np.uint32, sign: int) -> float:
+    """Place of a word among others: by its bits below the sign, NaN before all."""
+    magnitude = int(word) & 0x7FFFFFFF
+    if magnitude > 0x7F800000:
+        return np.inf
+    return sign * (-1 - magnitude if int(word) >> 31 else magnitude)
+
+
 def one(value: object) -> np.ndarray:
     return np.array([value], np.uint32)
 
@@ -129,6 +192,31 @@ class Naive:
         self.sbuf, self.psum = core.sbuf.copy(), core.psum.copy()
         self.stationary, self.dram = core.stationary.words.copy(), core.dram.copy()
         self.pairs = core.stationary.pairs.copy()
+        self.seed = core.seed
+
+    def index(self, f: dict[str, int], row: int) -> int:
+        """The index of a row of a GATHER or SCATTER."""
+        return int(self.sbuf[row % NANO.lanes, f["index.base"] + row // NANO.lanes])
+
+    def element(self, f: dict[str, int], index: tuple[int, ...], lane: int) -> int:
+        """DRAM byte address of an element."""
+        if "rows" in f:
+            address = self.index(f, index[0]) * f["row_stride"] + index[3] * f["column_stride"]
+        else:
+            address = sum(i * f[f"dram_strides.{d}"] for d, i in enumerate(index))
+        address = (f["dram_base"] + address + lane * f["lane_stride"]) % (1 << 48)
+        return address & ~(FORMATS[DType(f["dram_dtype"])].bytes > 1)
+
+    def first_bad_row(self, f: dict[str, int]) -> int | None:
+        """The first row, of one i0, that does not exist."""
+        end = DRAM_BYTES - FORMATS[DType(f["dram_dtype"])].bytes
+        for row in range(f["counts.0"]):
+            if "rows" in f and self.index(f, row) >= f["rows"]:
+                return row
+            for inner in itertools.product(*(range(f[f"counts.{d}"]) for d in (1, 2, 3))):
+                if any(self.element(f, (row, *inner), lane) > end for lane in range(f["lanes"])):
+                    return row
+        return None
 
     def execute(self, raw: bytes) -> None:
         opcode, f = decode(raw)
@@ -220,6 +308,85 @@ class Naive:
                     sign = 0 if computes is DType.FP32 else 1 << 31
                     if word("src0", lane, index)[0] & (0x7FFFFFFF | sign):
                         writes.append((lane, index, word("src1", lane, index)))
+            case Opcode.IOTA:
+                for lane, index in steps:
+                    number = affine(f, lane, index)
+                    if f["dst.dtype"] == DType.FP32.value:
+                        writes.append((lane, index, one(np.float32(number).view(np.uint32))))
+                    else:
+                        writes.append((lane, index, one(number % (1 << 32))))
+                f["dst.dtype"] = DType.FP32.value  # whatever it is, nothing is rounded any more
+            case Opcode.AFFINE_SELECT:
+                for lane, index in steps:
+                    found = word("src0", lane, index)
+                    if not compares(f["op0"], affine(f, lane, index)):
+                        found = one(f["fill"] << 16)
+                    writes.append((lane, index, found))
+            case Opcode.SELECT:
+                for lane, index in steps:
+                    condition = float(word("src0", lane, index).view(np.float32)[0])
+                    chosen = compares(f["op0"], condition)
+                    writes.append(
+                        (lane, index, word("src1", lane, index) if chosen else one(f["imm0"]))
+                    )
+            case Opcode.RANGE_SELECT:
+                for lane, index in steps:
+                    low, high = (
+                        int(word("src1", lane, (0, 0, 0, i)).view(np.int32)[0]) for i in (0, 1)
+                    )
+                    inside = low <= index[3] < high
+                    writes.append(
+                        (lane, index, word("src0", lane, index) if inside else one(f["imm0"]))
+                    )
+            case Opcode.SCAN:
+                last: dict[tuple[int, ...], np.ndarray] = {}
+                for lane, index in steps:
+                    row = (lane, *index[:2], index[3])
+                    if index[2] == 0:
+                        first = word("src1", lane, index) if f["accumulate"] else one(f["imm0"])
+                        last[row] = first
+                    b = one(f["imm0"]) if f["accumulate"] else word("src1", lane, index)
+                    a = alu(f["op0"], word("src0", lane, index), last[row])
+                    last[row] = alu(f["op1"], a, b)
+                    writes.append((lane, index, last[row]))
+            case Opcode.TOP:
+                sign = -1 if f["op0"] == AluOp.MIN.value else 1
+                for outer in itertools.product(*(range(n) for n in counts[:3])):
+                    for lane in range(lanes):
+                        row = [word("src0", lane, (*outer, i))[0] for i in range(counts[3])]
+                        ranked = sorted(
+                            range(counts[3]), key=lambda i: (rank(row[i], sign), -i), reverse=True
+                        )
+                        for place, i in enumerate(reversed(ranked[: f["kept"]])):
+                            value = row[i] if rank(row[i], sign) < np.inf else CANONICAL_NAN
+                            writes.append((lane, (*outer, 2 * place), one(i)))
+                            writes.append((lane, (*outer, 2 * place + 1), one(value)))
+            case Opcode.TRANSPOSE:
+                for lane, index in steps:
+                    turned = (*index[:3], lane)
+                    writes.append((index[3], turned, word("src0", lane, index)))
+                writes.sort(key=lambda write: write[1])  # in the order of dst's columns
+            case Opcode.SHUFFLE:
+                for lane, index in steps:
+                    source = f["lane"] if f["spread"] else f[f"select.{lane}"]
+                    writes.append((lane, index, word("src0", source, index)))
+            case Opcode.RANDOM | Opcode.DROPOUT:
+                words = random_words(
+                    self.seed, f["key"], RANDOM_STREAM, elements=len(indices), lanes=NANO.lanes
+                )
+                for lane, index in steps:
+                    drawn = int(words[lane, indices.index(index)])
+                    if opcode is Opcode.DROPOUT:
+                        kept = drawn >= f["threshold"]
+                        value = word("src0", lane, index) if kept else one(0)
+                        value = arithmetic.mul(value, one(f["imm0"]))
+                    elif f["dst.dtype"] == DType.FP32.value:
+                        value = one(np.float32((drawn >> 9) / 2**23).view(np.uint32))
+                    else:
+                        value = one(drawn)
+                    writes.append((lane, index, value))
+                if opcode is Opcode.RANDOM:
+                    f["dst.dtype"] = DType.FP32.value
             case Opcode.ACTIVATE | Opcode.ACTIVATE_TENSOR_BIAS:
                 for lane, index in steps:
                     y = arithmetic.mul(word("src0", lane, index), one(f["imm0"]))
@@ -227,18 +394,33 @@ class Naive:
                     bias = word("src1", lane, index) if tensor else one(f["imm1"])
                     y = arithmetic.add(y, bias)
                     writes.append((lane, index, evaluate(Function(f["op0"]), y)))
-            case Opcode.DMA_LOAD | Opcode.DMA_STORE:
+            case Opcode.DMA_LOAD | Opcode.DMA_STORE | Opcode.GATHER | Opcode.SCATTER:
                 dtype = DType(f["dram_dtype"])
                 size = FORMATS[dtype].bytes
-                for lane, index in [(lane, index) for index in indices for lane in range(lanes)]:
-                    address = f["dram_base"] + lane * f["lane_stride"]
-                    address += sum(i * f[f"dram_strides.{d}"] for d, i in enumerate(index))
-                    address &= ~(size > 1)
+                load = opcode in (Opcode.DMA_LOAD, Opcode.GATHER)
+                steps = [(lane, index) for index in indices for lane in range(lanes)]
+                work = [(load, lane, index) for lane, index in steps]
+                if f["accumulate"] and not load:
+                    # A row after the other is added to SBUF and stored.
+                    work = [
+                        (loads, lane, index)
+                        for row in range(counts[0])
+                        for loads in (True, False)
+                        for lane, index in steps
+                        if index[0] == row
+                    ]
+                for loads, lane, index in work:
+                    address = self.element(f, index, lane)
                     element = slice(address, address + size)
                     target = self.sbuf[lane : lane + 1, at("local", index)]
-                    if opcode is Opcode.DMA_LOAD:
+                    if loads:
                         bits = np.frombuffer(self.dram[element].tobytes(), f"<u{size}")
-                        target[0] = arithmetic.unpack(bits, dtype)[0]
+                        word = arithmetic.unpack(bits, dtype)
+                        if f["accumulate"] and dtype in INTEGERS:
+                            word = one((int(word[0]) + int(target[0])) % (1 << 32))
+                        elif f["accumulate"]:
+                            word = arithmetic.add(target.copy(), word)
+                        target[0] = word[0]
                     else:
                         raw_bytes = arithmetic.pack(target, dtype).tobytes()
                         self.dram[element] = np.frombuffer(raw_bytes, np.uint8)
@@ -257,9 +439,18 @@ def test_instruction(opcode: Opcode, seed: int) -> None:
     core = random_core(rng)
     raw = random_instruction(rng, opcode)
     naive = Naive(core)
-    dram = decode(raw)[1].get("dram_base")
-    if core.execute(raw, engine_of(opcode)) is not None:
-        assert dram is not None  # only the bus can still refuse
+    fault = core.execute(raw, engine_of(opcode))
+    if fault is not None:
+        fields = decode(raw)[1]
+        assert "dram_base" in fields  # only the bus can still refuse, or an index be wrong
+        if SPECS[opcode].indexed or (opcode is Opcode.DMA_STORE and fields["accumulate"]):
+            # The first row that is not there; those before it have been moved.
+            bad = naive.first_bad_row(fields)
+            assert bad is not None
+            if fault.cause is FaultCause.OUT_OF_BOUNDS:
+                assert fault.address == naive.index(fields, bad) >= fields["rows"]
+            if bad:
+                naive.execute(encode(opcode, {**fields, "counts.0": bad}))
         assert (core.sbuf == naive.sbuf).all() and (core.dram == naive.dram).all()
         return
     naive.execute(raw)

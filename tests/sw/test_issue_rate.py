@@ -1,10 +1,11 @@
-"""Instructions reach the tensor engine fast enough: a long product has no bubble on the gates."""
+"""Rates on the gates: a long product has no bubble, and two sources cost what one does."""
 
 import numpy as np
-from systolith.kernel import KernelBuilder
+from systolith.kernel import AluOp, KernelBuilder
 from systolith.runtime import Driver, open_backend
 from systolith_hdl.config import get_config
 from systolith_hdl.formats import DType
+from systolith_hdl.vector.engine import FIXED_CYCLES
 
 NANO = get_config("nano")
 COLUMNS = 64
@@ -41,3 +42,20 @@ def test_matmuls_with_a_load_each_follow_without_a_bubble() -> None:
             )
     assert spent[0] == spent[1]
     assert spent[0][0] < 40
+
+
+def test_two_sources_cost_what_one_does() -> None:
+    """A column a cycle whatever banks the sources begin in; where they begin in the same one, they
+    part in the first cycle and conflict no more."""
+    with Driver(open_backend("rtl", NANO)) as driver:
+        for phase in range(8):
+            nc = KernelBuilder(NANO, name="sums")
+            first, second, dst = (nc.sbuf.tile(COLUMNS + 8) for _ in range(3))
+            sources = first.view((COLUMNS,)), second.view((COLUMNS,), offset=phase)
+            nc.vector.tensor_tensor(dst.view((COLUMNS,)), sources[0], AluOp.ADD, sources[1])
+            loaded = driver.load(nc.finish())
+            counters = driver.run(loaded)
+            loaded.unload()
+            together = phase == 0
+            assert counters.busy["vector"] == COLUMNS + FIXED_CYCLES + together
+            assert counters.conflicts == {"SBUF": int(together), "PSUM": 0}

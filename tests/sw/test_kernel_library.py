@@ -115,6 +115,43 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_cumsum(nano, rng, shape, reverse: bool) -> None:
+    x, g = array(rng, *shape), array(rng, *shape)
+
+    def sums(x: np.ndarray, reverse: bool) -> np.ndarray:
+        x = x[:, ::-1] if reverse else x
+        found = np.cumsum(x, axis=1, dtype=np.float32)
+        return found[:, ::-1] if reverse else found
+
+    got = kernels.cumsum.on(nano, reverse=reverse)(x)
+    np.testing.assert_array_equal(np.asarray(got), sums(x, reverse))
+    fn = lambda x, g: jax.vjp(lambda x: kernels.cumsum(x, reverse=reverse), x)[1](g)[0]  # noqa: E731
+    gradient = systolith.jit(fn, device=nano)(x, g)
+    np.testing.assert_array_equal(np.asarray(gradient), sums(g, not reverse))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("largest", [True, False])
+def test_top_k(nano, rng, shape, largest: bool) -> None:
+    k = min(8, shape[1])
+    x = array(rng, *shape)
+    values, indices = kernels.top_k.on(nano, k=k, largest=largest)(x)
+    want = np.argsort(-x if largest else x, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(np.asarray(indices), want)
+    np.testing.assert_array_equal(np.asarray(values), np.take_along_axis(x, want, axis=1))
+
+
+def test_top_k_in_jit(nano, rng) -> None:
+    x = array(rng, 9, 30)
+    fn = lambda x: kernels.top_k(jnp.exp(x), k=3)  # noqa: E731
+    values, indices = systolith.jit(fn, device=nano)(x)
+    want = np.argsort(-x, axis=1)[:, :3]
+    np.testing.assert_array_equal(np.asarray(indices), want)
+    close(values, np.exp(np.take_along_axis(x, want, axis=1)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_softmax(nano, rng, shape) -> None:
     x, g = 5 * array(rng, *shape), array(rng, *shape)
     y = softmax(x)
@@ -434,6 +471,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], tuple[np.ndarray, ...]]]:
     rates = np.array([0.01, 2.0, 3.0], np.float32)
     image = make(1, 6, 5, 5)
     lse = make(11)
+    index = rng.integers(0, 5, 19, dtype=np.int32)
     return {
         "adamw": (kernels.adamw, {"rounding": "stochastic"}, (*state, rates)),
         "attention": (kernels.attention, {"causal": True}, (q, k, v)),
@@ -454,8 +492,12 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], tuple[np.ndarray, ...]]]:
         ),
         "conv2d": (kernels.conv2d, {"window": (3, 3), "padding": 1}, (image, make(45, 6))),
         "cross_entropy": (kernels.cross_entropy, {}, (x, labels)),
+        "cumsum": (kernels.cumsum, {"reverse": True}, (x,)),
+        "top_k": (kernels.top_k, {"k": 5}, (x,)),
         "cross_entropy_forward": (kernels.cross_entropy_forward, {}, (x, labels)),
         "cross_entropy_grad": (kernels.cross_entropy_grad, {}, (x, labels, lse, make(11))),
+        "embedding": (kernels.embedding, {}, (x, index)),
+        "embedding_grad": (kernels.embedding_grad, {"rows": 5}, (x, index[:11])),
         "gelu_mlp": (kernels.gelu_mlp, {}, (x, make(9, 6), make(6), make(6, 5), make(5))),
         "layernorm": (kernels.layernorm, {}, (x, gain, bias)),
         "layernorm_grad": (kernels.layernorm_grad, {}, (x, gain, g)),
@@ -463,6 +505,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], tuple[np.ndarray, ...]]]:
         "max_pool": (kernels.max_pool, {"window": (3, 3), "stride": 1}, (image,)),
         "rmsnorm": (kernels.rmsnorm, {}, (x, gain)),
         "rmsnorm_grad": (kernels.rmsnorm_grad, {}, (x, gain, g)),
+        "scatter_add": (kernels.scatter_add, {}, (x, index, make(19, 9))),
         "softmax": (kernels.softmax, {}, (x,)),
         "softmax_grad": (kernels.softmax_grad, {}, (np.abs(x), g)),
         "swiglu_mlp": (kernels.swiglu_mlp, {}, (x, make(9, 6), make(9, 6), make(6, 5))),
@@ -504,6 +547,8 @@ def test_same_bits_on_the_gates(gates, name: str) -> None:
 REFUSED: dict[str, tuple[Any, dict[str, Any], tuple[tuple[int, ...], ...], str]] = {
     "inner": (kernels.matmul, {}, ((2, 3), (4, 5)), "inner dimensions .* differ: 3 and 4"),
     "operands": (kernels.matmul, {"operands": "int8"}, ((2, 3), (3, 2)), "narrow float, not 'int"),
+    "many": (kernels.top_k, {"k": 9}, ((4, 20),), "k must be 1 to 8, not 9"),
+    "short row": (kernels.top_k, {"k": 4}, ((4, 3),), "k must be 1 to 3, not 4"),
     "rank": (kernels.softmax, {}, ((2, 3, 4),), "must have rank 2"),
     "labels": (kernels.cross_entropy, {}, ((2, 3), (3, 2)), "must have the shape of"),
     "gain": (kernels.rmsnorm, {}, ((2, 3), (2,)), r"must have the shape \(3,\)"),

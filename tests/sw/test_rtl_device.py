@@ -96,6 +96,56 @@ def test_a_broken_program_faults_as_golden_and_the_device_stays_usable(
     assert records[0] == records[1]
 
 
+def by_index(numbers: list[int]) -> Program:
+    """Adds rows of x to those of y that the numbers pick, and copies rows of y to z."""
+    nc = KernelBuilder("nano", name="by_index")
+    x = nc.dram.tensor("x", (len(numbers), 8), DType.FP32)
+    y = nc.dram.tensor("y", (5, 8), DType.FP32)
+    z = nc.dram.tensor("z", (len(numbers), 8), DType.FP32, kind="output")
+    picks = nc.dram.tensor("picks", kind="constant", data=np.array(numbers, np.int32))
+    columns = -(-len(numbers) // 4)
+    index = nc.sbuf.tile(columns).view().astype(DType.INT32)
+    view = nc.sbuf.tile(2 * len(numbers)).view((len(numbers), 2))
+    nc.dma.load(index, picks, 0, (16,), 4)
+    nc.dma.load(view, x, 0, (32, 16), 4)
+    nc.dma.scatter(view, y, index, accumulate=True)
+    nc.dma.gather(view, y, index)
+    nc.dma.store(view, z, 0, (32, 16), 4)
+    return nc.finish()
+
+
+@pytest.mark.parametrize("bad", [None, 5, -1])
+def test_rows_by_index_as_golden(driver: Driver, bad: int | None) -> None:
+    """Memory, counters and fault: the rows before a bad index are moved, no others."""
+    numbers = [0, 3, 3, 4, 1, 3, 0, 3]
+    if bad is not None:
+        numbers[5] = bad
+    found = []
+    for device in (driver, Driver(GoldenDevice("nano"))):
+        loaded = device.load(by_index(numbers))
+        x = np.linspace(-3, 5, 64, dtype=np.float32).reshape(8, 8)
+        device.write(loaded.tensors["x"], x)
+        device.write(loaded.tensors["y"], np.full((5, 8), 0.1, np.float32))
+        record: tuple = ()
+        if bad is None:
+            counters = device.run(loaded)
+            record = counters.instructions, device.read(loaded.tensors["z"]).tobytes()
+        else:
+            with pytest.raises(DeviceFault, match="SCATTER") as caught:
+                device.run(loaded)
+            fault = caught.value
+            assert (fault.cause, fault.address) == ("OUT_OF_BOUNDS", bad % (1 << 32))
+            record = fault.engine, fault.pc, fault.instruction
+        y = np.full((5, 8), 0.1, np.float32)
+        for row, number in enumerate(numbers[: 8 if bad is None else 5]):
+            y[number] += x[row]
+        np.testing.assert_array_equal(device.read(loaded.tensors["y"]), y)
+        found.append(record)
+        loaded.unload()
+        works(device)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("damage", "cause"),
     [

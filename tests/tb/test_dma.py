@@ -67,4 +67,4 @@ def test_dma_bench(name: str) -> None:
         "systolith_tb.bench_dma",
         env={"SYSTOLITH_BENCH_CONFIG": name},
     )
-    assert ran == 15
+    assert ran == 26

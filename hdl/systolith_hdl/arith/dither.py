@@ -25,6 +25,11 @@ DITHER_LATENCY = COLUMN_ROUNDS + LANE_ROUNDS
 assert len(COLUMN_KEYS) == COLUMN_ROUNDS - 2
 
 
+#: In place of an engine's number: the words of RANDOM and DROPOUT, whose key takes the counter's
+#: place. So they are none of those that any engine rounds with.
+RANDOM_STREAM = 255
+
+
 def engine_key(engine: int) -> int:
     """Key of an engine's second round, from its number."""
     return (engine + 1) * 0x9E3779B9 & 0xFFFFFFFF

@@ -16,8 +16,9 @@ class ColumnDraws(wiring.Component):
 
     Members
     -------
-    start : In(stream of {counts, counter}), one for each such store: the counts of its columns,
-        at least 1, and the number of instructions before it in its stream
+    start : In(stream of {counts, counter, final}), one for each such store: the counts of its
+        columns, at least 1, the number of instructions before it in its stream, and whether it is
+        the instruction's last; the columns of all those of an instruction are numbered through
     seed : In(32), steady while a program runs
     key : In(32), `engine_key` of the engine's number, constant
     words : Out(stream of a 32-bit word for each lane), one for each column
@@ -36,6 +37,7 @@ class ColumnDraws(wiring.Component):
                             {
                                 "counts": data.ArrayLayout(unsigned(16), 4),
                                 "counter": unsigned(32),
+                                "final": unsigned(1),
                             }
                         )
                     )
@@ -52,6 +54,7 @@ class ColumnDraws(wiring.Component):
         m.submodules.nest = nest = Nest(4, addresses=False)
         m.submodules.dither = dither = Once(DitherStream(lanes=lanes), f"dither_stream_{lanes}")
         counter = Signal(32)
+        final = Signal()
         element = Signal(32)
         m.d.comb += [
             nest.start.valid.eq(self.start.valid),
@@ -68,7 +71,11 @@ class ColumnDraws(wiring.Component):
             dither.words.ready.eq(self.words.ready),
         ]
         with m.If(nest.point.valid & nest.point.ready):
-            m.d.sync += element.eq(Mux(nest.point.payload.ends.all(), 0, element + 1))
+            last = final & nest.point.payload.ends.all()
+            m.d.sync += element.eq(Mux(last, 0, element + 1))
         with m.If(self.start.valid & self.start.ready):
-            m.d.sync += counter.eq(self.start.payload.counter)
+            m.d.sync += [
+                counter.eq(self.start.payload.counter),
+                final.eq(self.start.payload.final),
+            ]
         return m

@@ -1,4 +1,4 @@
-"""One DMA queue: executes DMA_LOAD and DMA_STORE, in order, several at a time."""
+"""One DMA queue: executes the DMA instructions, in order, several at a time."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, fifo, wiring
@@ -8,7 +8,7 @@ from ..access import AddressGenerator, Pattern, pattern
 from ..arith import DITHER_LATENCY, RoundNarrow
 from ..config import CoreConfig
 from ..emit import side_by_side
-from ..formats import FORMATS, NARROW_FLOATS
+from ..formats import FORMATS, INTEGERS, NARROW_FLOATS
 from ..isa import DMA_TYPES, SPECS, FaultCause, Opcode, Rounding
 from ..ports import (
     READ_LATENCY,
@@ -19,9 +19,11 @@ from ..ports import (
     axi4_write,
     split_words,
 )
+from .accumulate import ColumnAdder
 from .align import ReadAligner, WriteAligner, run_position
 from .corner_turn import CornerTurn
 from .draws import ColumnDraws
+from .rows import RowSplitter
 from .runs import ADDRESS_BITS, RUN_BYTES_BITS, BurstSplitter, Nest
 from .tiles import TileCounter, settings_layout, tile_layout
 
@@ -77,6 +79,11 @@ class DmaQueue(wiring.Component):
 
     A load with ``lane_stride == 0`` fetches one lane and copies it to all.
 
+    GATHER and SCATTER are split into a load or a store for each row, which move as any others do;
+    indices are read once everything before the instruction is complete. A store or SCATTER with
+    `accumulate` is split into a load that adds to SBUF and a store for each row (of one i0), so
+    that rows that meet in DRAM are all added, in order.
+
     Throughput without stalls, in cycles (W = bytes of a beat): a run takes as many as it touches
     beats, ``ceil((address % W + bytes) / W)``, but not fewer than the steps of W bytes its rows
     have (``ceil(row bytes / W)`` each, a row being N elements or, not turned, one column). Where a
@@ -85,6 +92,9 @@ class DmaQueue(wiring.Component):
     columns and turned thus all move one beat per cycle, but for elements of one byte: N of them,
     that is mostly half a beat. Single moves one element per cycle.
     From taking an instruction to `done`, 12 to 26 cycles come on top, and the latency of DRAM.
+    Rows of a GATHER or SCATTER follow each other like instructions, but at most one begins every
+    `rows.ROW_CYCLES` cycles. A load that adds to SBUF takes `accumulate.column_cycles` for each
+    column; of a store that adds, each load and each store is also waited for.
     Stochastic rounding changes no throughput: its random words are drawn ahead, and only those of
     the first column, `DRAW_DELAY` cycles later than the column itself, may be waited for.
     At most `outstanding` bursts, and of reads about four times as many beats, are answered per
@@ -115,7 +125,8 @@ class DmaQueue(wiring.Component):
     active : Out(1), bursts are in flight
     fault : Out(FaultPort); address is that of the burst, as on AxADDR. After an error response no
         burst is issued and no instruction taken until reset; those in flight are finished. Loads
-        after one that failed write nothing; stores after one that failed may have written.
+        after one that failed write nothing; stores after one that failed may have written. Of an
+        index outside its table, address is the index; the rows before it are finished.
     """
 
     def __init__(self, config: CoreConfig, *, outstanding: int = 64) -> None:
@@ -145,6 +156,7 @@ class DmaQueue(wiring.Component):
         log_beat = config.axi_bytes.bit_length() - 1
         count = unsigned(lanes.bit_length())
 
+        m.submodules.rows = rows = RowSplitter(config)
         m.submodules.local = local = AddressGenerator()
         m.submodules.tiles = tiles = TileCounter(lanes=lanes)
         m.submodules.nest = nest = Nest(5, addresses=True)
@@ -152,6 +164,7 @@ class DmaQueue(wiring.Component):
         m.submodules.read_aligner = read_aligner = ReadAligner(config)
         m.submodules.write_aligner = write_aligner = WriteAligner(config)
         m.submodules.draws = draws = ColumnDraws(config)
+        m.submodules.adder = adder = ColumnAdder(config)
         m.submodules.turner = turner = CornerTurn(
             lanes=lanes,
             info=tile_layout(lanes),
@@ -165,6 +178,8 @@ class DmaQueue(wiring.Component):
         layout = SPECS[Opcode.DMA_LOAD].layout
         incoming = data.View(layout, self.issue.instruction.payload)
         body = incoming.body
+        row = rows.row.payload
+        counts = data.View(body.counts.shape(), Signal(64))
         log_bytes = Signal(2)
         element_bytes = Signal(4)
         used_lanes = Signal(count)
@@ -184,7 +199,8 @@ class DmaQueue(wiring.Component):
                 with m.Case(each):
                     m.d.comb += log_bytes.eq(FORMATS[each].bytes.bit_length() - 1)
         m.d.comb += [
-            is_store.eq(incoming.header.opcode == Opcode.DMA_STORE),
+            is_store.eq(row.store),
+            counts.eq(body.counts),
             element_bytes.eq(1 << log_bytes),
             used_lanes.eq(incoming.header.lanes),
             dense_lanes.eq((lane_stride == element_bytes) | (used_lanes == 1)),
@@ -205,8 +221,12 @@ class DmaQueue(wiring.Component):
             ),
         ]
 
-        # The instruction taken last, until it is launched.
+        with m.If(row.single):
+            m.d.comb += counts[0].eq(1)
+
+        # The row taken last, until it is launched: mostly a whole instruction.
         held = Signal()
+        held_final = Signal()
         base = Signal(ADDRESS_BITS)
         held_store = Signal()
         job = Signal.like(tiles.start.payload)
@@ -219,17 +239,22 @@ class DmaQueue(wiring.Component):
         launch = Signal()
         failed = Signal()
         m.d.comb += [
-            self.issue.instruction.ready.eq((~held | launch) & ~failed),
-            taking.eq(self.issue.instruction.valid & self.issue.instruction.ready),
+            rows.instruction.payload.eq(self.issue.instruction.payload),
+            rows.instruction.valid.eq(self.issue.instruction.valid),
+            self.issue.instruction.ready.eq(rows.instruction.ready),
+            rows.row.ready.eq((~held | launch) & ~failed),
+            taking.eq(rows.row.valid & rows.row.ready),
         ]
         with m.If(taking):
             m.d.sync += [
                 held.eq(1),
                 held_store.eq(is_store),
-                base.eq(body.dram_base),
+                held_final.eq(row.final),
+                base.eq(row.dram_base),
                 continues.eq(turn & blocked & ~is_store),
                 counter.eq(self.issue.counter),
-                place.eq(pattern(body.local, body.counts)),
+                place.eq(pattern(body.local, counts)),
+                place.base.eq(row.local_base),
                 job.full_columns.eq(Mux(blocked, lanes, 1)),
                 job.last_columns.eq(Mux(blocked, (inner - 1)[:log_lanes] + 1, 1)),
                 job.counts[3].eq(Mux(blocked, (inner + (lanes - 1)) >> log_lanes, inner)),
@@ -239,6 +264,7 @@ class DmaQueue(wiring.Component):
                 job.settings.merged.eq(merged),
                 job.settings.broadcast.eq(broadcast),
                 job.settings.stochastic.eq(stochastic),
+                job.settings.accumulate.eq(row.accumulate),
                 job.settings.lanes.eq(used_lanes),
                 job.settings.rows.eq(Mux(broadcast, 1, used_lanes)),
                 dense_elements.eq(used_lanes * Mux(merged, inner, Const(1, 16))),
@@ -256,8 +282,9 @@ class DmaQueue(wiring.Component):
             ]
             for d in range(3):
                 m.d.sync += [
-                    job.counts[d].eq(body.counts[d]),
-                    walk.counts[d].eq(body.counts[d]),
+                    job.counts[d].eq(counts[d]),
+                    walk.counts[d].eq(counts[d]),
+                    # Of an instruction with indices these are something else, but not used either.
                     walk.strides[d].eq(body.dram_strides[d]),
                 ]
         with m.Elif(launch):
@@ -269,16 +296,21 @@ class DmaQueue(wiring.Component):
         # begins at once, the others when those before it are through. What has been launched is
         # all loads or all stores.
         m.submodules.jobs = jobs = fifo.SyncFIFO(width=job.shape().size, depth=_LOOKAHEAD)
-        m.submodules.patterns = patterns = fifo.SyncFIFO(
-            width=Pattern.as_shape().size, depth=_LOOKAHEAD
-        )
+        m.submodules.patterns = patterns = fifo.SyncFIFO(width=Pattern.size, depth=_LOOKAHEAD)
         draw = Signal.like(draws.start.payload)
         m.submodules.to_draw = to_draw = fifo.SyncFIFO(width=draw.shape().size, depth=_LOOKAHEAD)
         store = Signal()
-        pending = Signal(range(self._outstanding + 4 * _LOOKAHEAD))  # launched and not done
+        most = self._outstanding + 4 * _LOOKAHEAD
+        pending = Signal(range(most))  # launched and not done
+        m.submodules.finals = finals = fifo.SyncFIFO(width=1, depth=most)  # of each pending
+        done = Signal()
         alone = Signal()
         m.d.comb += [
-            alone.eq(pending == self.issue.done),
+            alone.eq(pending == done),
+            rows.idle.eq(~held & (pending == 0)),
+            finals.w_en.eq(launch),
+            finals.w_data.eq(held_final),
+            finals.r_en.eq(done),
             nest.start.valid.eq(
                 held
                 & ~failed
@@ -300,6 +332,7 @@ class DmaQueue(wiring.Component):
             patterns.r_en.eq(local.start.ready),
             draw.counts.eq(place.counts),
             draw.counter.eq(counter),
+            draw.final.eq(held_final),
             to_draw.w_en.eq(launch & job.settings.stochastic),
             to_draw.w_data.eq(draw),
             draws.start.valid.eq(to_draw.r_rdy),
@@ -307,9 +340,9 @@ class DmaQueue(wiring.Component):
             to_draw.r_en.eq(draws.start.ready),
             draws.seed.eq(self.issue.seed),
             draws.key.eq(self.key),
-            self.issue.busy.eq(held | (pending != 0)),
+            self.issue.busy.eq(held | (pending != 0) | rows.splitting),
         ]
-        m.d.sync += pending.eq(pending + launch - self.issue.done)
+        m.d.sync += pending.eq(pending + launch - done)
         with m.If(launch):
             m.d.sync += store.eq(held_store)
 
@@ -453,6 +486,12 @@ class DmaQueue(wiring.Component):
         m.d.sync += ahead.eq(ahead + arrived - loaded)
         with m.If(failed & (ahead == 0)):
             m.d.sync += self.fault.valid.eq(1)
+        with m.If(rows.bad & rows.idle):
+            m.d.sync += [
+                self.fault.valid.eq(1),
+                self.fault.cause.eq(FaultCause.OUT_OF_BOUNDS),
+                self.fault.address.eq(rows.index),
+            ]
 
         # ----------------------------------------------------------------- filling: rows (load)
         m.d.comb += [
@@ -473,11 +512,29 @@ class DmaQueue(wiring.Component):
         last_column = column == tile.columns - 1
         ready = Signal()
         rounded = Signal(data.ArrayLayout(unsigned(32), lanes))
+        # Indices are read through the same port: they come first, but a request stays.
+        read, index_request = self.read.request, rows.read.request
+        indices = Signal()
+        was_indices = Signal()
+        stays = Signal()
+        arriving = Signal(READ_LATENCY)  # what has been asked for is an index
+        m.d.comb += indices.eq(Mux(stays, was_indices, index_request.valid))
+        m.d.sync += [
+            was_indices.eq(indices),
+            stays.eq(read.valid & ~read.ready),
+            arriving.eq(Cat(indices, arriving)),
+        ]
         m.d.comb += [
-            self.read.request.valid.eq(store & local.address.valid & (room != 0)),
-            self.read.request.payload.eq(local.address.payload.address),
-            asked.eq(self.read.request.valid & self.read.request.ready),
-            columns.w_en.eq(self.read.response.valid),
+            read.valid.eq(indices | (local.address.valid & Mux(store, room != 0, adder.ask))),
+            read.payload.eq(Mux(indices, index_request.payload, local.address.payload.address)),
+            index_request.ready.eq(read.ready & indices),
+            rows.read.response.payload.eq(self.read.response.payload),
+            rows.read.response.valid.eq(self.read.response.valid & arriving[-1]),
+            asked.eq(store & read.valid & read.ready & ~indices),
+            adder.asked.eq(~store & read.valid & read.ready & ~indices),
+            adder.old.payload.eq(self.read.response.payload),
+            adder.old.valid.eq(~store & self.read.response.valid & ~arriving[-1]),
+            columns.w_en.eq(store & self.read.response.valid & ~arriving[-1]),
             columns.w_data.eq(self.read.response.payload),
             columns.r_en.eq(filling),
             ready.eq(columns.r_rdy & (~tile.settings.stochastic | draws.words.valid)),
@@ -544,8 +601,14 @@ class DmaQueue(wiring.Component):
         response = turner.response
         out = response.payload.user
         write = self.write.request
+        ready_to_write = Mux(out.settings.accumulate, adder.sum.valid, response.valid)
+        written = Signal()
         m.d.comb += [
-            write.valid.eq(~store & response.valid & local.address.valid),
+            write.valid.eq(~store & ready_to_write & local.address.valid),
+            written.eq(write.valid & write.ready),
+            adder.column.valid.eq(~store & response.valid & out.settings.accumulate),
+            adder.column.payload.integer.eq(Cat(out.settings.dtype == t for t in INTEGERS).any()),
+            adder.sum.ready.eq(write.ready & local.address.valid),
             write.payload.address.eq(local.address.payload.address),
             write.payload.mask.eq(Cat(lane < out.settings.lanes for lane in range(lanes))),
             write_aligner.row.valid.eq(store & response.valid),
@@ -554,16 +617,18 @@ class DmaQueue(wiring.Component):
             write_aligner.row.payload.run_end.eq(out.run_end),
             write_aligner.row.payload.dtype.eq(out.settings.dtype),
             write_aligner.row.payload.log_size.eq(out.settings.log_size),
-            response.ready.eq(
-                Mux(store, write_aligner.row.ready, local.address.valid & write.ready)
-            ),
-            local.address.ready.eq(Mux(store, asked, response.valid & write.ready)),
+            response.ready.eq(Mux(store, write_aligner.row.ready, written)),
+            local.address.ready.eq(Mux(store, asked, written)),
         ]
         words = response.payload.words
         for lane in range(lanes):
-            m.d.comb += write.payload.data[lane].eq(
-                Mux(out.settings.broadcast, words[0], words[lane])
-            )
+            word = adder.column.payload.words[lane]
+            m.d.comb += [
+                word.eq(Mux(out.settings.broadcast, words[0], words[lane])),
+                write.payload.data[lane].eq(
+                    Mux(out.settings.accumulate, adder.sum.payload[lane], word)
+                ),
+            ]
 
         # Data may be offered ahead of its address: the arbiter takes it only after.
         w = self.axi_write.w
@@ -574,6 +639,6 @@ class DmaQueue(wiring.Component):
         ]
 
         # ---------------------------------------------------------------------------------- end
-        m.d.sync += loaded.eq(write.valid & write.ready & out.last)
-        m.d.comb += self.issue.done.eq(loaded | stored)
+        m.d.sync += loaded.eq(written & out.last)
+        m.d.comb += [done.eq(loaded | stored), self.issue.done.eq(done & finals.r_data)]
         return m

@@ -15,8 +15,8 @@ def settings_layout(lanes: int) -> data.StructLayout:
     `dtype` is that of the elements in DRAM, of ``1 << log_size`` bytes. With `turn` a row of the
     tile is one lane, else one column. With `merged` a run goes on over all rows of a pass along
     the innermost dimension, else every row is a run of its own. `broadcast` copies lane 0 to all.
-    `stochastic` is how a store rounds. `lanes` is the instruction's, `rows` how many rows a turned
-    tile has.
+    `stochastic` is how a store rounds; a load with `accumulate` adds to SBUF. `lanes` is the
+    instruction's, `rows` how many rows a turned tile has.
     """
     count = unsigned(lanes.bit_length())
     return data.StructLayout(
@@ -27,6 +27,7 @@ def settings_layout(lanes: int) -> data.StructLayout:
             "merged": unsigned(1),
             "broadcast": unsigned(1),
             "stochastic": unsigned(1),
+            "accumulate": unsigned(1),
             "lanes": count,
             "rows": count,
         }

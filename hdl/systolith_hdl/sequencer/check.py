@@ -1,5 +1,7 @@
 """The instruction checker: an instruction that faults does nothing."""
 
+import functools
+
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -10,19 +12,20 @@ from ..isa import (
     DMA_TYPES,
     FIELDS,
     INSTRUCTION_BITS,
-    LOADS,
     SPECS,
     USED_BITS,
     DmaBody,
     EngineKind,
     FaultCause,
     Header,
+    IndexedBody,
     Opcode,
     Operand,
     ScalarTensorTensorBody,
     Space,
     TensorBody,
     WaitMode,
+    field_of,
     legal_operations,
     operation_enums,
     operation_types,
@@ -34,6 +37,8 @@ _OPERAND_SLOTS = {"dst": 0, "local": 0, "src0": 1, "src1": 2}
 _SLOTS = 3
 #: An operand of one column, without strides, is last in the body of some vector instructions.
 _SCALAR_SLOT = 3
+#: The DMA queues' check has the vector of indices in place of an operand that they do not have.
+_INDEX_SLOT = 1
 
 
 class Fault(data.Struct):
@@ -60,9 +65,9 @@ class Check(wiring.Component):
     checked : Out(stream of {word, fault}); fault.cause is NONE for a legal instruction
     idle : Out(1), holds no instruction
 
-    Latency: 2 cycles, and ``2 + d`` for each local operand, whose bounds are worked out with one
-    multiplier, d being the dimensions of more than one element; the next instruction is checked
-    while those before it execute.
+    Latency: 2 cycles, and ``2 + d`` for each local operand and vector of indices, whose bounds are
+    worked out with one multiplier, d being the dimensions of more than one element; the next
+    instruction is checked while those before it execute.
     """
 
     def __init__(self, config: CoreConfig, kind: EngineKind) -> None:
@@ -98,9 +103,9 @@ class Check(wiring.Component):
                     reserved = ((1 << INSTRUCTION_BITS) - 1) & ~USED_BITS[opcode]
                     last_mode = WaitMode.ACQUIRE.value
                     bad_operation = [w.mode.as_value() > last_mode for w in header.wait]
-                    for field in operation_enums(opcode):
-                        code = getattr(header, field)
-                        bad_operation.append(~_one_of(code, legal_operations(opcode, field)))
+                    for name in operation_enums(opcode):
+                        code = getattr(header, name)
+                        bad_operation.append(~_one_of(code, legal_operations(opcode, name)))
                     bad_type, bad_space = [], []
                     for name, (spaces, types) in spec.operands.items():
                         operand = operands[_slot(name)]
@@ -110,7 +115,7 @@ class Check(wiring.Component):
                         bad_space.append(
                             ~_one_of(operand.space.as_value(), {s.value for s in spaces})
                         )
-                    if spec.body is DmaBody:
+                    if "dram_dtype" in FIELDS[opcode]:
                         dma = data.View(DmaBody, word[_BODY:])
                         allowed = {t.value for t in DMA_TYPES}
                         bad_type.append(~_one_of(dma.dram_dtype.as_value(), allowed))
@@ -134,9 +139,10 @@ class Check(wiring.Component):
                     if "columns" in FIELDS[opcode]:
                         columns = data.View(spec.body, word[_BODY:]).columns
                         bad_count += [columns == 0, columns > config.lanes]
-                    if opcode in LOADS:
-                        bad_count += [tensor.counts[d] != 1 for d in range(3)]
-                        bad_count.append(tensor.counts[3] > config.lanes)
+                    field = functools.partial(field_of, word, opcode)
+                    for name, limit in spec.limits.items():
+                        least, most = limit(field, config)
+                        bad_count += [field(name) < least, field(name) > most]
                     signal = header.signal
                     bad_semaphore = [
                         (signal.amount != 0)
@@ -159,6 +165,7 @@ class Check(wiring.Component):
                         with m.If(failed):
                             m.d.comb += cause.eq(found)
                     used = sum(1 << _slot(name) for name in spec.operands)
+                    used |= spec.indexed << _INDEX_SLOT
                     m.d.comb += slots.eq(used)
             with m.Default():
                 m.d.comb += cause.eq(FaultCause.ILLEGAL_OPCODE)
@@ -184,7 +191,7 @@ class Check(wiring.Component):
         word = Signal(INSTRUCTION_BITS)
         fault = Signal(Fault)
         cause, slots = self._legality(m, word)
-        counts = data.View(TensorBody, word[_BODY:]).counts
+        counts = list(data.View(TensorBody, word[_BODY:]).counts)
 
         slot = Signal(range(self._slots))
         first = Signal()  # cycle of an operand
@@ -194,10 +201,15 @@ class Check(wiring.Component):
         low = Signal(signed(40))
         high = Signal(signed(40))
         operand = Signal(Operand)
+        indices = Signal()
+        m.d.comb += indices.eq((self._kind is EngineKind.DMA) & (slot == _INDEX_SLOT))
         with m.Switch(slot):
             for index, view in enumerate(self._operands(word)):
                 with m.Case(index):
                     m.d.comb += operand.eq(view)
+        with m.If(indices):
+            vector = data.View(IndexedBody, word[_BODY:]).index
+            m.d.comb += [operand.eq(0), operand.base.eq(vector.base), operand.strides[0].eq(1)]
         limit = Mux(operand.space == Space.SBUF, config.sbuf_depth, config.psum_depth)
         after = Signal(self._slots)  # operands still to check once this one is
         here = Const(1, self._slots) << slot
@@ -208,12 +220,32 @@ class Check(wiring.Component):
                 with m.If(mask[index]):
                     m.d.sync += slot.eq(index)
 
-        long = Cat(count != 1 for count in counts)
+        # An operand walks the counts, but for the innermost one of some. Where it lacks a stride,
+        # that is zero, and so is what it reaches.
+        inner = Signal(16)
+        other = Signal()  # an operand of this instruction walks another one
+        m.d.comb += inner.eq(counts[3])
+        with m.Switch(word[:8]):
+            for opcode, spec in SPECS.items():
+                if not spec.inner or spec.kind is not self._kind:
+                    continue
+                field = functools.partial(field_of, word, opcode)
+                with m.Case(opcode.value):
+                    m.d.comb += other.eq(1)
+                    for name, walks in spec.inner.items():
+                        with m.If(slot == _slot(name)):
+                            m.d.comb += inner.eq(walks(field))
+        long = Cat(*(count != 1 for count in counts[:3]), (counts[3] != 1) | other)
         stride = Signal(signed(16))
-        dimension = Signal(16)
+        steps = Signal(16)  # from the first to the last of a dimension
         for d in reversed(range(4)):
             with m.If(todo[d]):
-                m.d.comb += [stride.eq(operand.strides[d]), dimension.eq(counts[d])]
+                count = inner if d == 3 else counts[d]
+                m.d.comb += [stride.eq(operand.strides[d]), steps.eq(count - 1)]
+                if d == 0:
+                    # N indices lie in a column.
+                    with m.If(indices):
+                        m.d.comb += steps.eq((counts[0] - 1) >> config.lanes.bit_length() - 1)
 
         with m.FSM():
             with m.State("TAKE"):
@@ -232,7 +264,7 @@ class Check(wiring.Component):
                 # Each cycle multiplies one dimension and adds the product of the one before; the
                 # last one compares.
                 m.d.sync += [first.eq(0), todo.eq(todo & (todo - 1)), multiplied.eq(todo.any())]
-                m.d.sync += product.eq(stride * (dimension - 1)[:16])
+                m.d.sync += product.eq(stride * steps)
                 with m.If(first):
                     m.d.sync += [low.eq(operand.base), high.eq(operand.base)]
                 with m.Elif(multiplied):

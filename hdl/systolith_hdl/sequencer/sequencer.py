@@ -4,8 +4,19 @@ from amaranth.hdl import Array, Cat, Module, Mux, Shape, Signal, unsigned
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..config import CoreConfig
-from ..isa import LOADS, MAX_WAITS, EngineKind, FaultCause, Header, Opcode, WaitMode, is_opcode
+from ..config import INSTRUCTION_BYTES, CoreConfig
+from ..isa import (
+    CONTROL,
+    LOADS,
+    MAX_WAITS,
+    DmaBody,
+    EngineKind,
+    FaultCause,
+    Header,
+    Opcode,
+    WaitMode,
+    is_opcode,
+)
 from ..ports import IssuePort, axi4_read
 from ..semaphores import Update
 from .check import Check, Fault
@@ -19,6 +30,7 @@ class Completion(data.Struct):
     """What is left to do when an instruction completes."""
 
     pc: unsigned(32)
+    order: unsigned(32)  # instructions issued before it
     sem: unsigned(6)
     amount: unsigned(8)
 
@@ -93,14 +105,15 @@ class Sequencer(wiring.Component):
     allowed : Out(1), of an ACQUIRE: `values` has as much as it takes
     overflow : In(3), the update of that index overflowed its semaphore
     fault : Out({valid, pc, fault}), valid stays high once the engine stopped
-    pc : Out(32), index of the oldest instruction that is not complete
+    pc : Out(32), index in the stream of the oldest instruction that is not complete
     settled : Out(1), no instruction that the engine is done with waits to be counted complete
     completed : Out(3), instructions completed in this cycle, a bit each
     ended : Out(1), END is complete
     idle : Out(1), nothing fetched, waiting or in flight
 
     An instruction passes fetch, check, wait and issue in order; it is issued as soon as its waits
-    hold and the engine takes it. END and a NOP that signals wait until all before are complete.
+    hold and the engine takes it. END, TEST and whatever else of `isa.CONTROL` signals wait until
+    all before are complete; the loops themselves are executed by the fetch.
     """
 
     def __init__(self, config: CoreConfig, kind: EngineKind) -> None:
@@ -135,9 +148,9 @@ class Sequencer(wiring.Component):
         config = self._config
         # Of the first instructions, those of the DMA queues are urgent: the others wait for data.
         if self._kind is EngineKind.DMA:
-            fetch = Fetch(config)
+            fetch = Fetch(config, self._kind)
         else:
-            fetch = Fetch(config, ahead=2, delay=2 * config.dma_queues)
+            fetch = Fetch(config, self._kind, ahead=2, delay=2 * config.dma_queues)
         m.submodules.fetch = fetch
         m.submodules.check = check = Check(config, self._kind)
         m.submodules.retire = retire = Retire()
@@ -158,48 +171,53 @@ class Sequencer(wiring.Component):
             retire_load.done.eq(self.done_load),
         ]
 
-        # -- Fetch to check. A fetch error travels as the word's fault.
-        fetched_error = Signal()
+        # -- Fetch to check, which holds one instruction; what else is known of it goes along.
+        fetched = Signal.like(fetch.instruction.payload)
         m.d.comb += [
             check.instruction.payload.eq(fetch.instruction.payload.word),
             check.instruction.valid.eq(fetch.instruction.valid),
             fetch.instruction.ready.eq(check.instruction.ready),
         ]
         with m.If(check.instruction.valid & check.instruction.ready):
-            m.d.sync += fetched_error.eq(fetch.instruction.payload.error)
+            m.d.sync += fetched.eq(fetch.instruction.payload)
 
         # -- Wait.
         word = Signal.like(check.checked.payload.word)
         holding = Signal()
         pending = Signal(MAX_WAITS)
-        next_pc = Signal(32)  # of the instruction in the wait stage
+        here = Signal(32)  # index of the instruction in the wait stage
+        order = Signal(32)  # how many went before it
+        tested = Signal()  # it is a TEST whose word has come
         header = data.View(Header, word[:128])
         incoming = data.View(Header, check.checked.payload.word[:128])
         values = Array(self.values)
         leave = Signal()
-        is_nop = header.opcode == Opcode.NOP
         is_end = header.opcode == Opcode.END
+        is_test = header.opcode == Opcode.TEST
         is_load = is_opcode(header.opcode, LOADS, config)
 
         m.d.comb += check.checked.ready.eq(stop | ~holding | leave)
         with m.If(leave):
-            m.d.sync += [holding.eq(0), next_pc.eq(next_pc + 1)]
+            m.d.sync += [holding.eq(0), order.eq(order + 1), tested.eq(0)]
         # What was prefetched from behind END is dropped.
         with m.If(check.checked.valid & check.checked.ready & ~stop & ~(leave & is_end)):
-            with m.If(fetched_error):
-                m.d.sync += [
-                    faulted.eq(1),
-                    self.fault.valid.eq(1),
-                    self.fault.pc.eq(next_pc + leave),
-                    self.fault.fault.cause.eq(FaultCause.FETCH_ERROR),
-                    self.fault.fault.address.eq(self.base + ((next_pc + leave) << 6)),
+            m.d.sync += here.eq(fetched.number)
+            fault = Signal(Fault)
+            illegal = check.checked.payload.fault
+            m.d.comb += fault.eq(illegal)
+            with m.If(fetched.error):
+                m.d.comb += [
+                    fault.cause.eq(FaultCause.FETCH_ERROR),
+                    fault.address.eq(self.base + (fetched.number << 6)),
                 ]
-            with m.Elif(check.checked.payload.fault.cause != FaultCause.NONE):
+            with m.Elif((illegal.cause == FaultCause.NONE) & fetched.bad_loop):
+                m.d.comb += fault.cause.eq(FaultCause.BAD_LOOP)
+            with m.If(fault.cause != FaultCause.NONE):
                 m.d.sync += [
                     faulted.eq(1),
                     self.fault.valid.eq(1),
-                    self.fault.pc.eq(next_pc + leave),
-                    self.fault.fault.eq(check.checked.payload.fault),
+                    self.fault.pc.eq(fetched.number),
+                    self.fault.fault.eq(fault),
                 ]
             with m.Else():
                 m.d.sync += [
@@ -223,7 +241,7 @@ class Sequencer(wiring.Component):
             m.d.sync += pending.eq(pending & ~slot)
 
         # -- Issue.
-        internal = is_nop | is_end
+        internal = is_opcode(header.opcode, CONTROL, config)
         signals = header.signal.amount != 0
         drained = retire.empty & retire_load.empty
         queue_ready = Mux(is_load, retire_load.issued.ready, retire.issued.ready)
@@ -232,23 +250,28 @@ class Sequencer(wiring.Component):
             go.eq(holding & ~pending.any() & ~stop),
             self.issue.instruction.valid.eq(go & ~internal & queue_ready),
             self.issue.instruction.payload.eq(word),
-            self.issue.counter.eq(next_pc),
+            self.issue.counter.eq(order),
             self.issue.seed.eq(self.seed),
             own.valid.eq(
-                holding & ~stop & Mux(pending.any(), acquire, internal & signals & drained)
+                holding
+                & ~stop
+                & Mux(pending.any(), acquire, internal & signals & drained & (tested | ~is_test))
             ),
             own.payload.sem.eq(Mux(pending.any(), wait.sem, header.signal.sem)),
             own.payload.value.eq(Mux(pending.any(), wait.value, header.signal.amount)),
             own.payload.subtract.eq(pending.any()),
             self.allowed.eq(holds),
         ]
-        settled = Mux(signals, drained & own.ready, drained | (is_nop & ~signals))
+        settled = Mux(
+            is_test & ~tested, 0, Mux(signals, drained & own.ready, drained | ~(is_end | is_test))
+        )
         m.d.comb += leave.eq(
             go & Mux(internal, settled, queue_ready & self.issue.instruction.ready)
         )
         completion = Signal(Completion)
         m.d.comb += [
-            completion.pc.eq(next_pc),
+            completion.pc.eq(here),
+            completion.order.eq(order),
             completion.sem.eq(header.signal.sem),
             completion.amount.eq(header.signal.amount),
         ]
@@ -262,8 +285,26 @@ class Sequencer(wiring.Component):
         with m.If(leave & is_end):
             m.d.sync += [self.ended.eq(1), running.eq(0)]
 
+        # -- TEST: once everything before is complete, its word is read.
+        test = data.View(DmaBody, word[128:])
+        m.d.comb += [
+            fetch.test.eq(go & is_test & ~tested & drained),
+            fetch.test_address.eq(test.dram_base),
+        ]
+        with m.If(fetch.tested):
+            m.d.sync += tested.eq(1)
+            with m.If(fetch.test_error):
+                beat = min(config.axi_bytes, INSTRUCTION_BYTES)
+                m.d.sync += [
+                    faulted.eq(1),
+                    self.fault.valid.eq(1),
+                    self.fault.pc.eq(here),
+                    self.fault.fault.cause.eq(FaultCause.AXI_READ_ERROR),
+                    self.fault.fault.address.eq(test.dram_base & -beat),
+                ]
+
         # -- A signal that overflows its semaphore.
-        for index, pc in ((0, next_pc), (1, retire.oldest.pc), (2, retire_load.oldest.pc)):
+        for index, pc in ((0, here), (1, retire.oldest.pc), (2, retire_load.oldest.pc)):
             with m.If(self.overflow[index] & ~faulted):
                 sem = self.update[index].payload.sem
                 m.d.sync += [
@@ -279,15 +320,19 @@ class Sequencer(wiring.Component):
                 running.eq(1),
                 faulted.eq(0),
                 self.fault.eq(0),
-                next_pc.eq(0),
+                here.eq(0),
+                order.eq(0),
+                tested.eq(0),
                 self.ended.eq(0),
                 fetch.issued.eq(0),
             ]
-        oldest = Mux(retire.empty, next_pc, retire.oldest.pc)
-        oldest_load = Mux(retire_load.empty, next_pc, retire_load.oldest.pc)
+        load_first = retire.empty | (
+            ~retire_load.empty & (retire_load.oldest.order < retire.oldest.order)
+        )
+        oldest = Mux(load_first, retire_load.oldest.pc, retire.oldest.pc)
         m.d.comb += [
             self.completed.eq(Cat(leave & internal, retire.completed, retire_load.completed)),
-            self.pc.eq(Mux(oldest_load < oldest, oldest_load, oldest)),
+            self.pc.eq(Mux(drained, here, oldest)),
             self.settled.eq(retire.settled & retire_load.settled),
             self.idle.eq(fetch.idle & check.idle & ~holding & drained & ~running),
         ]

@@ -1,10 +1,13 @@
 """The vector engine."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
+import dataclasses
+import functools
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
-from ..access import AddressGenerator, Pattern, elementwise_ports, pattern, place_streamers
+from ..access import Pattern, elementwise_ports, pattern, place_streamers
 from ..arith import (
     CONVERT_LATENCY,
     DITHER_LATENCY,
@@ -13,31 +16,110 @@ from ..arith import (
     RoundNarrow,
     engine_key,
 )
+from ..arith.dither import RANDOM_STREAM
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
 from ..formats import INTEGERS, NARROW_FLOATS, DType
 from ..isa import (
     DIVISIONS,
     INSTRUCTION_BITS,
-    REDUCE_ACCUMULATORS,
     SPECS,
     AluOp,
+    EngineKind,
     Opcode,
     Rounding,
+    field_of,
+    is_opcode,
+    operand_counts,
 )
 from ..ports import IssuePort, split_words
-from .alu import ALU_LATENCY
-from .lane import LANE_LATENCY, Second, VectorLane
+from .affine import Affine, affine_setup
+from .exchange import Shuffle, Transposer
+from .front import HALVES_OFFSET, ONE, Condition, FrontLane
+from .front import Data as FrontData
+from .lane import LANE_LATENCY, VectorLane
+from .reduce import REDUCE_CYCLES, Steering
+from .scan import Scan
+from .top import Top
+
+__all__ = ["FIXED_CYCLES", "REDUCE_CYCLES", "VectorEngine", "fixed_cycles", "lane_mask"]
 
 #: Cycles an elementwise instruction takes from being taken to `done`, beyond one per column, when
 #: no memory port stalls: 4 to the first column, the lanes, 2 to write.
 FIXED_CYCLES = 4 + LANE_LATENCY + 1
-#: Cycles REDUCE adds for each result: the accumulators drain, are combined and cleared.
-REDUCE_CYCLES = 13
 
 # The first result that needs a random word finds it, so stochastic rounding costs no cycle. Only
 # MEMSET's comes 3 cycles earlier, as nothing is read, and waits for it, within FIXED_CYCLES.
 assert DITHER_LATENCY <= 4 + LANE_LATENCY
+
+
+#: Opcodes that take random words.
+_RANDOM = frozenset({Opcode.RANDOM, Opcode.DROPOUT})
+
+
+def fixed_cycles(opcode: Opcode, config: CoreConfig) -> int:
+    """Cycles an instruction takes from being taken to `done`, beyond one per column, when no memory
+    port stalls, nothing is divided and no result converted; at most."""
+    if opcode in (Opcode.IOTA, Opcode.AFFINE_SELECT):
+        return LANE_LATENCY + 1 + max(4, affine_setup(config))
+    if opcode is Opcode.RANGE_SELECT:
+        return FIXED_CYCLES + 2  # its bounds come first
+    if opcode is Opcode.SCALAR_TENSOR_TENSOR:
+        return FIXED_CYCLES + 1  # its scalars do
+    if opcode in _RANDOM:
+        return LANE_LATENCY + 1 + DITHER_LATENCY
+    return FIXED_CYCLES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """How the lanes execute an opcode.
+
+    Parameters
+    ----------
+    data, condition : of `FrontLane`
+    operations : op0 and op1 of the instruction are the ALUs'; else they pass `a` on
+    stepped : elements come from `Affine`, alone or beside the columns read
+    """
+
+    data: FrontData = FrontData.SRC0
+    condition: Condition = Condition.ALWAYS
+    operations: bool = False
+    stepped: bool = False
+
+
+FORMS: dict[Opcode, Form] = {
+    Opcode.TENSOR_TENSOR: Form(operations=True),
+    Opcode.TENSOR_SCALAR: Form(operations=True),
+    Opcode.SCALAR_TENSOR_TENSOR: Form(operations=True),
+    Opcode.REDUCE: Form(operations=True),
+    Opcode.MEMSET: Form(condition=Condition.NEVER, stepped=True),
+    # The data pass through the ALUs, the mask comes along as b.
+    Opcode.COPY_PREDICATED: Form(data=FrontData.SRC1),
+    Opcode.IOTA: Form(data=FrontData.NUMBER, stepped=True),
+    Opcode.AFFINE_SELECT: Form(condition=Condition.NUMBER, stepped=True),
+    Opcode.SELECT: Form(data=FrontData.SRC1, condition=Condition.SRC0),
+    Opcode.RANGE_SELECT: Form(condition=Condition.RANGE, stepped=True),
+    Opcode.SCAN: Form(operations=True),
+    Opcode.TOP: Form(data=FrontData.FOUND),
+    Opcode.TRANSPOSE: Form(data=FrontData.FOUND),
+    Opcode.SHUFFLE: Form(data=FrontData.FOUND),
+    Opcode.RANDOM: Form(data=FrontData.RANDOM, stepped=True),
+    Opcode.DROPOUT: Form(condition=Condition.RANDOM),
+}
+assert FORMS.keys() == {o for o, spec in SPECS.items() if spec.kind is EngineKind.VECTOR}
+
+_DIVISIONS = sorted(DIVISIONS, key=lambda op: op.value)
+
+#: op0 -> for which a comparison with zero holds: below, zero, above, NaN
+_HOLDS = {
+    AluOp.LT: 0b0001,
+    AluOp.LE: 0b0011,
+    AluOp.EQ: 0b0010,
+    AluOp.NE: 0b1101,
+    AluOp.GT: 0b0100,
+    AluOp.GE: 0b0110,
+}
 
 
 def lane_mask(lanes: Value, count: int) -> Value:
@@ -45,9 +127,17 @@ def lane_mask(lanes: Value, count: int) -> Value:
     return Cat(Const(lane, 8) < lanes for lane in range(count))
 
 
+def _reading(operand: str) -> frozenset[Opcode]:
+    return frozenset(opcode for opcode in FORMS if operand in SPECS[opcode].operands)
+
+
 class VectorEngine(wiring.Component):
-    """Executes TENSOR_TENSOR, TENSOR_SCALAR, SCALAR_TENSOR_TENSOR, REDUCE, MEMSET and
-    COPY_PREDICATED on N lanes.
+    """Executes the instructions of `EngineKind.VECTOR` on N lanes.
+
+    A column goes from the readers of src0 and src1, or from `Affine`, through `FrontLane`, the two
+    ALUs of `VectorLane`, the conversion between integers and floats, if there is one, and the
+    rounding to the writer of dst. The scalars of SCALAR_TENSOR_TENSOR come first, through the port
+    of src1.
 
     Parameters
     ----------
@@ -61,11 +151,13 @@ class VectorEngine(wiring.Component):
     dst_sbuf, dst_psum : Out(WritePort)
 
     One column per cycle, for one and two sources alike. An instruction of n columns is done
-    ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls; SCALAR_TENSOR_TENSOR, which
-    reads its scalars first, through the port of src1, takes one more; what makes integers of FP32,
-    FP32 of integers, or INT8 takes CONVERT_LATENCY more. With one of `isa.DIVISIONS` each column
-    takes up to DIVIDE_CYCLES or DIVIDE_INTEGER_CYCLES more. REDUCE of r results takes
-    ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most. The next is taken in the cycle of `done`.
+    ``n + fixed_cycles(opcode)`` cycles after it is taken when no port stalls. REDUCE of r results
+    takes ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most, SCAN of c columns in each step
+    ``LANE_LATENCY * (n / c - 1) + c + FIXED_CYCLES``, TOP ``n + r + FIXED_CYCLES``, r being the
+    columns written, TRANSPOSE of b blocks of c columns that become l
+    ``c + (b - 1) * max(c, l) + l + 1 + FIXED_CYCLES``. What makes integers of FP32, FP32 of
+    integers, or INT8 takes CONVERT_LATENCY more; with one of `isa.DIVISIONS` each column takes up
+    to DIVIDE_CYCLES or DIVIDE_INTEGER_CYCLES more. The next is taken in the cycle of `done`.
     """
 
     def __init__(self, config: CoreConfig, *, number: int) -> None:
@@ -73,13 +165,31 @@ class VectorEngine(wiring.Component):
         self._number = number
         super().__init__({"issue": In(IssuePort()), **elementwise_ports(config)})
 
+    def _walk(self, m: Module, word: Value, operand: str) -> Value:
+        """The pattern of an operand of the instruction `word`."""
+        two = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word)
+        view = getattr(two.body, operand)
+        walk = Signal(Pattern, name=f"{operand}_walk")
+        m.d.comb += walk.eq(pattern(view, two.body.counts))
+        counts = list(two.body.counts)
+        for opcode in FORMS:
+            if opcode not in _reading(operand):
+                continue
+            field = functools.partial(field_of, word, opcode)
+            walked = operand_counts(opcode, operand, counts, field)
+            with m.If(two.header.opcode == opcode):
+                m.d.comb += [
+                    walk.counts[d].eq(walked[d]) for d in range(4) if walked[d] is not counts[d]
+                ]
+        return walk
+
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
         lanes = config.lanes
 
         src0, src1, dst = place_streamers(m, self, config)
-        m.submodules.steps = steps = AddressGenerator()  # paces MEMSET, which reads nothing
+        m.submodules.affine = affine = Affine(config)
 
         # -- Issue: everything starts in the cycle the instruction is taken.
         active = Signal()
@@ -97,211 +207,247 @@ class VectorEngine(wiring.Component):
         with m.Elif(dst.done):
             m.d.sync += active.eq(0)
 
-        two = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, incoming.payload)
-        opcode = two.header.opcode
-        has_scalar = opcode == Opcode.SCALAR_TENSOR_TENSOR
-        has_src1 = (
-            (opcode == Opcode.TENSOR_TENSOR) | (opcode == Opcode.COPY_PREDICATED) | has_scalar
-        )
-        dst_pattern = Signal(Pattern)
-        m.d.comb += [
-            src0.start.payload.eq(pattern(two.body.src0, two.body.counts)),
-            src0.start.valid.eq(take & (opcode != Opcode.MEMSET)),
-            src1.start.payload.eq(pattern(two.body.src1, two.body.counts)),
-            src1.start.valid.eq(take & has_src1),
-            steps.start.payload.eq(pattern(two.body.dst, two.body.counts)),
-            steps.start.valid.eq(take & (opcode == Opcode.MEMSET)),
-            dst_pattern.eq(pattern(two.body.dst, two.body.counts)),
-            dst.start.payload.eq(dst_pattern),
-            dst.start.valid.eq(take),
-        ]
-        with m.If(opcode == Opcode.REDUCE):
-            m.d.comb += dst.start.payload.counts[3].eq(1)
-        # The column of scalars is read before those of src1.
-        scalar_pattern = Signal(Pattern)
-        one_word = data.View(
-            SPECS[Opcode.SCALAR_TENSOR_TENSOR].layout, incoming.payload
-        ).body.scalar
-        m.d.comb += [
-            scalar_pattern.base.eq(one_word.base),
-            scalar_pattern.space.eq(one_word.space),
-            *(count.eq(1) for count in scalar_pattern.counts),
-        ]
-        follows = Signal()  # src1 is still to be started
-        load = Signal()  # the next column of src1 are the scalars
-        with m.If(take):
-            m.d.sync += [follows.eq(has_scalar), load.eq(has_scalar)]
-            with m.If(has_scalar):
-                m.d.comb += src1.start.payload.eq(scalar_pattern)
-        with m.Elif(follows):
-            second_start = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word).body
+        new = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, incoming.payload)
+        new_affine = data.View(SPECS[Opcode.AFFINE_SELECT].layout, incoming.payload).body
+        for name, streamer in (("src0", src0), ("src1", src1), ("dst", dst)):
+            started = is_opcode(new.header.opcode, _reading(name), config)
             m.d.comb += [
-                src1.start.payload.eq(pattern(second_start.src1, second_start.counts)),
+                streamer.start.payload.eq(self._walk(m, incoming.payload, name)),
+                streamer.start.valid.eq(take & started),
+            ]
+        # The column of scalars is read before those of src1.
+        has_scalar = Signal()
+        scalars = data.View(SPECS[Opcode.SCALAR_TENSOR_TENSOR].layout, incoming.payload).body.scalar
+        follows = Signal()  # src1 is still to be started
+        m.d.comb += has_scalar.eq(new.header.opcode == Opcode.SCALAR_TENSOR_TENSOR)
+        with m.If(take):
+            m.d.sync += follows.eq(has_scalar)
+            with m.If(has_scalar):
+                m.d.comb += [
+                    src1.start.payload.base.eq(scalars.base),
+                    src1.start.payload.space.eq(scalars.space),
+                    *(count.eq(1) for count in src1.start.payload.counts),
+                ]
+        with m.Elif(follows):
+            two = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word).body
+            m.d.comb += [
+                src1.start.payload.eq(pattern(two.src1, two.counts)),
                 src1.start.valid.eq(1),
             ]
             with m.If(src1.start.ready):
                 m.d.sync += follows.eq(0)
-        with m.If(load & src1.columns.valid):
-            m.d.sync += load.eq(0)
+        stepped = frozenset(opcode for opcode, form in FORMS.items() if form.stepped)
+        numbered = is_opcode(
+            new.header.opcode, frozenset({Opcode.IOTA, Opcode.AFFINE_SELECT}), config
+        )
+        m.d.comb += [
+            affine.begin.valid.eq(take & is_opcode(new.header.opcode, stepped, config)),
+            affine.begin.payload.counts.eq(new.body.counts),
+            affine.begin.payload.strides[3].eq(1),  # the address is the innermost index
+            affine.numbered.eq(numbered),
+            affine.lane_step.eq(new_affine.lane_step),
+        ]
+        with m.If(numbered):
+            m.d.comb += [
+                affine.begin.payload.base.eq(new_affine.base),
+                affine.begin.payload.strides.eq(new_affine.steps),
+            ]
 
         # -- The running instruction.
         running = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word)
         scalar = data.View(SPECS[Opcode.TENSOR_SCALAR].layout, word)
         code = running.header.opcode
-        is_reduce = Signal()
-        is_memset = Signal()
+        is_range = Signal()
         is_predicated = Signal()
+        is_scalar = Signal()
         is_tensor_tensor = Signal()
+        is_scan = Signal()
+        is_top = Signal()
+        is_transpose = Signal()
+        is_stepped = Signal()
+        reads0, reads1 = Signal(), Signal()
         m.d.comb += [
-            is_reduce.eq(code == Opcode.REDUCE),
-            is_memset.eq(code == Opcode.MEMSET),
+            is_range.eq(code == Opcode.RANGE_SELECT),
             is_predicated.eq(code == Opcode.COPY_PREDICATED),
-            is_tensor_tensor.eq(
-                (code == Opcode.TENSOR_TENSOR) | (code == Opcode.SCALAR_TENSOR_TENSOR)
-            ),
+            is_scalar.eq(code == Opcode.SCALAR_TENSOR_TENSOR),
+            is_tensor_tensor.eq((code == Opcode.TENSOR_TENSOR) | is_scalar),
+            is_scan.eq(code == Opcode.SCAN),
+            is_top.eq(code == Opcode.TOP),
+            is_transpose.eq(code == Opcode.TRANSPOSE),
+            is_stepped.eq(is_opcode(code, stepped, config)),
+            reads0.eq(is_opcode(code, _reading("src0") - {Opcode.TOP, Opcode.TRANSPOSE}, config)),
+            reads1.eq(is_opcode(code, _reading("src1") - {Opcode.RANGE_SELECT}, config)),
         ]
-        bypass = AluOp.BYPASS.value
-        op0 = Mux(is_memset | is_predicated, bypass, running.header.op0)
-        op1 = Mux(is_memset | is_predicated, bypass, running.header.op1)
-
-        # -- Random words for the results, one column after the other.
-        m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
-        stochastic = Signal()
-        wanted = (two.header.rounding == Rounding.STOCHASTIC) & Cat(
-            two.body.dst.dtype == each for each in NARROW_FLOATS
-        ).any()
-        with m.If(take):
-            m.d.sync += stochastic.eq(wanted)
+        front_data = Signal(FrontData)
+        condition = Signal(Condition)
+        op0, op1, imm0 = Signal(6), Signal(6), Signal(32)
+        with m.Switch(code):
+            for opcode, form in FORMS.items():
+                with m.Case(opcode.value):
+                    m.d.comb += [front_data.eq(form.data), condition.eq(form.condition)]
+                    if form.operations:
+                        m.d.comb += [op0.eq(running.header.op0), op1.eq(running.header.op1)]
+        m.d.comb += imm0.eq(scalar.body.imm0)
+        with m.If((code == Opcode.IOTA) & (running.body.dst.dtype == DType.FP32)):
+            m.d.comb += [
+                front_data.eq(FrontData.HALVES),
+                op0.eq(AluOp.SUB.value),
+                imm0.eq(HALVES_OFFSET),
+                op1.eq(AluOp.ADD.value),
+            ]
+        with m.If((code == Opcode.RANDOM) & (running.body.dst.dtype == DType.FP32)):
+            m.d.comb += [
+                front_data.eq(FrontData.UNIFORM),
+                op0.eq(AluOp.SUB.value),
+                imm0.eq(ONE),
+            ]
+        with m.If(code == Opcode.DROPOUT):
+            m.d.comb += op0.eq(AluOp.MUL.value)
 
         # -- Types: of the ALUs, and whether the result needs a conversion.
         computes = Signal(DType)
         converts = Signal()
-        writes_integer = Cat(two.body.dst.dtype == each for each in INTEGERS).any()
         given = Signal(DType)
-        m.d.comb += given.eq(two.body.src0.dtype)
-        with m.If(opcode == Opcode.MEMSET):
+        writes_integer = Cat(new.body.dst.dtype == each for each in INTEGERS).any()
+        m.d.comb += given.eq(new.body.src0.dtype)
+        with m.If(is_opcode(new.header.opcode, frozenset(FORMS) - _reading("src0"), config)):
             m.d.comb += given.eq(Mux(writes_integer, DType.INT32, DType.FP32))
         with m.If(take):
             m.d.sync += [
                 computes.eq(given),
                 converts.eq(
-                    ((given != DType.FP32) ^ writes_integer) | (two.body.dst.dtype == DType.INT8)
+                    ((given != DType.FP32) ^ writes_integer) | (new.body.dst.dtype == DType.INT8)
                 ),
             ]
-        out_valid = Signal()
-        written = Signal()
-        offer = Signal()
-        divide = Signal()  # everything waits for the divider
-        m.d.comb += [
-            offer.eq(out_valid & (dither.valid | ~stochastic) & ~divide),
-            written.eq(offer & dst.columns.ready),
-            dither.start.eq(take & wanted),
-            dither.seed.eq(self.issue.seed),
-            dither.counter.eq(self.issue.counter),
-            dither.key.eq(engine_key(self._number)),
-            dither.take.eq(written & stochastic),
-        ]
 
-        # -- Lanes.
+        # -- Random words, one column after the other: for the results, or for what enters.
+        new_random = data.View(SPECS[Opcode.DROPOUT].layout, incoming.payload).body
+        draws = is_opcode(new.header.opcode, _RANDOM, config)
+        is_random = Signal()
+        m.d.comb += is_random.eq(is_opcode(code, _RANDOM, config))
+        m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
+        stochastic = Signal()
+        wanted = (new.header.rounding == Rounding.STOCHASTIC) & Cat(
+            new.body.dst.dtype == each for each in NARROW_FLOATS
+        ).any()
+        with m.If(take):
+            m.d.sync += stochastic.eq(wanted)
+        m.submodules.steering = steering = Steering()
+        m.submodules.scan = scan = Scan()
         enable = Signal()
-        # An idle engine stands still: nothing is in its pipelines.
-        m.d.comb += enable.eq(active & (~out_valid | written) & ~divide)
-        offered = Mux(
-            is_memset,
-            steps.address.valid,
-            src0.columns.valid & (src1.columns.valid | ~(is_tensor_tensor | is_predicated)) & ~load,
-        )
-        closed = Signal()  # REDUCE is finishing a group
-        enter = Signal()
-        m.d.comb += [
-            enter.eq(offered & enable & ~closed & active),
-            src0.columns.ready.eq(enter & ~is_memset),
-            src1.columns.ready.eq(load | (enter & (is_tensor_tensor | is_predicated))),
-            steps.address.ready.eq(enter & is_memset),
-        ]
-
-        # Steering of the second ALU.
-        second = Signal(Second)
-        index = Signal(2)
-        clear = Signal()
-        entered = enter & ~is_reduce
-        accumulate = enter & is_reduce
-        slot = Signal(range(REDUCE_ACCUMULATORS))
-        slot_there: Value = slot
-        for stage in range(ALU_LATENCY):
-            moved = Signal(4, name=f"steer{stage}")
-            with m.If(enable):
-                m.d.sync += moved.eq(Cat(entered, accumulate, slot_there))
-            entered, accumulate, slot_there = moved[0], moved[1], moved[2:4]
-        # The element at the second ALU waits until its quotient is there.
+        # The element at the second ALU waits until its quotient is there, and all others with it.
         divides = Signal()
+        divide = Signal()
         started = Signal()
         busy = Signal()
-        m.d.comb += divide.eq(divides & entered & (~started | busy))
+        m.d.comb += divide.eq(divides & steering.arrived & (~started | busy))
         m.d.sync += started.eq(divide)
         with m.If(take):
-            m.d.sync += divides.eq(
-                ((opcode == Opcode.TENSOR_SCALAR) | (opcode == Opcode.TENSOR_TENSOR) | has_scalar)
-                & Cat(two.header.op1 == each for each in sorted(op.value for op in DIVISIONS)).any()
-            )
-
-        finish = Signal()
-        result = entered | finish
-        for stage in range(ALU_LATENCY):
-            moved = Signal(name=f"result{stage}")
-            with m.If(enable):
-                m.d.sync += moved.eq(result)
-            result = moved
-        straight = result
+            m.d.sync += divides.eq(Cat(new.header.op1 == each.value for each in _DIVISIONS).any())
+        converted: Value = steering.result & converts
         for stage in range(CONVERT_LATENCY):
             moved = Signal(name=f"converted{stage}")
             with m.If(enable):
-                m.d.sync += moved.eq(result & converts)
-            result = moved
-        m.d.comb += out_valid.eq(Mux(converts, result, straight))
-
-        # A group of REDUCE: elements go to the accumulators in turn; after the last, wait until
-        # all are in (6 cycles), combine in pairs, finish, clear, open again.
-        element = Signal(unsigned(16))
-        drain = Signal(range(16))
+                m.d.sync += moved.eq(converted)
+            converted = moved
+        out_valid = Signal()
+        written = Signal()
+        offer = Signal()
         m.d.comb += [
-            second.eq(Mux(is_reduce, Second.ACCUMULATE, Second.OPERAND)),
-            index.eq(slot_there),
+            out_valid.eq(Mux(converts, converted, steering.result)),
+            # What holds the lanes holds their result, too: it leaves once.
+            offer.eq(out_valid & (dither.valid | ~stochastic) & ~scan.hold & ~divide),
+            written.eq(offer & dst.columns.ready),
+            dither.start.eq(take & (wanted | draws)),
+            dither.seed.eq(self.issue.seed),
+            dither.counter.eq(Mux(draws, new_random.key, self.issue.counter)),
+            dither.key.eq(Mux(draws, engine_key(RANDOM_STREAM), engine_key(self._number))),
         ]
-        # An accumulating slot without an element would add garbage: steer it to no accumulator.
-        with m.If(is_reduce & ~accumulate):
-            m.d.comb += second.eq(Second.OPERAND)
-        with m.If(enable & closed):
-            m.d.sync += drain.eq(drain + 1)
-        with m.If(closed):
-            with m.Switch(drain):
-                with m.Case(LANE_LATENCY):
-                    m.d.comb += [second.eq(Second.COMBINE), index.eq(0)]
-                with m.Case(LANE_LATENCY + 1):
-                    m.d.comb += [second.eq(Second.COMBINE), index.eq(2)]
-                with m.Case(LANE_LATENCY + ALU_LATENCY + 2):
-                    m.d.comb += [second.eq(Second.FINISH), finish.eq(1)]
-                with m.Case(LANE_LATENCY + ALU_LATENCY + 3):
-                    m.d.comb += clear.eq(enable)
-                    with m.If(enable):
-                        m.d.sync += closed.eq(0)
-        with m.If(enter & is_reduce):
-            m.d.sync += [slot.eq(slot + 1), element.eq(element + 1)]
-            with m.If(element == running.body.counts[3] - 1):
-                m.d.sync += [element.eq(0), slot.eq(0), closed.eq(1), drain.eq(0)]
-        fresh = Signal()
-        m.d.sync += fresh.eq(take)
-        with m.If(fresh):
-            m.d.comb += clear.eq(1)  # the accumulators start from this instruction's identity
 
-        imm1 = Mux(is_tensor_tensor, 0, scalar.body.imm1)
-        column = dst.columns.payload
-        random = split_words(m, dither.words, name="random")
+        # -- Columns enter the lanes.
+        enter = Signal()
+        # Which bound of RANGE_SELECT comes next, one-hot; 0: both are there. The scalars of
+        # SCALAR_TENSOR_TENSOR, one column, come as the second bound does.
+        bounds = Signal(2)
+        with m.If(take):
+            m.d.sync += bounds.eq(Cat(new.header.opcode == Opcode.RANGE_SELECT, has_scalar))
+        with m.Elif(src1.columns.valid):
+            m.d.sync += bounds.eq(bounds << 1)
+        m.submodules.top = top = Top(config)
+        m.submodules.transposer = transposer = Transposer(config)
+        m.submodules.shuffle = shuffle = Shuffle(config)
+        shuffled = data.View(SPECS[Opcode.SHUFFLE].layout, word).body
+        offered = (
+            (src0.columns.valid | ~reads0)
+            & (src1.columns.valid | ~reads1)
+            & (affine.element.valid | ~is_stepped)
+            & (dither.valid | ~is_random)
+            & (top.results.valid | ~is_top)
+            & (transposer.results.valid | ~is_transpose)
+            & ~bounds.any()
+        )
+        m.d.comb += [
+            # An idle engine stands still: nothing is in its pipelines.
+            enable.eq(active & (~out_valid | written) & ~scan.hold & ~divide),
+            enter.eq(offered & enable & ~steering.closed & scan.turn),
+            src0.columns.ready.eq(
+                (enter & reads0)
+                | (top.columns.ready & is_top)
+                | (transposer.columns.ready & is_transpose)
+            ),
+            src1.columns.ready.eq((enter & reads1) | bounds.any()),
+            affine.element.ready.eq(enter & is_stepped),
+            dither.take.eq(Mux(is_random, enter, written & stochastic)),
+            top.smallest.eq(running.header.op0 == AluOp.MIN),
+            top.kept.eq(data.View(SPECS[Opcode.TOP].layout, word).body.kept),
+            top.length.eq(running.body.counts[3]),
+            top.columns.valid.eq(src0.columns.valid & is_top),
+            top.columns.payload.eq(src0.columns.payload.data),
+            top.results.ready.eq(enter & is_top),
+            transposer.into.eq(running.body.counts[3]),
+            transposer.out_of.eq(running.header.lanes),
+            transposer.columns.valid.eq(src0.columns.valid & is_transpose),
+            transposer.columns.payload.eq(src0.columns.payload.data),
+            transposer.results.ready.eq(enter & is_transpose),
+            shuffle.select.eq(shuffled.select),
+            shuffle.spread.eq(shuffled.spread),
+            shuffle.lane.eq(shuffled.lane),
+            shuffle.column.eq(src0.columns.payload.data),
+            scan.begin.eq(take),
+            scan.scanning.eq(is_scan & active),
+            scan.rows.eq(running.body.counts[3]),
+            scan.length.eq(running.body.counts[2]),
+            scan.offered.eq(offered),
+            scan.last.eq(src0.columns.payload.last),
+            scan.moving.eq(enable),
+            scan.entered.eq(enter),
+            steering.enable.eq(enable),
+            steering.enter.eq(enter),
+            steering.reducing.eq(code == Opcode.REDUCE),
+            steering.length.eq(running.body.counts[3]),
+            steering.begin.eq(take),
+        ]
+
+        # -- Lanes.
+        fill = data.View(SPECS[Opcode.AFFINE_SELECT].layout, word).body.fill
+        holds = Signal(4)
+        with m.Switch(running.header.op0):
+            for comparison, for_which in _HOLDS.items():
+                with m.Case(comparison.value):
+                    m.d.comb += holds.eq(for_which)
+        m.submodules.front = front = side_by_side(
+            FrontLane(), "vector_front", lanes,
+            shared=(
+                "data", "condition", "holds", "otherwise", "index", "bounds", "start", "base",
+                "step", "increment", "threshold", "initial", "imm0", "predicated", "tensor",
+                "imm1", "load", "scalar",
+            ),
+        )  # fmt: skip
         m.submodules.lanes = cells = side_by_side(
             VectorLane(), "vector_lane", lanes,
             shared=(
-                "en", "op0", "op1", "dtype", "imm0", "load", "scalar", "divide", "start", "divides",
-                "second", "index", "clear",
+                "en", "op0", "op1", "dtype", "chain", "divide", "start", "divides", "second",
+                "index", "clear",
             ),
         )  # fmt: skip
         m.submodules.conversion = conversion = side_by_side(
@@ -311,33 +457,66 @@ class VectorEngine(wiring.Component):
             RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
         )
         m.d.comb += [
+            front.data.eq(front_data),
+            front.condition.eq(condition),
+            front.holds.eq(holds),
+            front.otherwise.eq(
+                Mux(
+                    code == Opcode.AFFINE_SELECT,
+                    Cat(Const(0, 16), fill),
+                    Mux(is_random, 0, scalar.body.imm0),
+                )
+            ),
+            front.threshold.eq(data.View(SPECS[Opcode.DROPOUT].layout, word).body.threshold),
+            front.index.eq(affine.element.payload.index),
+            front.bounds.eq(Mux(src1.columns.valid & is_range, bounds, 0)),
+            front.start.eq(affine.start),
+            front.base.eq(affine.base),
+            front.step.eq(affine.step),
+            front.increment.eq(affine.increment),
+            front.load.eq(src1.columns.valid & is_scalar & bounds.any()),
+            front.scalar.eq(is_scalar),
+            front.initial.eq(is_scan & running.header.accumulate),
+            front.imm0.eq(imm0),
+            front.predicated.eq(is_predicated),
+            front.tensor.eq(is_tensor_tensor | (is_scan & ~running.header.accumulate)),
+            front.imm1.eq(Mux(is_scan, scalar.body.imm0, scalar.body.imm1)),
             cells.en.eq(enable),
             cells.op0.eq(op0),
             cells.op1.eq(op1),
             cells.dtype.eq(computes),
-            cells.imm0.eq(scalar.body.imm0),
-            cells.load.eq(load),
             cells.divide.eq(divide),
             cells.start.eq(divide & ~started),
             cells.divides.eq(divides),
             busy.eq(Cat(cells.busy).any()),
-            cells.scalar.eq(code == Opcode.SCALAR_TENSOR_TENSOR),
-            cells.second.eq(second),
-            cells.index.eq(index),
-            cells.clear.eq(clear),
+            cells.chain.eq(is_scan & ~scan.first),
+            cells.second.eq(steering.second),
+            cells.index.eq(steering.index),
+            cells.clear.eq(steering.clear),
             conversion.en.eq(enable & converts),
             conversion.given.eq(computes),
             conversion.dtype.eq(running.body.dst.dtype),
             rounding.dtype.eq(running.body.dst.dtype),
             rounding.stochastic.eq(stochastic),
         ]
+        column = dst.columns.payload
+        random = split_words(m, dither.words, name="random")
         for lane in range(lanes):
-            source0, source1 = src0.columns.payload.data[lane], src1.columns.payload.data[lane]
-            memset = Mux(is_memset, scalar.body.imm0, source0)
             m.d.comb += [
-                # COPY_PREDICATED: the data pass through the ALUs, the mask comes along as b.
-                cells.a[lane].eq(Mux(is_predicated, source1, memset)),
-                cells.b[lane].eq(Mux(is_predicated, source0, Mux(is_tensor_tensor, source1, imm1))),
+                front.src0[lane].eq(src0.columns.payload.data[lane]),
+                front.src1[lane].eq(src1.columns.payload.data[lane]),
+                front.found[lane].eq(
+                    Mux(
+                        is_top,
+                        top.results.payload[lane],
+                        Mux(is_transpose, transposer.results.payload[lane], shuffle.o[lane]),
+                    )
+                ),
+                front.random[lane].eq(random[lane]),
+                front.chosen[lane].eq(affine.chosen[lane]),
+                cells.a[lane].eq(front.a[lane]),
+                cells.y[lane].eq(front.y[lane]),
+                cells.b[lane].eq(front.b[lane]),
                 conversion.word[lane].eq(cells.o[lane]),
                 rounding.word[lane].eq(Mux(converts, conversion.o[lane], cells.o[lane])),
                 rounding.random[lane].eq(random[lane]),
@@ -351,8 +530,9 @@ class VectorEngine(wiring.Component):
             nonzero = moved
         nonzero = Mux(converts, nonzero, Cat(cells.nonzero))
         everywhere = (~is_predicated).replicate(lanes)
+        written_lanes = Mux(is_transpose, running.body.counts[3], running.header.lanes)[:8]
         m.d.comb += [
-            column.mask.eq(lane_mask(running.header.lanes, lanes) & (nonzero | everywhere)),
+            column.mask.eq(lane_mask(written_lanes, lanes) & (nonzero | everywhere)),
             dst.columns.valid.eq(offer),
         ]
         return m

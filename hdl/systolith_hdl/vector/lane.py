@@ -33,11 +33,10 @@ class VectorLane(wiring.Component):
     Members
     -------
     en : In(1), low freezes the lane
-    op0, op1, imm0 : In, of the running instruction, steady while it runs
+    op0, op1 : In, of the running instruction, steady while it runs
     dtype : In(DType) in which both ALUs work, steady while it runs
-    load : In(1), takes `b` as the lane's scalar
-    scalar : In(1), steady while the instruction runs: the scalar stands for imm0
-    a, b : In(32), operands of the element entering: x = a op0 imm0, result = x op1 b
+    a, y, b : In(32), operands of the element entering: x = a op0 y, result = x op1 b
+    chain : In(1), y is the result that leaves the lane now
     divide : In(1), the divider works on the element at the second ALU: `en` is low; `start`, high
         in its first cycle, gives it its operands. Its result takes the place of x, and op1 that of
         BYPASS, in an enabled cycle with `divides`
@@ -56,11 +55,10 @@ class VectorLane(wiring.Component):
     op0: In(6)
     op1: In(6)
     dtype: In(DType)
-    imm0: In(32)
-    load: In(1)
-    scalar: In(1)
     a: In(32)
+    y: In(32)
     b: In(32)
+    chain: In(1)
     divide: In(1)
     start: In(1)
     divides: In(1)
@@ -77,16 +75,13 @@ class VectorLane(wiring.Component):
         m.submodules.first_alu = first = Once(Alu(), "vector_alu")
         m.submodules.second_alu = second = Once(Alu(), "vector_alu")
 
-        number = Signal(32)
-        with m.If(self.load):
-            m.d.sync += number.eq(self.b)
         m.d.comb += [
             first.en.eq(self.en),
             first.dtype.eq(self.dtype),
             second.dtype.eq(self.dtype),
             first.op.eq(self.op0),
             first.a.eq(self.a),
-            first.b.eq(Mux(self.scalar, number, self.imm0)),
+            first.b.eq(Mux(self.chain, second.o, self.y)),
         ]
         b = self.b
         nonzero = self.b[:31].any() | (self.b[31] & (self.dtype != DType.FP32))

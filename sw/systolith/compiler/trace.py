@@ -23,7 +23,8 @@ from systolith_hdl.isa import DIVISIONS, AluOp, Function
 
 from ..errors import CompileError, UnsupportedError
 from ..kernel.call import Call
-from ..kernel.function import kernel_p
+from ..kernel.function import Kernel, kernel_p
+from ..kernels.embedding import embedding, embedding_grad, scatter_add
 from .ir import ARRAY_TYPE_NAMES, ARRAY_TYPES, Graph, Op, Shape, Use, Value, array_type, broadcast
 
 #: A traced tensor: the IR's value where the chip computes it, an array where it is known now.
@@ -60,8 +61,8 @@ SPLIT_DEPTH = 128
 ANY_TYPE_PRIMITIVES = frozenset(
     {
         "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dot_general", "expand_dims",
-        "optimization_barrier", "pvary", "reshape", "select_n", "slice", "split", "squeeze",
-        "stop_gradient", "systolith_kernel", "transpose",
+        "gather", "optimization_barrier", "pvary", "reshape", "scatter-add", "select_n", "slice",
+        "split", "squeeze", "stop_gradient", "systolith_kernel", "transpose",
     }
 )  # fmt: skip
 
@@ -260,6 +261,12 @@ class Tracer:
         """The INT8 value that `use` is in a wider type; `use` itself if there is none."""
         found = self._widened.get(use.value)
         return Use(found.value, use.transposed) if found else use
+
+    def index(self, ref: Ref, count: int) -> Use:
+        """A vector of indices from an array [count, 1]."""
+        if isinstance(ref, Use):
+            return self.array(ref.t, canonical((count,)), DType.INT32)
+        return self.array(ref.reshape(count), canonical((count,)), DType.INT32)
 
     # --- operations ----------------------------------------------------------------------
 
@@ -1084,16 +1091,18 @@ def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
     return result.t if len(a_shape) == 2 and len(b_shape) == 1 else result
 
 
+def _packed(t: Tracer, ref: Ref, aval: Any) -> Use:
+    """An argument of a kernel, which reads all elements, packed in the type of the array."""
+    kept, shape = ARRAY_TYPES[np.dtype(aval.dtype).name], canonical(aval.shape)
+    use = t.array(ref, shape, kept)
+    return use if use.value.dtype is kept else t._moved(use, shape, kept)
+
+
 @_lowers("systolith_kernel")
 def _kernel(t: Tracer, eqn: Any, *operands: Ref) -> Sequence[Ref]:
     given = [var.aval for var in eqn.invars]
     made = [var.aval for var in eqn.outvars]
-    uses = []
-    for ref, aval in zip(operands, given, strict=True):
-        kept, shape = ARRAY_TYPES[np.dtype(aval.dtype).name], canonical(aval.shape)
-        # A kernel reads all elements, packed in the type of the array.
-        use = t.array(ref, shape, kept)
-        uses.append(use if use.value.dtype is kept else t._moved(use, shape, kept))
+    uses = [_packed(t, ref, aval) for ref, aval in zip(operands, given, strict=True)]
     call = Call(
         eqn.params["kernel"],
         eqn.params["static"],
@@ -1108,6 +1117,91 @@ def _kernel(t: Tracer, eqn: Any, *operands: Ref) -> Sequence[Ref]:
         first,
         *(t.emit("result", [first], *kind, index=i) for i, kind in enumerate(others, 1)),
     ]
+
+
+def _picks_rows(eqn: Any, inserted: Any, mapped: Any, window: Any, mode: Any) -> None:
+    """Refuses a gather or scatter that is not of whole rows along axis 0 by a vector."""
+    table, index = (var.aval for var in eqn.invars[:2])
+    numbers = eqn.params["dimension_numbers"]
+    batching = [getattr(numbers, name) for name in dir(numbers) if name.endswith("batching_dims")]
+    if (
+        index.shape[1:] != (1,)
+        or tuple(inserted) != (0,)
+        or tuple(mapped) != (0,)
+        or tuple(window) != (1,) * (len(table.shape) - 1)
+        or any(batching)
+    ):
+        raise _Refuse(
+            "only rows that a vector of int32 picks along axis 0 are gathered, or added to, as in "
+            "x[i], jnp.take(x, i, axis=0) and x.at[i].add(y)"
+        )
+    if array_type(index.dtype) is not DType.INT32:
+        raise _Refuse("indices must be int32")
+    if mode == jax.lax.GatherScatterMode.CLIP:
+        raise _Refuse("indices are not clipped: one outside is an error of the device")
+
+
+def _rows_call(
+    t: Tracer, eqn: Any, kernel: Kernel, static: dict[str, Any], uses: list[Use], shapes: Any
+) -> Use:
+    """Calls a kernel on tables; a vector is one with a column. `shapes` are those of the
+    arguments, and of the result."""
+    made = eqn.outvars[0].aval
+    kept = ARRAY_TYPES[np.dtype(made.dtype).name]
+    specs = [
+        (tuple(shape), FORMATS[dtype].numpy)
+        for shape, dtype in zip(shapes, (*(use.value.dtype for use in uses), kept), strict=True)
+    ]
+    call = Call(kernel, tuple(static.items()), tuple(specs[:-1]), (specs[-1],))
+    t._label = kernel.name
+    return t.emit("kernel", uses, canonical(made.shape), kept, call=call)
+
+
+def _as_table(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], 1) if len(shape) == 1 else (shape[0], shape[1])
+
+
+@_lowers("gather")
+def _gather(t: Tracer, eqn: Any, table: Ref, start: Ref) -> Ref:
+    numbers = eqn.params["dimension_numbers"]
+    aval, index = (var.aval for var in eqn.invars)
+    if tuple(eqn.params["slice_sizes"]) != (1, *aval.shape[1:]):
+        raise _Refuse("only whole rows are gathered")
+    _picks_rows(
+        eqn,
+        numbers.collapsed_slice_dims,
+        numbers.start_index_map,
+        numbers.offset_dims,
+        eqn.params["mode"],
+    )
+    uses = [_packed(t, table, aval), t.index(start, index.shape[0])]
+    made = _as_table(eqn.outvars[0].aval.shape)
+    return _rows_call(t, eqn, embedding, {}, uses, (_as_table(aval.shape), index.shape[:1], made))
+
+
+@_lowers("scatter-add")
+def _scatter_add(t: Tracer, eqn: Any, table: Ref, start: Ref, updates: Ref) -> Ref:
+    numbers = eqn.params["dimension_numbers"]
+    aval, index, added = (var.aval for var in eqn.invars)
+    _picks_rows(
+        eqn,
+        numbers.inserted_window_dims,
+        numbers.scatter_dims_to_operand_dims,
+        numbers.update_window_dims,
+        eqn.params["mode"],
+    )
+    if added.shape[1:] != aval.shape[1:] or added.dtype != aval.dtype:
+        raise _Refuse("only whole rows of the same type are added")
+    picked = t.index(start, index.shape[0])
+    more = _packed(t, updates, added)
+    shape, rows = _as_table(aval.shape), _as_table(added.shape)
+    if isinstance(table, np.ndarray) and not np.asarray(table).astype(np.float32).any():
+        static = {"rows": shape[0]}
+        return _rows_call(
+            t, eqn, embedding_grad, static, [more, picked], (rows, index.shape[:1], shape)
+        )
+    uses = [_packed(t, table, aval), picked, more]
+    return _rows_call(t, eqn, scatter_add, {}, uses, (shape, index.shape[:1], rows, shape))
 
 
 def trace(closed: Any, names: Sequence[str], matmul: DType = DType.BF16) -> Graph:

@@ -392,6 +392,16 @@ def reduce_last(operation: AluOp, words: Words, dtype: DType = DType.FP32) -> Wo
     return canonical(combine(combine(acc0, acc1), combine(acc2, acc3)))
 
 
+def top(words: Words, kept: int, *, smallest: bool) -> tuple[Words, Words]:
+    """The `kept` largest or smallest of the last axis, the greatest or the least first, and their
+    indices. A NaN comes before any number; of equal words, the one of the lower index."""
+    keys = _key(words).astype(np.int64)
+    keys = np.where(is_nan(words), 1 << 32, -keys if smallest else keys)
+    indices = np.argsort(-keys, axis=-1, kind="stable")[..., :kept]
+    found = np.take_along_axis(words, indices, axis=-1)
+    return np.where(is_nan(found), _NAN, found), indices.astype(np.uint32)
+
+
 def _safe(words: Words) -> bool:
     """True if all values are zero or within 2**-62 to 2**63: products of two are exact in FP32."""
     exponent = (words >> 23) & 0xFF

@@ -7,11 +7,11 @@ import functools
 from enum import Enum
 from typing import Any
 
+from systolith_hdl import isa
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import DType
 from systolith_hdl.isa import (
     DMA_TYPES,
-    LOADS,
     MAX_WAITS,
     SPECS,
     USED_BITS,
@@ -24,6 +24,8 @@ from systolith_hdl.isa import (
     legal_operations,
     operation_types,
 )
+
+from . import exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +69,22 @@ _OPCODES = frozenset(opcode.value for opcode in Opcode)
 
 
 def operand_counts(opcode: Opcode, operand: str, fields: dict[str, int]) -> list[int]:
-    """The four counts an operand walks: REDUCE writes once for each innermost row, and `scalar` is
-    one column."""
-    if operand == "scalar":
-        return [1, 1, 1, 1]
+    """The four counts an operand walks."""
     counts = [fields[f"counts.{i}"] for i in range(4)]
-    if opcode is Opcode.REDUCE and operand == "dst":
-        counts[3] = 1
-    return counts
+    return isa.operand_counts(opcode, operand, counts, fields.__getitem__)
 
 
 def operand_strides(operand: str, fields: dict[str, int]) -> list[int]:
     """The four strides of an operand, in words; one the format leaves out is 0."""
     return [fields.get(f"{operand}.strides.{i}", 0) for i in range(4)]
+
+
+def operand_lanes(opcode: Opcode, operand: str, fields: dict[str, int], lanes: int) -> int:
+    """How many partitions an operand takes, from partition 0 on, in a core of so many lanes. That
+    of SHUFFLE is the highest it needs."""
+    if opcode is Opcode.SHUFFLE and operand == "src0":
+        return int(exchange.shuffle_sources(fields, lanes).max()) + 1
+    return fields[SPECS[opcode].lanes.get(operand, "lanes")]
 
 
 def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
@@ -92,18 +97,19 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     2. RESERVED_BITS: a bit that no field of the opcode's format holds is set
     3. ILLEGAL_OPERATION: op0, op1 or a wait mode has a code the opcode does not accept
     4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or
-       that of src1 or `scalar` of the vector engine is not that of src0, or op1 is an operation
-       that this type does not have, or a MATMUL's dst is INT32 and its
-       src0 is not INT8
+       that of an operand that must have the type of src0 is another, or op1 is an operation that
+       this type does not have, or a MATMUL's dst is INT32 and its src0 is not INT8
     5. BAD_SPACE: the same for the operand's memory
-    6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or of a load of the
-       stationary operand counts 0 to 2 are not 1 or count 3 is more than N
+    6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or a field is outside of the
+       limits of the opcode
     7. BAD_SEMAPHORE: a wait (mode not NONE) or a signal (amount not 0) names a semaphore that
        does not exist, or the signal's chip is not 0
-    8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, scalar, local; of each the lowest
-       address is below 0 (address = that), or the highest is past the memory (address = that)
+    8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, scalar, local, index; of each the
+       lowest address is below 0 (address = that), or the highest is past the memory (address =
+       that)
 
-    DRAM addresses are not checked here: the bus answers those with an error.
+    DRAM addresses are not checked here: the bus answers those with an error. Neither are the values
+    of indices, which are read only when the instruction executes.
     """
     if raw[0] not in _OPCODES:
         return Fault(FaultCause.ILLEGAL_OPCODE)
@@ -148,10 +154,12 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
         counts = [fields[f"counts.{i}"] for i in range(4)]
         if 0 in counts:
             return Fault(FaultCause.BAD_COUNT)
-        if opcode in LOADS and (counts[:3] != [1, 1, 1] or counts[3] > config.lanes):
-            return Fault(FaultCause.BAD_COUNT)
     for name in ("lanes", "columns"):
         if name in fields and not 1 <= fields[name] <= config.lanes:
+            return Fault(FaultCause.BAD_COUNT)
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, config)
+        if not least <= fields[name] <= most:
             return Fault(FaultCause.BAD_COUNT)
 
     for i in range(MAX_WAITS):
@@ -182,7 +190,11 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
             return Fault(FaultCause.OUT_OF_BOUNDS, low)
         if high >= depth:
             return Fault(FaultCause.OUT_OF_BOUNDS, high)
+    if spec.indexed:
+        high = fields["index.base"] + (fields["counts.0"] - 1) // config.lanes
+        if high >= config.sbuf_depth:
+            return Fault(FaultCause.OUT_OF_BOUNDS, high)
     return None
 
 
-__all__ = ["Fault", "check", "operand_counts", "operand_strides"]
+__all__ = ["Fault", "check", "operand_counts", "operand_lanes", "operand_strides"]

@@ -15,7 +15,7 @@ one in which this device happened to execute; where several streams signal one s
 signals made so far in this execution count.
 
 A word never written since the start of the program is *undefined*, and so is what the vector and
-scalar engines make of it, lane by lane: whole-tile instructions may compute lanes that nobody
+scalar engines make of it, word by word: whole-tile instructions may compute lanes that nobody
 reads. It is an error when the tensor engine takes it or DMA stores it; of other opcodes, at once.
 A race may be the cause, so the first use of undefined memory is kept until the program has ended
 without one.
@@ -31,25 +31,26 @@ from typing import NamedTuple
 import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import LOADS, SPECS, Opcode, Space
+from systolith_hdl.isa import DRAM_READERS, DRAM_WRITERS, LOADS, SPECS, Opcode, Space
 
 from . import dma
-from .arithmetic import nonzero
-from .checker import operand_counts, operand_strides
+from .checker import operand_counts, operand_lanes, operand_strides
+from .marks import PASSES
 
-#: opcodes whose result in a lane depends on nothing but that lane: undefined words pass through
+#: opcodes whose result in an element depends on nothing but that element of their sources, which
+#: broadcast: undefined words pass through
 _LANEWISE = frozenset(
     {
         Opcode.TENSOR_TENSOR,
         Opcode.SCALAR_TENSOR_TENSOR,
         Opcode.TENSOR_SCALAR,
-        Opcode.REDUCE,
-        Opcode.COPY_PREDICATED,
+        Opcode.DROPOUT,
         Opcode.ACTIVATE,
         Opcode.ACTIVATE_TENSOR_BIAS,
     }
 )
-_DMA = (Opcode.DMA_LOAD, Opcode.DMA_STORE)
+#: opcodes that undefined words pass through
+_PASSING = _LANEWISE | PASSES.keys()
 _NEVER = 1  #: mark of a word never written; higher ones number the instruction that read such a one
 _EVER = np.iinfo(np.int64).max
 _CHUNK = 1 << 20  #: bytes by which what is known of DRAM grows, at least
@@ -96,18 +97,27 @@ class Undefined(NamedTuple):
     reader: Step
 
 
-def accesses(opcode: Opcode, fields: dict[str, int]) -> Iterator[Access]:
+def accesses(opcode: Opcode, fields: dict[str, int], lanes: int) -> Iterator[Access]:
     """The words of SBUF and PSUM that an instruction reads and writes, operand by operand, sources
-    first. One that writes only some elements counts as writing all."""
+    first, in a core of so many lanes. One that writes only some elements counts as writing all, one
+    that reads some partitions as reading those below, too."""
+    if SPECS[opcode].indexed:
+        full, rest = divmod(fields["counts.0"], lanes)
+        for first, columns, used in ((0, full, lanes), (full, 1, rest)):
+            if columns and used:
+                base = fields["index.base"] + first
+                shape = (1, 1, 1, columns), (0, 0, 0, 1)
+                yield Access("index", Space.SBUF, base, used, *shape, True, False)
     for name in sorted(SPECS[opcode].operands, key=lambda name: name == "dst"):
-        writes = name == "dst" or (name == "local" and opcode is Opcode.DMA_LOAD)
-        reads = not writes or bool(fields.get("accumulate"))
-        lanes = fields["columns"] if writes and "columns" in fields else fields["lanes"]
+        accumulate = opcode is not Opcode.SCAN and bool(fields.get("accumulate"))
+        # A store that adds leaves the sums in its source, too.
+        writes = name == "dst" or (name == "local" and (opcode in DRAM_READERS or accumulate))
+        reads = not writes or accumulate
         yield Access(
             name,
             Space(fields[f"{name}.space"]),
             fields[f"{name}.base"],
-            lanes,
+            operand_lanes(opcode, name, fields, lanes),
             tuple(operand_counts(opcode, name, fields)),
             tuple(operand_strides(name, fields)),
             reads,
@@ -245,9 +255,11 @@ class Checks:
         memories: Mapping[Space, np.ndarray],
         undefined: Sequence[tuple[int, int]] = (),
     ) -> None:
+        self._lanes = config.lanes
         self._memories = memories
         self.used: Undefined | None = None
         self.clocks = Clocks(config)
+        self._lanes = config.lanes
         streams = self.clocks.streams
         self._words = {
             Space.SBUF: _Words(streams, config.lanes, config.sbuf_depth),
@@ -270,31 +282,28 @@ class Checks:
         number = len(self.clocks.history[stream])
         self._origin = None
         marks: dict[str, np.ndarray] = {}
-        mask: np.ndarray | None = None
+        held: dict[str, np.ndarray] = {}
         elements = self._dram_elements(opcode, fields, dram_bytes)
-        for access in accesses(opcode, fields):
+        for access in accesses(opcode, fields, self._lanes):
             words = self._words[access.space]
             self._order(words, access, relied)
             if access.reads:
                 found = words.window(words.undefined, access)
                 if found.any():
-                    if opcode not in _LANEWISE:
+                    if opcode not in _PASSING:
                         self._use(step, access, found)
                     never = found == _NEVER
                     if never.any():
                         found = np.where(never, self._mark(step, access, never), found)
                 marks[access.operand] = found
-                if opcode is Opcode.COPY_PREDICATED and access.operand == "src0":
-                    mask = nonzero(
-                        words.window(self._memories[access.space], access),
-                        DType(fields["src0.dtype"]),
-                    )
+                held[access.operand] = words.window(self._memories[access.space], access)
                 words.window(words.read, access)[stream] = number
             if access.writes:
                 words.window(words.written, access)[stream] = number
-                self._define(words, access, opcode, marks, mask)
+                self._define(words, access, opcode, fields, marks, held)
         if elements is not None:
-            self._transfer(step, opcode, elements, stream, number, relied)
+            accumulate = bool(fields["accumulate"])
+            self._transfer(step, opcode, accumulate, elements, stream, number, relied)
 
     def define_everything(self) -> None:
         """Takes whatever the memories hold now as written, by the host perhaps."""
@@ -344,38 +353,37 @@ class Checks:
         words: _Words,
         access: Access,
         opcode: Opcode,
+        fields: dict[str, int],
         marks: dict[str, np.ndarray],
-        mask: np.ndarray | None,
+        held: dict[str, np.ndarray],
     ) -> None:
-        """What a destination is after the instruction, from the marks of its sources."""
+        """What a destination is after the instruction, from its fields and the marks and words of
+        its sources."""
         dst = words.window(words.undefined, access)
-        if opcode not in _LANEWISE:
-            dst[...] = 0
-            return
         result = np.zeros_like(dst)
-        if mask is not None:
-            # The mask decides everything, and the source counts where it is chosen.
-            result[...] = marks["src0"]
-            chosen = np.where(mask, marks["src1"], dst)
-            np.maximum(result, chosen, out=result)
-        else:
+        if opcode in PASSES:
+            result[...] = PASSES[opcode](
+                {**fields, "core_lanes": words.undefined.shape[0]}, {**marks, "dst": dst}, held
+            )
+        elif opcode in _LANEWISE:
             for found in marks.values():
-                if opcode is Opcode.REDUCE:
-                    found = found.max(axis=-1, keepdims=True)
                 np.maximum(result, found, out=result)
         dst[...] = result
 
     # -- DRAM ----------------------------------------------------------------------------------
 
-    @staticmethod
     def _dram_elements(
-        opcode: Opcode, fields: dict[str, int], dram_bytes: int
+        self, opcode: Opcode, fields: dict[str, int], dram_bytes: int
     ) -> np.ndarray | None:
         """The bytes a transfer touches; None if there are none, or some do not exist."""
-        if opcode not in _DMA:
+        if opcode not in DRAM_READERS | DRAM_WRITERS:
             return None
         size = FORMATS[DType(fields["dram_dtype"])].bytes
-        found = dma.element_addresses(fields).ravel()
+        rows = dma.rows(opcode, self._memories[Space.SBUF], fields)
+        try:
+            found = np.concatenate([dma.element_addresses(row).ravel() for row in rows])
+        except dma.DmaFault:
+            return None  # an index names no row
         if int(found.max()) + size > dram_bytes:
             return None  # the bus refuses it
         return (found[:, None] + np.arange(size)).ravel()
@@ -384,6 +392,7 @@ class Checks:
         self,
         step: Step,
         opcode: Opcode,
+        accumulate: bool,
         touched: np.ndarray,
         stream: int,
         number: int,
@@ -392,7 +401,7 @@ class Checks:
         dram, first = self._dram, self._first_queue
         relied = relied[first : first + len(dram.read), None]
         dram.reach(int(touched.max()) + 1)
-        store = opcode is Opcode.DMA_STORE
+        store = opcode in DRAM_WRITERS
         for last, wrote in [(dram.written, True)] + ([(dram.read, False)] if store else []):
             found = last[:, touched]
             late = found > relied
@@ -400,12 +409,12 @@ class Checks:
                 other, at = (int(i) for i in np.argwhere(late)[0])
                 culprit = self.clocks.history[first + other][int(found[other, at]) - 1]
                 raise Race(culprit, "dram", f"byte {int(touched[at]):#x} of DRAM", wrote, store)
+        undefined = dram.undefined[touched]
+        if undefined.any() and self.used is None and (accumulate or not store):
+            at = int(touched[int(np.argmax(undefined))])
+            self.used = Undefined(step, "dram", f"byte {at:#x} of DRAM", step)
         if store:
             dram.written[stream - first, touched] = number
             dram.undefined[touched] = False
             return
-        undefined = dram.undefined[touched]
-        if undefined.any() and self.used is None:
-            at = int(touched[int(np.argmax(undefined))])
-            self.used = Undefined(step, "dram", f"byte {at:#x} of DRAM", step)
         dram.read[stream - first, touched] = number

@@ -18,9 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+from systolith_hdl.arith.dither import RANDOM_STREAM
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
 from systolith_hdl.formats import FORMATS, INTEGERS, NARROW_FLOATS, DType
 from systolith_hdl.isa import (
+    CONTROL,
+    INDEX_BITS,
+    INDEX_REGISTERS,
+    LOOP_DEPTH,
     MAX_WAITS,
     SPECS,
     AluOp,
@@ -30,16 +35,17 @@ from systolith_hdl.isa import (
     Rounding,
     Space,
     WaitMode,
+    add_indices,
     decode,
     engine_kind,
 )
 
 from systolith.errors import BackendError
 
-from . import arithmetic, dither, dma
+from . import arithmetic, choose, dither, dma, exchange
 from .activation import evaluate
 from .arithmetic import Words
-from .checker import Fault, check, operand_counts, operand_strides
+from .checker import Fault, check, operand_counts, operand_lanes, operand_strides
 
 MAX_SEMAPHORE = (1 << 16) - 1
 #: words one operand may visit here; the chip has no limit, but no useful instruction is near it
@@ -80,7 +86,8 @@ class FaultRecord:
 class _Prepared:
     """An instruction ready to execute.
 
-    `run` performs it; it returns a Fault when the bus refuses. None for NOP and END.
+    `run` performs it; it returns a Fault when the bus refuses. None for what the sequencer itself
+    executes.
     """
 
     fault: Fault | None = None
@@ -89,7 +96,48 @@ class _Prepared:
     signal: tuple[int, int] | None = None  #: (semaphore, amount)
     run: Callable[[], Fault | None] | None = None
     macs: int = 0
-    end: bool = False
+    #: opcode and fields of what the sequencer executes
+    control: tuple[Opcode, dict[str, int]] | None = None
+    #: an index register is to be added to an address
+    indexed: bool = False
+
+
+@dataclasses.dataclass(slots=True)
+class _Sequencer:
+    """What a stream's loops have come to.
+
+    Parameters
+    ----------
+    indices : the index registers, modulo 2**32
+    flag : what the last TEST found
+    loops : open ones, [iterations left with this one, instruction after LOOP, indices before]
+    """
+
+    indices: list[int] = dataclasses.field(default_factory=lambda: [0] * INDEX_REGISTERS)
+    flag: bool = False
+    loops: list[tuple[int, int, list[int]]] = dataclasses.field(default_factory=list)
+
+    def refuses(self, opcode: Opcode) -> bool:
+        """Whether there are too many loops for a LOOP, or none for a NEXT."""
+        if opcode is Opcode.LOOP:
+            return len(self.loops) == LOOP_DEPTH
+        return opcode is Opcode.NEXT and not self.loops
+
+    def follow(self, opcode: Opcode, fields: dict[str, int], pc: int) -> int:
+        """Executes LOOP or NEXT at `pc`; returns the pc of what follows."""
+        if opcode is Opcode.LOOP:
+            self.loops.append((fields["count"], pc + 1, list(self.indices)))
+        elif opcode is Opcode.NEXT:
+            left, first, before = self.loops.pop()
+            if left > 1 and (self.flag or not fields["conditional"]):
+                self.loops.append((left - 1, first, before))
+                self.indices = [
+                    (value + fields[f"steps.{i}"]) & 0xFFFFFFFF
+                    for i, value in enumerate(self.indices)
+                ]
+                return first
+            self.indices = before
+        return pc + 1
 
 
 def _repeats(counts: Sequence[int], strides: Sequence[int], width: int = 1) -> bool:
@@ -242,6 +290,7 @@ class Core:
         self._ended = [False] * engines
         self._next: list[_Prepared | None] = [None] * engines
         self._slot = [0] * engines  # wait slots of the next instruction that have held already
+        self._sequencers = [_Sequencer() for _ in range(engines)]
 
     def start(self, bases: list[int], *, seed: int = 0) -> None:
         """Starts every engine at its byte address; zeroes semaphores and counters. `seed` is that
@@ -304,9 +353,16 @@ class Core:
                 self._stop(engine, Fault(FaultCause.FETCH_ERROR, address))
                 return True
             raw = self.dram[address : address + INSTRUCTION_BYTES].tobytes()
-            prepared = self._next[engine] = self._lookup(engine, raw)
+            prepared = self._lookup(engine, raw)
+            if prepared.indexed:
+                prepared = self._lookup(engine, add_indices(raw, self._sequencers[engine].indices))
+            self._next[engine] = prepared
         if prepared.fault is not None:
             self._stop(engine, prepared.fault)
+            return True
+        sequencer = self._sequencers[engine]
+        if prepared.control is not None and sequencer.refuses(prepared.control[0]):
+            self._stop(engine, Fault(FaultCause.BAD_LOOP))
             return True
         semaphores = self.semaphores
         while self._slot[engine] < len(prepared.waits):
@@ -321,11 +377,20 @@ class Core:
         if self.observer is not None:
             self.observer.before(engine, self.pc[engine], prepared.raw)
         if prepared.run is not None:
-            self._issued = (engine, self.pc[engine])
+            self._issued = (engine, self.instructions[engine])
             fault = prepared.run()
             if fault is not None:
                 self._stop(engine, fault)
                 return True
+        following = self.pc[engine] + 1
+        if prepared.control is not None:
+            opcode, fields = prepared.control
+            if opcode is Opcode.TEST:
+                fault = self._test(sequencer, fields["dram_base"] & ~3)
+                if fault is not None:
+                    self._stop(engine, fault)
+                    return True
+            following = sequencer.follow(opcode, fields, self.pc[engine])
         if self.observer is not None:
             self.observer.after(engine, self.pc[engine], prepared.raw)
         self.macs += prepared.macs
@@ -336,11 +401,20 @@ class Core:
                 self._stop(engine, Fault(FaultCause.SEMAPHORE_OVERFLOW, sem))
                 return True
             semaphores[sem] += amount
-        self.pc[engine] += 1
+        self._ended[engine] = prepared.raw[0] == Opcode.END.value
+        self.pc[engine] = following
         self._slot[engine] = 0
         self._next[engine] = None
-        self._ended[engine] = prepared.end
         return True
+
+    def _test(self, sequencer: _Sequencer, address: int) -> Fault | None:
+        """Sets the flag by the word at a byte address, a multiple of 4."""
+        if address + 4 > len(self.dram):
+            beat = min(self.config.axi_bytes, INSTRUCTION_BYTES)
+            return Fault(FaultCause.AXI_READ_ERROR, address // beat * beat)
+        word = int.from_bytes(self.dram[address : address + 4].tobytes(), "little")
+        sequencer.flag = bool(word & 0x7FFFFFFF)
+        return None
 
     def execute(self, raw: bytes, engine: str, *, counter: int = 0) -> Fault | None:
         """Executes one instruction at once, without its waits and signal; returns its fault.
@@ -367,11 +441,13 @@ class Core:
         return prepared
 
     def _prepare(self, engine: int, raw: bytes) -> _Prepared:
+        # It may be legal or not only with its index registers.
+        indexed = bool(int.from_bytes(raw, "little") & INDEX_BITS.get(raw[0], 0))
         fault = check(raw, self._kinds[engine], self.config)
         if fault is not None:
-            return _Prepared(fault=fault)
+            return _Prepared(fault=fault, indexed=indexed)
         opcode, fields = decode(raw)
-        prepared = _Prepared(raw=raw, end=opcode is Opcode.END)
+        prepared = _Prepared(raw=raw, indexed=indexed)
         slots = (
             tuple(fields[f"wait.{i}.{part}"] for part in ("sem", "mode", "value"))
             for i in range(MAX_WAITS)
@@ -379,7 +455,8 @@ class Core:
         prepared.waits = tuple((sem, WaitMode(mode), value) for sem, mode, value in slots if mode)
         if fields["signal.amount"]:
             prepared.signal = (fields["signal.sem"], fields["signal.amount"])
-        if opcode in (Opcode.NOP, Opcode.END):
+        if opcode in CONTROL:
+            prepared.control = opcode, fields
             return prepared
         maker = _MAKERS[opcode]
         prepared.run = maker(self, opcode, fields)
@@ -389,16 +466,14 @@ class Core:
             prepared.macs = fields["lanes"] * fields["columns"] * columns * products
         return prepared
 
-    def _pattern(
-        self, opcode: Opcode, name: str, fields: dict[str, int], lanes: int | None = None
-    ) -> _Pattern:
+    def _pattern(self, opcode: Opcode, name: str, fields: dict[str, int]) -> _Pattern:
         memory = self.psum if fields[f"{name}.space"] == Space.PSUM.value else self.sbuf
         return _Pattern(
             memory,
             fields[f"{name}.base"],
             operand_counts(opcode, name, fields),
             operand_strides(name, fields),
-            fields["lanes"] if lanes is None else lanes,
+            operand_lanes(opcode, name, fields, self.config.lanes),
         )
 
     def _random(self, lanes: int, counts: Sequence[int]) -> Words:
@@ -417,8 +492,10 @@ class Core:
         dtype = DType(fields["dst.dtype"])
         if dtype is given:
             return pattern.write
-        shape = fields["lanes"], operand_counts(opcode, "dst", fields)
-        stochastic = Rounding(fields["rounding"]) is Rounding.STOCHASTIC and dtype in NARROW_FLOATS
+        lanes = operand_lanes(opcode, "dst", fields, self.config.lanes)
+        shape = lanes, operand_counts(opcode, "dst", fields)
+        rounding = Rounding(fields.get("rounding", 0))
+        stochastic = rounding is Rounding.STOCHASTIC and dtype in NARROW_FLOATS
 
         def write(words: Words, where: np.ndarray | None = None) -> None:
             random = self._random(*shape) if stochastic else None
@@ -455,7 +532,7 @@ class Core:
     def _matmul(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         rows, columns = fields["lanes"], fields["columns"]
         read = self._operands(opcode, fields)
-        dst = self._pattern(opcode, "dst", fields, lanes=columns)
+        dst = self._pattern(opcode, "dst", fields)
         shape = (columns, *operand_counts(opcode, "dst", fields))
         accumulate = bool(fields["accumulate"])
         integer = DType(fields["dst.dtype"]) is DType.INT32
@@ -543,6 +620,126 @@ class Core:
         write = self._writer(opcode, fields, dtype)
         return lambda: write(source.read(), arithmetic.nonzero(mask.read(), dtype))
 
+    def _iota(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        numbers = choose.affine(fields, operand_counts(opcode, "dst", fields))
+        integer = DType(fields["dst.dtype"]) is DType.INT32
+        words = (numbers if integer else numbers.astype(np.float32)).view(np.uint32)
+        pattern = self._pattern(opcode, "dst", fields)
+        return lambda: pattern.write(words)
+
+    def _affine_select(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        numbers = choose.affine(fields, operand_counts(opcode, "dst", fields))
+        chosen = choose.affine_compares(AluOp(fields["op0"]), numbers)
+        source = self._pattern(opcode, "src0", fields)
+        fill = np.uint32(fields["fill"] << 16)
+        write = self._writer(opcode, fields)
+        return lambda: write(np.where(chosen, source.read(), fill))
+
+    def _select(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        condition = self._pattern(opcode, "src0", fields)
+        source = self._pattern(opcode, "src1", fields)
+        operation, otherwise = AluOp(fields["op0"]), np.uint32(fields["imm0"])
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            chosen = choose.compares(operation, condition.read())
+            write(np.where(chosen, source.read(), otherwise))
+
+        return run
+
+    def _range_select(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        bounds = self._pattern(opcode, "src1", fields)
+        lanes, otherwise = fields["lanes"], np.uint32(fields["imm0"])
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            chosen = choose.within(bounds.read().reshape(lanes, 2), fields["counts.3"])
+            write(np.where(chosen[:, None, None, None], source.read(), otherwise))
+
+        return run
+
+    def _scan(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        second = self._pattern(opcode, "src1", fields)
+        op0, op1 = AluOp(fields["op0"]), AluOp(fields["op1"])
+        immediate = np.full(1, fields["imm0"], np.uint32)
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            a, b = source.read(), second.read()
+            steps = a.shape[3]
+            if fields["accumulate"]:
+                r, following = b[:, :, :, 0], [immediate] * steps
+            else:
+                r, following = immediate, [b[:, :, :, step] for step in range(steps)]
+            found = np.empty_like(a)
+            for step in range(steps):
+                r = arithmetic.alu(op0, a[:, :, :, step], r)
+                r = found[:, :, :, step] = arithmetic.alu(op1, r, following[step])
+            write(found)
+
+        return run
+
+    def _top(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        pattern = self._pattern(opcode, "dst", fields)
+        smallest = AluOp(fields["op0"]) is AluOp.MIN
+
+        def run() -> None:
+            words, indices = arithmetic.top(source.read(), fields["kept"], smallest=smallest)
+            pairs = np.stack([indices, words], axis=-1)[..., ::-1, :]
+            pattern.write(pairs.reshape(*pairs.shape[:-2], -1))
+
+        return run
+
+    def _transpose(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        write = self._writer(opcode, fields)
+        return lambda: write(source.read().swapaxes(0, -1))
+
+    def _shuffle(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        chosen = exchange.shuffle_sources(fields, self.config.lanes)
+        write = self._writer(opcode, fields)
+        return lambda: write(source.read()[chosen])
+
+    def _drawer(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], Words]:
+        """Draws the random words of RANDOM and DROPOUT: [lanes, *counts]."""
+        lanes, counts = fields["lanes"], operand_counts(opcode, "dst", fields)
+
+        def draw() -> Words:
+            words = dither.random_words(
+                self.seed, fields["key"], RANDOM_STREAM, elements=math.prod(counts), lanes=lanes
+            )
+            return words.reshape(lanes, *counts)
+
+        return draw
+
+    def _fill_random(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        draw = self._drawer(opcode, fields)
+        pattern = self._pattern(opcode, "dst", fields)
+        if DType(fields["dst.dtype"]) is DType.INT32:
+            return lambda: pattern.write(draw())
+
+        def run() -> None:
+            uniform = (draw() >> 9).astype(np.float32) * np.float32(2**-23)
+            pattern.write(uniform.view(np.uint32))
+
+        return run
+
+    def _dropout(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        draw = self._drawer(opcode, fields)
+        source = self._pattern(opcode, "src0", fields)
+        scale = np.full(1, fields["imm0"], np.uint32)
+        write = self._writer(opcode, fields)
+
+        def run() -> None:
+            kept = np.where(draw() >= fields["threshold"], source.read(), np.uint32(0))
+            write(arithmetic.mul(kept, scale))
+
+        return run
+
     def _activate(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         source = self._pattern(opcode, "src0", fields)
         scale = np.full(1, fields["imm0"], np.uint32)
@@ -561,6 +758,8 @@ class Core:
         return run
 
     def _dma(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], Fault | None]:
+        if SPECS[opcode].indexed or fields["accumulate"]:
+            return self._dma_by_definition(opcode, fields)
         load = opcode is Opcode.DMA_LOAD
         local = self._pattern(opcode, "local", fields)
         dtype = DType(fields["dram_dtype"])
@@ -613,13 +812,10 @@ class Core:
         draw = self._draw(fields)
 
         def run() -> Fault | None:
+            random = draw()
+            flat = None if random is None else random.reshape(fields["lanes"], -1)
             try:
-                if opcode is Opcode.DMA_LOAD:
-                    dma.dma_load(self.dram, self.sbuf, fields)
-                else:
-                    random = draw()
-                    flat = None if random is None else random.reshape(fields["lanes"], -1)
-                    dma.dma_store(self.dram, self.sbuf, fields, flat)
+                dma.execute(opcode, self.dram, self.sbuf, fields, flat)
             except dma.DmaFault as fault:
                 return Fault(fault.cause, fault.address)
             return None
@@ -638,8 +834,20 @@ _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Faul
     Opcode.REDUCE: Core._reduce,
     Opcode.MEMSET: Core._memset,
     Opcode.COPY_PREDICATED: Core._copy_predicated,
+    Opcode.IOTA: Core._iota,
+    Opcode.AFFINE_SELECT: Core._affine_select,
+    Opcode.SELECT: Core._select,
+    Opcode.RANGE_SELECT: Core._range_select,
+    Opcode.SCAN: Core._scan,
+    Opcode.TOP: Core._top,
+    Opcode.TRANSPOSE: Core._transpose,
+    Opcode.SHUFFLE: Core._shuffle,
+    Opcode.RANDOM: Core._fill_random,
+    Opcode.DROPOUT: Core._dropout,
     Opcode.ACTIVATE: Core._activate,
     Opcode.ACTIVATE_TENSOR_BIAS: Core._activate,
     Opcode.DMA_LOAD: Core._dma,
     Opcode.DMA_STORE: Core._dma,
+    Opcode.GATHER: Core._dma,
+    Opcode.SCATTER: Core._dma,
 }

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import linecache
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from systolith_hdl.formats import FORMATS, INTEGERS
@@ -67,7 +67,8 @@ class Moment:
         if name not in SPECS[opcode].operands:
             known = ", ".join(SPECS[opcode].operands) or "none"
             raise DeviceError(f"{opcode.name} has no operand {name!r}; its operands: {known}")
-        access = next(found for found in accesses(opcode, fields) if found.operand == name)
+        lanes = self._core.config.lanes
+        access = next(found for found in accesses(opcode, fields, lanes) if found.operand == name)
         memory = self._core.psum if access.space is Space.PSUM else self._core.sbuf
         address = np.full((), access.base, np.int64)
         for count, stride in zip(access.counts, access.strides, strict=True):
@@ -135,7 +136,7 @@ class Debugger:
     ----------
     core : the core
     check : report races, and when a program has ended the use of undefined memory, see
-        `systolith.golden.checks`
+        `systolith.golden.checks`; "races" for a program that may use what is there before it
 
     Members
     -------
@@ -143,7 +144,7 @@ class Debugger:
     program : what the driver started last
     """
 
-    def __init__(self, core: Core, *, check: bool = False) -> None:
+    def __init__(self, core: Core, *, check: bool | Literal["races"] = False) -> None:
         self.core = core
         self.check = check
         self.program: Program | None = None
@@ -217,6 +218,8 @@ class Debugger:
                     undefined.append((start, start + tensor.nbytes))
         memories = {Space.SBUF: self.core.sbuf, Space.PSUM: self.core.psum}
         self.checks = Checks(self.core.config, memories, undefined)
+        if self.check == "races":
+            self.checks.define_everything()
 
     def waited(self, engine: int, semaphore: int, value: int, acquire: bool) -> None:
         """See `Observer`."""

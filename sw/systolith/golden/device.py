@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 from systolith_hdl import regs
@@ -36,7 +37,8 @@ class GoldenDevice(SharedDram):
     dram_bytes : size of the device DRAM, a multiple of 4096; ignored when `dram` is given
     dram : uint8 array to use as DRAM
     scheduler : see `Core`
-    check : report races and the use of undefined memory; see `systolith.golden.checks`
+    check : report races and the use of undefined memory, or "races" alone; see
+        `systolith.golden.checks`
 
     Members
     -------
@@ -50,7 +52,7 @@ class GoldenDevice(SharedDram):
         dram_bytes: int = DEFAULT_DRAM_BYTES,
         dram: np.ndarray | None = None,
         scheduler: random.Random | None = None,
-        check: bool = False,
+        check: bool | Literal["races"] = False,
     ) -> None:
         self.config = get_config(config)
         size = dram_bytes if dram is None else dram.size

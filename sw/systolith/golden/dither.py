@@ -34,8 +34,8 @@ def random_words(seed: int, counter: int, engine: int, *, elements: int, lanes: 
     Parameters
     ----------
     seed : the SEED register
-    counter : number of instructions before it in its engine's stream
-    engine : number of the engine
+    counter : number of instructions before it in its engine's stream; of RANDOM and DROPOUT, `key`
+    engine : number of the engine; of RANDOM and DROPOUT, `RANDOM_STREAM`
     """
     x = np.arange(elements, dtype=np.int64) & 0xFFFFFFFF
     y = np.full(elements, counter, np.int64)

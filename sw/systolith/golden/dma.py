@@ -1,32 +1,37 @@
-"""DMA_LOAD and DMA_STORE in numpy: the definition of both instructions.
+"""DMA instructions in numpy: their definition.
 
 Element (i0, i1, i2, i3) of lane l lies at DRAM byte
 ``dram_base + sum(i[d] * dram_strides[d]) + l * lane_stride`` modulo 2**48, bit 0 of which is
 ignored unless an element has one byte. Elements that coincide are written in the order
 (i0, i1, i2, i3, l), the last index changing fastest, so the last of them stays.
+
+GATHER and SCATTER execute as DMA_LOADs and DMA_STOREs, one for each row: see `rows`. With
+`accumulate` a load adds to SBUF, element by element in that order, and a store, or SCATTER,
+executes as two for each i0: a load that adds, and then a store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from systolith_hdl.config import axi_bytes
-from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import FaultCause
+from systolith_hdl.formats import FORMATS, INTEGERS, DType
+from systolith_hdl.isa import DRAM_READERS, SPECS, FaultCause, Opcode
 
-from .arithmetic import Words, pack, unpack
+from .arithmetic import Words, add, pack, unpack
 
 _ADDRESSES = 1 << 48
 
 
 class DmaFault(Exception):
-    """DRAM answered a burst with an error.
+    """DRAM answered a burst with an error, or an index names no row.
 
     Attributes
     ----------
-    cause : AXI_READ_ERROR or AXI_WRITE_ERROR
-    address : byte address of the first such burst
+    cause : AXI_READ_ERROR, AXI_WRITE_ERROR or OUT_OF_BOUNDS
+    address : byte address of the first such burst, or the index
     """
 
     def __init__(self, cause: FaultCause, address: int) -> None:
@@ -122,8 +127,47 @@ def _check(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int], *, sto
         raise DmaFault(cause, bad)
 
 
+def indices(sbuf: np.ndarray, fields: Mapping[str, int]) -> np.ndarray:
+    """The vector of indices of a GATHER or SCATTER: uint32 [counts.0]."""
+    lanes, count = sbuf.shape[0], fields["counts.0"]
+    first = fields["index.base"]
+    return sbuf[:, first : first + -(-count // lanes)].T.reshape(-1)[:count]
+
+
+def rows(
+    opcode: Opcode, sbuf: np.ndarray, fields: Mapping[str, int]
+) -> Iterator[Mapping[str, int]]:
+    """Yields the fields of the DMA_LOADs or DMA_STOREs that a DMA instruction executes as, in
+    order: one for each i0 if it has indices or is a store that adds, else just one. Raises DmaFault
+    at an index that is not below `rows`."""
+    if not SPECS[opcode].indexed:
+        if opcode in DRAM_READERS or not fields.get("accumulate"):
+            yield fields
+            return
+        whole = dict(fields)
+        numbers, stride = list(range(fields["counts.0"])), fields["dram_strides.0"]
+    else:
+        # All indices are read first.
+        numbers, stride = indices(sbuf, fields).tolist(), fields["row_stride"]
+        whole = {
+            **fields,
+            **{f"local.strides.{d}": 0 for d in (1, 2)},
+            **{f"dram_strides.{d}": 0 for d in range(3)},
+            "dram_strides.3": fields["column_stride"],
+        }
+    for row, number in enumerate(numbers):
+        if SPECS[opcode].indexed and number >= fields["rows"]:
+            raise DmaFault(FaultCause.OUT_OF_BOUNDS, number)
+        yield {
+            **whole,
+            "counts.0": 1,
+            "local.base": fields["local.base"] + row * fields["local.strides.0"],
+            "dram_base": (fields["dram_base"] + number * stride) % _ADDRESSES,
+        }
+
+
 def dma_load(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> None:
-    """Executes DMA_LOAD.
+    """Executes DMA_LOAD, with `accumulate` as it says.
 
     Parameters
     ----------
@@ -141,14 +185,25 @@ def dma_load(dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int]) -> N
         bits = dram[element[..., None] + np.arange(size)].view(packed)[..., 0]
     else:
         bits = dram.view(packed)[element // size]
-    # numpy assigns in order, so of the steps that meet in one column the last one stays.
-    sbuf[: fields["lanes"], _columns(fields)] = unpack(bits, _dtype(fields)).T
+    words, columns = unpack(bits, _dtype(fields)).T, _columns(fields)
+    lanes = slice(fields["lanes"])
+    if not fields.get("accumulate"):
+        # numpy assigns in order, so of the steps that meet in one column the last one stays.
+        sbuf[lanes, columns] = words
+        return
+    plus = np.add if _dtype(fields) in INTEGERS else add
+    if np.unique(columns).size == columns.size:
+        sbuf[lanes, columns] = plus(sbuf[lanes, columns], words)
+        return
+    for step, column in enumerate(columns):
+        sbuf[lanes, column] = plus(sbuf[lanes, column], words[:, step])
 
 
 def dma_store(
     dram: np.ndarray, sbuf: np.ndarray, fields: Mapping[str, int], random: Words | None = None
 ) -> None:
-    """Executes DMA_STORE; parameters and faults as `dma_load`, but `dram` is changed in place.
+    """Executes DMA_STORE, `accumulate` apart; parameters and faults as `dma_load`, but `dram` is
+    changed in place.
 
     With `random`, words [lanes, steps], it rounds stochastically, else to nearest.
     """
@@ -163,3 +218,25 @@ def dma_store(
         dram[element[..., None] + np.arange(size)] = raw
     else:
         dram.view(np.dtype(f"<u{size}"))[element // size] = bits
+
+
+def execute(
+    opcode: Opcode,
+    dram: np.ndarray,
+    sbuf: np.ndarray,
+    fields: Mapping[str, int],
+    random: Words | None = None,
+) -> None:
+    """Executes any DMA instruction; parameters as of `dma_store`.
+
+    Raises DmaFault; the `rows` before the one that has the fault are moved.
+    """
+    done = 0
+    for part in rows(opcode, sbuf, fields):
+        if opcode in DRAM_READERS or fields.get("accumulate"):
+            dma_load(dram, sbuf, part)
+        if opcode in DRAM_READERS:
+            continue
+        columns = slice(done, done + math.prod(_counts(part)))
+        dma_store(dram, sbuf, part, None if random is None else random[:, columns])
+        done = columns.stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -22,10 +23,17 @@ from systolith_hdl.formats import (
 )
 from systolith_hdl.isa import (
     BIT_OPERANDS,
+    COMPARISONS,
     DIVISIONS,
+    DRAM_WRITERS,
+    LOOP_DEPTH,
+    MAX_KEPT,
     MAX_WAITS,
     OPERATION_TYPES,
     REDUCTIONS,
+    SCAN_OPERATIONS,
+    SCAN_ROWS,
+    SHUFFLE_GROUP,
     AluOp,
     EncodeError,
     Function,
@@ -33,15 +41,18 @@ from systolith_hdl.isa import (
     Rounding,
     Space,
     WaitMode,
+    decode,
     encode,
 )
 
 from systolith.assembly import float_to_bits
 from systolith.errors import KernelError
+from systolith.golden.exchange import shuffle_sources
 from systolith.memory import FreeList
 from systolith.program import DRAM_ALIGN, DebugInfo, Program, Relocation, TensorInfo, align_up
 
 from .dependencies import Clocks, IntervalMap, Stream
+from .loops import Affine, Loop, Registers
 from .source import refuse, user_source
 from .tensors import (
     MAX_DIMS,
@@ -88,7 +99,8 @@ class _Pending:
     tensor: int | None = None
     #: among the signalling instructions of its progress stream, from 1; 0 does not signal
     signal: bool = False
-    node: tuple[int, int] = (-1, -1)
+    #: (stream, index); None once waits and signal are in `fields`
+    node: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +111,46 @@ class _Access:
     low: int
     high: int
     write: bool
+
+
+class _Region:
+    """Instructions among which semaphores count up: a program, or an iteration of a loop."""
+
+    def __init__(self, streams: Sequence[Stream], engines: int) -> None:
+        self._streams = streams
+        self.clocks = Clocks(streams)
+        self.maps = {Space.SBUF: IntervalMap(), Space.PSUM: IntervalMap()}
+        #: tensor index -> its bytes
+        self.dram_maps: dict[int, IntervalMap] = collections.defaultdict(IntervalMap)
+        self.pending: list[list[_Pending]] = [[] for _ in range(engines)]
+        self.nodes: list[list[_Pending]] = [[] for _ in streams]
+
+    def add(self, stream: int, pending: _Pending, needed: dict[int, int]) -> None:
+        """Appends an instruction to a progress stream, after what it needs."""
+        pending.node = self.clocks.next_node(stream)
+        pending.waits = self.clocks.add(stream, needed)
+        for other, at in pending.waits:
+            self.nodes[other][at].signal = True
+        self.nodes[stream].append(pending)
+        self.pending[self._streams[stream].engine].append(pending)
+
+    def values(self) -> list[list[int]]:
+        """For each stream and index the semaphore's count once that instruction is complete."""
+        values = []
+        for stream, nodes in zip(self._streams, self.nodes, strict=True):
+            count = 0
+            counts = []
+            for node in nodes:
+                count += node.signal
+                if count > MAX_SEMAPHORE:
+                    raise KernelError(
+                        f"the semaphore of {stream.name} would pass {MAX_SEMAPHORE}: split the "
+                        "program, or make it of loops",
+                        source=node.source,
+                    )
+                counts.append(count)
+            values.append(counts)
+        return values
 
 
 def _runs(
@@ -265,7 +317,6 @@ class _Dram:
             )
         tensor = DramTensor(name, shape, dtype, kind, len(self.tensors), data)
         self.tensors.append(tensor)
-        self._builder._dram_maps.append(IntervalMap())
         return tensor
 
 
@@ -328,6 +379,7 @@ class _Engine:
             f"{name}.space": view.space.value,
             f"{name}.dtype": dtype.value,
             **{f"{name}.strides.{i}": s for i, s in enumerate(strides) if s},
+            **({f"{name}.index": view.steps} if view.steps else {}),
         }
 
     @staticmethod
@@ -363,7 +415,7 @@ class _Elementwise(_Engine):
         integer = isinstance(value, int | np.integer)
         if dtype is not DType.FP32 and not integer:
             if not (isinstance(value, float | np.floating) and float(value).is_integer()):
-                refuse(f"{what} must be an integer, as src0 is {dtype.name}, not {value!r}")
+                refuse(f"{what} must be an integer for words of {dtype.name}, not {value!r}")
             value, integer = int(value), True
         if integer and (dtype is not DType.FP32 or operation in BIT_OPERANDS):
             if not -(1 << 31) <= value < 1 << 32:
@@ -375,14 +427,20 @@ class _Elementwise(_Engine):
             refuse(f"{what} must be a number, not {value!r}")
 
     def _check_overlap(
-        self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...]
+        self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...] | None
     ) -> None:
-        """A destination may be a source, element for element; else they must be disjoint."""
+        """A destination may be a source, element for element, of an instruction that walks `shape`;
+        else they must be disjoint."""
         low, high = dst.span
         for what, source in sources.items():
             if source.space is not dst.space or source.span[0] > high or source.span[1] < low:
                 continue
-            if source.base == dst.base and dst.shape == shape:
+            if source.steps != dst.steps:
+                refuse(
+                    f"dst and {what} may overlap, as they step differently with the loops: {dst} "
+                    f"and {source}"
+                )
+            if shape is not None and source.base == dst.base and dst.shape == shape:
                 if self._pad("dst", dst, shape) == self._pad(what, source, shape):
                     continue
             if np.intersect1d(source.addresses(), dst.addresses()).size:
@@ -399,32 +457,50 @@ class _Elementwise(_Engine):
         fields: dict[str, Any],
         rounding: Rounding | str,
         shape: tuple[int, ...] | None = None,
-        types: tuple[DType, ...] = FLOATS,
-        computes: DType = DType.FP32,
+        computes: DType | None = None,
+        words: bool = False,
+        apart: Mapping[str, tuple[str, View]] | None = None,
+        across: bool = False,
     ) -> None:
         """Checks operands and appends the instruction.
 
         `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
-        space, that of `dst` unless given; `types` are those allowed for operands, `computes` is
-        that of the words of all sources.
+        space, that of `dst` unless given. With `computes`, the type of the words of all sources,
+        the result is converted to the type of `dst`; without, the words are FP32. With `words` the
+        instruction does no arithmetic, so it moves integers, too. `apart` are sources of INT32 that
+        it walks in their own shape. One that goes `across` lanes may have others in its sources
+        than in `dst`.
         """
+        types = _VECTOR if words or computes is not None else FLOATS
         self._operand("dst", dst, self._BOTH, types)
+        rounds = words and dst.dtype in NARROW_FLOATS
         for what, view in sources.values():
-            self._operand(what, view, self._BOTH, types)
-            if view.lanes != dst.lanes:
+            # A view that rounds as a destination holds FP32 words all the same.
+            self._operand(what, view, self._BOTH, FLOATS if rounds else types)
+            if view.lanes != dst.lanes and not across:
                 refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
         self._distinct(dst)
         shape = dst.shape if shape is None else shape
+        # Words that only move are like others.
+        written = DType.FP32 if words and dst.dtype in INTEGERS else dst.dtype
         encoded = {
             "lanes": dst.lanes,
             **_rounding(rounding, dst.dtype, "dst"),
             **self._counts(shape),
-            **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), dst.dtype),
+            **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), written),
         }
         for name, (what, view) in sources.items():
             strides = self._pad(what, view, shape)
-            encoded.update(self._encode_operand(name, view, strides, computes))
+            encoded.update(self._encode_operand(name, view, strides, computes or DType.FP32))
+        for name, (what, view) in (apart or {}).items():
+            self._operand(what, view, self._BOTH, (DType.INT32,))
+            if view.lanes != dst.lanes:
+                refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
+            strides = self._pad(what, view, view.shape)
+            encoded.update(self._encode_operand(name, view, strides, DType.INT32))
         self._check_overlap(dst, dict(sources.values()), shape)
+        self._check_overlap(dst, dict((apart or {}).values()), None)
+        sources = {**sources, **(apart or {})}
         accesses = [self._access(view, False) for _, view in sources.values()]
         accesses.append(self._access(dst, True))
         self._builder._append(self._stream, opcode, {**encoded, **fields}, accesses)
@@ -502,7 +578,6 @@ class _Vector(_Elementwise):
                 "imm0": self._immediate("imm0", imm0, op0, computes),
             },
             rounding,
-            types=_VECTOR,
             computes=computes,
         )
 
@@ -521,15 +596,17 @@ class _Vector(_Elementwise):
         computes = self._computes(src0=src0, src1=src1, scalar=scalar)
         if scalar.size != 1:
             refuse(f"the scalar must be one column, not {scalar.size}: {scalar}")
+        if scalar.steps:
+            refuse(
+                f"the scalar must be at the same place in every iteration of a loop; copy it there "
+                f"first: {scalar}"
+            )
         self._emit(
             Opcode.SCALAR_TENSOR_TENSOR,
             dst,
             {"src0": ("src0", src0), "src1": ("src1", src1), "scalar": ("scalar", scalar)},
-            {
-                **self._operations(computes, op0, op1),
-            },
+            self._operations(computes, op0, op1),
             rounding,
-            types=_VECTOR,
             computes=computes,
         )
 
@@ -555,7 +632,6 @@ class _Vector(_Elementwise):
                 "imm1": self._immediate("imm1", imm1, op1, computes),
             },
             rounding,
-            types=_VECTOR,
             computes=computes,
         )
 
@@ -587,15 +663,16 @@ class _Vector(_Elementwise):
                 f"{(*src0.shape[:-1], 1)}, not {dst.shape}"
             )
         sources = {"src0": ("src0", src0)}
-        self._emit(Opcode.REDUCE, dst, sources, fields, rounding, src0.shape, _VECTOR, computes)
+        self._emit(Opcode.REDUCE, dst, sources, fields, rounding, src0.shape, computes)
 
     def memset(
         self, dst: View, value: float | int, rounding: Rounding | str = Rounding.NEAREST
     ) -> None:
         """dst = value, an int if dst is of an integer type."""
         self._operand("dst", dst, self._BOTH, _VECTOR)
-        fields = {"imm0": self._immediate("value", value, dtype=_word_type(dst))}
-        self._emit(Opcode.MEMSET, dst, {}, fields, rounding, types=_VECTOR)
+        computes = _word_type(dst)
+        fields = {"imm0": self._immediate("value", value, dtype=computes)}
+        self._emit(Opcode.MEMSET, dst, {}, fields, rounding, computes=computes)
 
     def copy_predicated(
         self, dst: View, mask: View, src: View, rounding: Rounding | str = Rounding.NEAREST
@@ -611,9 +688,359 @@ class _Vector(_Elementwise):
             src = src.astype(_word_type(mask))
         computes = self._computes(mask=mask, src=src)
         sources = {"src0": ("mask", mask), "src1": ("src", src)}
+        self._emit(Opcode.COPY_PREDICATED, dst, sources, {}, rounding, computes=computes)
+
+    def _affine(self, dst: View, base: int, steps: Sequence[int], lane_step: int) -> dict[str, int]:
+        """Fields of an affine number over the shape of dst."""
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        if len(steps) != len(dst.shape):
+            refuse(f"{len(steps)} steps for a dst of shape {dst.shape}")
+        # The step of a dimension of one element is never used.
+        used = [int(s) if n > 1 else 0 for s, n in zip(steps, dst.shape, strict=True)]
+        lane_step = int(lane_step) if dst.lanes > 1 else 0
+        for what, value, bits in (
+            ("base", int(base), 32),
+            ("lane_step", lane_step, 16),
+            *(("a step", step, 16) for step in used),
+        ):
+            if not -(1 << bits - 1) <= value < 1 << bits - 1:
+                refuse(f"{what} = {value} does not fit {bits} bits with a sign")
+        padded = (0,) * (MAX_DIMS - len(used)) + tuple(used)
+        return {
+            "base": int(base),
+            "lane_step": lane_step,
+            **{f"steps.{d}": step for d, step in enumerate(padded) if step},
+        }
+
+    def iota(self, dst: View, steps: Sequence[int], base: int = 0, lane_step: int = 0) -> None:
+        """dst = base + sum of index * step + lane * lane_step, modulo 2**32, as a signed integer if
+        dst is of type INT32, or the nearest float if it is FP32.
+
+        `steps` has a number for each dimension of dst.
+        """
+        fields: dict[str, Any] = self._affine(dst, base, steps, lane_step)
+        if dst.dtype not in (DType.FP32, DType.INT32):
+            refuse(f"dst of iota must be FP32 or INT32, not {dst.dtype.name}: {dst}")
+        fields["dst.dtype"] = dst.dtype.value
+        self._emit(Opcode.IOTA, dst, {}, fields, Rounding.NEAREST, words=True)
+
+    def affine_select(
+        self,
+        dst: View,
+        src0: View,
+        comparison: AluOp,
+        fill: float | int,
+        steps: Sequence[int],
+        base: int = 0,
+        lane_step: int = 0,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = src0 where ``number comparison 0`` holds, elsewhere `fill`; the numbers are those
+        that `iota` would write.
+
+        `fill` must be a bfloat16 number, or, as an int if dst is of an integer type, have 16 low
+        bits of 0.
+        """
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        word = self._immediate("fill", fill, dtype=_word_type(dst))
+        if word & 0xFFFF:
+            refuse(
+                f"fill = {fill} is not a bfloat16 number, which is what the instruction holds; "
+                "select with a mask takes any"
+            )
+        fields = {
+            **self._affine(dst, base, steps, lane_step),
+            "op0": self._operation("comparison", comparison, AluOp, COMPARISONS),
+            "fill": word >> 16,
+        }
+        sources = {"src0": ("src0", src0)}
+        self._emit(Opcode.AFFINE_SELECT, dst, sources, fields, rounding, words=True)
+
+    def select(
+        self,
+        dst: View,
+        condition: View,
+        src: View,
+        otherwise: float | int,
+        comparison: AluOp = AluOp.NE,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = src where ``condition comparison 0`` holds, elsewhere `otherwise`, a number.
+
+        A NaN satisfies NE alone. To keep what dst holds elsewhere: `copy_predicated`; to choose
+        between two views: copy one to dst, and the other with `copy_predicated`.
+        """
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        fields = {
+            "op0": self._operation("comparison", comparison, AluOp, COMPARISONS),
+            "imm0": self._immediate("otherwise", otherwise, dtype=_word_type(dst)),
+        }
+        sources = {"src0": ("condition", condition), "src1": ("src", src)}
+        self._emit(Opcode.SELECT, dst, sources, fields, rounding, words=True)
+
+    def range_select(
+        self,
+        dst: View,
+        src0: View,
+        bounds: View,
+        otherwise: float | int,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = src0 where low <= i < high, elsewhere `otherwise`, i the index in the innermost
+        dimension.
+
+        `bounds`, of type INT32 and shape (2,), holds low and high of each partition. A range that
+        all partitions share needs no instruction of its own: slice the views.
+        """
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        fields = {"imm0": self._immediate("otherwise", otherwise, dtype=_word_type(dst))}
+        if not isinstance(bounds, View) or bounds.shape != (2,):
+            refuse(f"bounds must be a view of shape (2,), not {bounds}")
         self._emit(
-            Opcode.COPY_PREDICATED, dst, sources, {}, rounding, types=_VECTOR, computes=computes
+            Opcode.RANGE_SELECT,
+            dst,
+            {"src0": ("src0", src0)},
+            fields,
+            rounding,
+            words=True,
+            apart={"src1": ("bounds", bounds)},
         )
+
+    def scan(
+        self,
+        dst: View,
+        src0: View,
+        op0: AluOp,
+        initial: float | View,
+        op1: AluOp = AluOp.BYPASS,
+        b: float | View | None = None,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = r, with ``r[i] = (src0[i] op0 r[i - 1]) op1 b[i]`` along the innermost dimension
+        and r[-1] = `initial`: cumulative sums, products and maxima, linear recurrences.
+
+        `initial` is a number, or a view with an innermost dimension of 1 that broadcasts; with a
+        number, `b` is a view or None, with a view it is a number or None. (A recurrence with both:
+        put ``(src0[0] op0 initial) op1 b[0]`` first, and scan the rest.) A step takes 6 cycles, in
+        which up to 6 rows have theirs: rows are those of the next dimension, if dst has one, and
+        more than 6 of them take further instructions.
+        """
+        fields = {
+            "op0": self._operation("op0", op0, AluOp, SCAN_OPERATIONS),
+            "op1": self._operation("op1", op1, AluOp, SCAN_OPERATIONS),
+        }
+        sources = {"src0": ("src0", src0)}
+        if isinstance(initial, View):
+            if isinstance(b, View):
+                refuse("with an initial value from a view, b must be a number: see scan")
+            if initial.shape and initial.shape[-1] != 1:
+                refuse(f"the innermost dimension of initial must be 1: {initial}")
+            fields |= {"imm0": self._immediate("b", 0.0 if b is None else b), "accumulate": 1}
+            sources["src1"] = ("initial", initial)
+        else:
+            if b is not None and not isinstance(b, View):
+                refuse("with a number for b, the initial value must be a view: see scan")
+            fields["imm0"] = self._immediate("initial", initial)
+            sources["src1"] = ("b", b) if b is not None else ("src0", src0)
+        if b is None and op1 is not AluOp.BYPASS:
+            refuse(f"op1 = {op1.name} needs b")
+        self._operand("dst", dst, self._BOTH, FLOATS)
+        if not dst.shape:
+            refuse(f"scan needs a dimension to go along: {dst}")
+        views = [dst]
+        for what, view in sources.values():
+            self._operand(what, view, self._BOTH, FLOATS)
+            self._pad(what, view, dst.shape)
+            views.append(view.broadcast_to(*dst.shape))
+        for part in _rows_of_scan(views):
+            named = {
+                name: (what, view)
+                for (name, (what, _)), view in zip(sources.items(), part[1:], strict=True)
+            }
+            self._emit(Opcode.SCAN, part[0], named, fields, rounding)
+
+    def random(self, dst: View, key: int) -> None:
+        """dst = random words, if it is of type INT32, or uniform numbers from 0 to 1, without 1, if
+        it is FP32: multiples of 2**-23.
+
+        They follow from the device's seed, which is another one in each run of a program, `key`,
+        the place in dst, in order, and the partition. The same key in a view of the same size gives
+        the same words; for others take others.
+        """
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        if dst.dtype not in (DType.FP32, DType.INT32):
+            refuse(f"dst of random must be FP32 or INT32, not {dst.dtype.name}: {dst}")
+        fields = {"key": self._key(key), "dst.dtype": dst.dtype.value}
+        self._emit(Opcode.RANDOM, dst, {}, fields, Rounding.NEAREST, words=True)
+
+    def dropout(
+        self, dst: View, src0: View, rate: float, key: int, scale: float | None = None
+    ) -> None:
+        """dst = src0 * scale, or 0 with probability `rate`, which becomes a multiple of 2**-32.
+
+        `scale` is 1 / (1 - rate) unless given. Which elements are dropped follows from the random
+        words of `random` with the same key: the gradient's dropout takes the key of the forward
+        one, and a view of the same size.
+        """
+        if not 0 <= rate < 1:
+            refuse(f"rate must be from 0 to 1, without 1, not {rate}")
+        fields = {
+            "key": self._key(key),
+            "threshold": min(round(rate * (1 << 32)), (1 << 32) - 1),
+            "imm0": self._immediate("scale", 1 / (1 - rate) if scale is None else scale),
+        }
+        self._emit(Opcode.DROPOUT, dst, {"src0": ("src0", src0)}, fields, Rounding.NEAREST)
+
+    @staticmethod
+    def _key(key: int) -> int:
+        if not isinstance(key, int | np.integer) or not 0 <= key < 1 << 32:
+            refuse(f"key must be a number of 32 bits, not {key!r}")
+        return int(key)
+
+    def transpose(self, dst: View, src0: View, rounding: Rounding | str = Rounding.NEAREST) -> None:
+        """Turns blocks: column l of partition j of dst = column j of partition l of src0.
+
+        Of src0 the innermost dimension are a block's columns, as many as dst has lanes; of dst they
+        are as many as src0 has lanes. The other dimensions count blocks.
+        """
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        self._operand("src0", src0, self._BOTH, _VECTOR)
+        wanted = (*src0.shape[:-1], src0.lanes)
+        columns = src0.shape[-1] if src0.shape else 0
+        if columns != dst.lanes or dst.shape != wanted:
+            refuse(
+                f"shape mismatch: blocks of shape {src0.shape} in {src0.lanes} lanes need a dst of "
+                f"shape {wanted} in {columns} lanes, not {dst.shape} in {dst.lanes}"
+            )
+        self._emit(
+            Opcode.TRANSPOSE,
+            dst,
+            {"src0": ("src0", src0)},
+            {"lanes": src0.lanes},
+            rounding,
+            src0.shape,
+            words=True,
+            across=True,
+        )
+
+    def shuffle(
+        self,
+        dst: View,
+        src0: View,
+        select: Sequence[int],
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """Moves words within groups of lanes: lane g + i of dst = lane g + select[i] of src0.
+
+        `select` has a number for each lane of a group, of which there may be 2, 4 or 8.
+        """
+        lanes = self._builder.config.lanes
+        whole = min(SHUFFLE_GROUP, lanes)
+        size = len(select)
+        if size not in (1, 2, 4, 8) or size > whole or not all(0 <= s < size for s in select):
+            refuse(
+                f"select must have a number for each lane of a group of 2, 4 or 8 lanes, {whole} "
+                f"at most, each less than that: {list(select)}"
+            )
+        fields = {
+            f"select.{place}": place - place % size + int(select[place % size])
+            for place in range(whole)
+        }
+        self._move_lanes(dst, src0, fields, rounding)
+
+    def broadcast_lane(
+        self, dst: View, src0: View, lane: int, rounding: Rounding | str = Rounding.NEAREST
+    ) -> None:
+        """All lanes of dst = lane `lane` of src0."""
+        self._operand("src0", src0, self._BOTH, _VECTOR)
+        if not 0 <= lane < src0.lanes:
+            refuse(f"src0 has no lane {lane}: {src0}")
+        self._move_lanes(dst, src0, {"spread": 1, "lane": int(lane)}, rounding)
+
+    def _move_lanes(
+        self, dst: View, src0: View, fields: dict[str, int], rounding: Rounding | str
+    ) -> None:
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        self._operand("src0", src0, self._BOTH, _VECTOR)
+        complete = decode(encode(Opcode.SHUFFLE, {**fields, "lanes": dst.lanes}))[1]
+        highest = shuffle_sources(complete, self._builder.config.lanes).max()
+        if highest >= src0.lanes:
+            refuse(f"lane {highest} is wanted of {src0.lanes}: {src0}")
+        sources = {"src0": ("src0", src0)}
+        self._emit(Opcode.SHUFFLE, dst, sources, fields, rounding, words=True, across=True)
+
+    def top(self, dst: View, src0: View, largest: bool = True) -> None:
+        """Finds the largest or smallest words along the innermost dimension of src0, with their
+        indices there.
+
+        dst has the shape of src0 with an innermost dimension of k pairs, k from 1 to 8: (k, 2), one
+        dimension more, or, where there is no room for that, 2 * k. A pair is a word and its index,
+        an integer; the greatest (of the smallest, the least) is first. The pairs must lie at one
+        stride. A NaN comes before any number; of equal words, the one of the lower index.
+        """
+        self._operand("dst", dst, self._BOTH, (DType.FP32,))
+        self._operand("src0", src0, self._BOTH, FLOATS)
+        rows = src0.shape[:-1]
+        flat = dst
+        if src0.shape and len(dst.shape) == len(src0.shape) + 1 and dst.shape[-1] == 2:
+            last = dst[(0,) * len(rows)].flatten()
+            if last is None:
+                refuse(f"the pairs of dst must lie at one stride: {dst}")
+            flat = dataclasses.replace(
+                dst,
+                shape=(*dst.shape[:-2], *last.shape),
+                strides=(*dst.strides[:-2], *last.strides),
+            )
+        kept = flat.shape[-1] // 2 if flat.shape else 0
+        if not src0.shape or flat.shape != (*rows, 2 * kept) or not 1 <= kept <= MAX_KEPT:
+            refuse(
+                f"shape mismatch: up to {MAX_KEPT} pairs of each row of {src0.shape} need a dst of "
+                f"shape {(*rows, 'k', 2)}, not {dst.shape}"
+            )
+        if kept > src0.shape[-1]:
+            refuse(f"{kept} of {src0.shape[-1]} words cannot be found: {src0}")
+        if src0.lanes != dst.lanes:
+            refuse(f"dst has {dst.lanes} lanes and src0 has {src0.lanes}")
+        # The instruction writes the last pair first, and of each the index.
+        backwards = flat[(*(slice(None) for _ in rows), slice(None, None, -1))]
+        operation = AluOp.MAX if largest else AluOp.MIN
+        self._emit(
+            Opcode.TOP,
+            backwards,
+            {"src0": ("src0", src0)},
+            {"op0": operation.value, "kept": kept},
+            Rounding.NEAREST,
+            src0.shape,
+        )
+
+
+def _rows_of_scan(views: Sequence[View]) -> Iterator[list[View]]:
+    """Cuts views of one shape into those that SCAN takes: the dimension it goes along before the
+    innermost one, which counts the rows it works on in turn."""
+    if len(views[0].shape) == 1:
+        views = [view.broadcast_to(1, *view.shape) for view in views]
+    views = [
+        view.permute(*range(len(view.shape) - 2), len(view.shape) - 1, len(view.shape) - 2)
+        for view in views
+    ]
+    rows = views[0].shape[-1]
+    whole = rows - rows % SCAN_ROWS
+    if whole > SCAN_ROWS and len(views[0].shape) < MAX_DIMS:
+        # All full groups in one instruction: their number is the outermost dimension.
+        yield [
+            dataclasses.replace(
+                view,
+                shape=(whole // SCAN_ROWS, *view.shape[:-1], SCAN_ROWS),
+                strides=(SCAN_ROWS * view.strides[-1], *view.strides),
+            )
+            for view in views
+        ]
+        starts = range(whole, rows, SCAN_ROWS)
+    else:
+        starts = range(0, rows, SCAN_ROWS)
+    outer = (slice(None),) * (len(views[0].shape) - 1)
+    for start in starts:
+        yield [view[(*outer, slice(start, start + SCAN_ROWS))] for view in views]
 
 
 class _Scalar(_Elementwise):
@@ -804,10 +1231,11 @@ class _Dma(_Engine):
         self,
         view: View,
         dram: DramTensor,
-        base_offset_bytes: int = 0,
+        base_offset_bytes: int | Affine = 0,
         dram_strides: Sequence[int] | None = None,
         lane_stride: int = 0,
         queue: int | None = None,
+        accumulate: bool = False,
     ) -> None:
         """view <- dram, converted to FP32 words, integers to 32 bits.
 
@@ -817,25 +1245,37 @@ class _Dma(_Engine):
         dram_strides : bytes, one for each dimension of the view; default: dense
         lane_stride : bytes from one lane to the next
         queue : number of the DMA queue; default: the least loaded of those kept for loads
+        accumulate : add to the words of the view, in FP32, or modulo 2**32 if the tensor is of
+            integers; a column that the view names more than once is added to each time
         """
         self._transfer(
-            Opcode.DMA_LOAD, view, dram, base_offset_bytes, dram_strides, lane_stride, queue
+            Opcode.DMA_LOAD,
+            view,
+            dram,
+            base_offset_bytes,
+            dram_strides,
+            lane_stride,
+            queue,
+            accumulate=accumulate,
         )
 
     def store(
         self,
         view: View,
         dram: DramTensor,
-        base_offset_bytes: int = 0,
+        base_offset_bytes: int | Affine = 0,
         dram_strides: Sequence[int] | None = None,
         lane_stride: int = 0,
         queue: int | None = None,
         rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
     ) -> None:
         """dram <- view, rounded to the type of the tensor, or the low bits of integers.
 
         Parameters as for `load`; `rounding`, a `Rounding` or its name in lower case, says how the
-        words become a narrow type."""
+        words become a narrow type. With `accumulate` the view is added to the tensor, and holds the
+        sums, too: what meets in DRAM at different indices of the first of four dimensions is added
+        in order."""
         self._transfer(
             Opcode.DMA_STORE,
             view,
@@ -845,6 +1285,129 @@ class _Dma(_Engine):
             lane_stride,
             queue,
             rounding,
+            accumulate=accumulate,
+        )
+
+    def gather(
+        self,
+        view: View,
+        dram: DramTensor,
+        index: View,
+        base_offset_bytes: int = 0,
+        rows: int | None = None,
+        row_stride: int | None = None,
+        column_stride: int | None = None,
+        lane_stride: int | None = None,
+        queue: int | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        """view[i] <- row index[i] of dram, converted as `load` does.
+
+        Parameters
+        ----------
+        view : of shape (indices, columns): row i goes to columns i, element c * lanes + l of it to
+            lane l of column c by default
+        index : INT32 words in SBUF, N in a column: index i lies in partition i % N of column i // N
+        base_offset_bytes : of element 0 of row 0, from the start of the tensor
+        rows : of the table; an index outside is a fault. Default: the tensor's first dimension
+        row_stride : bytes; default: those of one of the tensor's first dimension
+        column_stride, lane_stride : bytes from column to column and from lane to lane of a row;
+            default: dense
+        queue, accumulate : as for `load`
+        """
+        strides = (rows, row_stride, column_stride, lane_stride)
+        self._indexed(
+            Opcode.GATHER,
+            view,
+            dram,
+            index,
+            base_offset_bytes,
+            strides,
+            queue,
+            accumulate=accumulate,
+        )
+
+    def scatter(
+        self,
+        view: View,
+        dram: DramTensor,
+        index: View,
+        base_offset_bytes: int = 0,
+        rows: int | None = None,
+        row_stride: int | None = None,
+        column_stride: int | None = None,
+        lane_stride: int | None = None,
+        queue: int | None = None,
+        rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
+    ) -> None:
+        """Row index[i] of dram <- view[i], converted as `store` does; of rows of one index the last
+        one stays, and with `accumulate` all are added, in order. Parameters as for `gather` and
+        `store`."""
+        strides = (rows, row_stride, column_stride, lane_stride)
+        self._indexed(
+            Opcode.SCATTER,
+            view,
+            dram,
+            index,
+            base_offset_bytes,
+            strides,
+            queue,
+            rounding,
+            accumulate,
+        )
+
+    def _indexed(
+        self,
+        opcode: Opcode,
+        view: View,
+        dram: DramTensor,
+        index: View,
+        offset: int,
+        strides: tuple[int | None, int | None, int | None, int | None],
+        queue: int | None,
+        rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
+    ) -> None:
+        self._operand("the vector of indices", index, (Space.SBUF,), (DType.INT32,))
+        if not isinstance(dram, DramTensor) or not isinstance(view, View):
+            refuse("indices pick rows of a DRAM tensor, from or to a view")
+        if len(view.shape) != 2:
+            refuse(f"the view must have the shape (indices, columns): {view}")
+        if not dram.shape:
+            refuse(f"{dram} has no rows")
+        lanes = self._builder.config.lanes
+        flat = index.flatten()
+        if flat is None or (flat.size > 1 and flat.strides != (1,)):
+            refuse(f"the columns of indices must follow each other: {index}")
+        if index.size * lanes < view.shape[0] or index.lanes < min(lanes, view.shape[0]):
+            refuse(
+                f"{view.shape[0]} indices are wanted, there are {index.size} columns of "
+                f"{index.lanes}: {index}"
+            )
+        low, high = view.span
+        writes = accumulate or opcode is Opcode.GATHER
+        if writes and low <= index.span[1] and index.span[0] <= high:
+            refuse(f"rows are written over the indices: {view} and {index}")
+        rows, row_stride, column_stride, lane_stride = strides
+        rows = dram.shape[0] if rows is None else int(rows)
+        if not 1 <= rows < 1 << 32:
+            refuse(f"rows = {rows} is not 1 to {(1 << 32) - 1}")
+        self._transfer(
+            opcode,
+            view,
+            dram,
+            offset,
+            (
+                dram.nbytes // dram.shape[0] if row_stride is None else row_stride,
+                view.lanes * dram.itemsize if column_stride is None else column_stride,
+            ),
+            dram.itemsize if lane_stride is None else lane_stride,
+            queue,
+            rounding,
+            accumulate,
+            index=flat,
+            rows=rows,
         )
 
     def _transfer(
@@ -852,13 +1415,17 @@ class _Dma(_Engine):
         opcode: Opcode,
         view: View,
         dram: DramTensor,
-        offset: int,
+        offset: int | Affine,
         strides: Sequence[int] | None,
         lane_stride: int,
         queue: int | None,
         rounding: Rounding | str = Rounding.NEAREST,
+        accumulate: bool = False,
+        index: View | None = None,
+        rows: int = 0,
     ) -> None:
-        store = opcode is Opcode.DMA_STORE
+        """With `index`, the view is (indices, columns) and the tensor's part (rows, columns)."""
+        store = opcode in DRAM_WRITERS
         self._operand("the local operand", view, (Space.SBUF,), FORMATS)
         if not isinstance(dram, DramTensor):
             refuse(f"dram must be a DRAM tensor, not {type(dram).__name__}")
@@ -874,48 +1441,65 @@ class _Dma(_Engine):
             strides = tuple(item * step for step in c_strides(view.shape))
         if len(strides) != len(view.shape):
             refuse(f"{len(strides)} DRAM strides for a view of shape {view.shape}")
-        strides = tuple(int(s) if n > 1 else 0 for s, n in zip(strides, view.shape, strict=True))
+        # What of the tensor may be touched: with indices any row of it.
+        shape = view.shape if index is None else (rows, view.shape[1])
+        strides = tuple(int(s) if n > 1 else 0 for s, n in zip(strides, shape, strict=True))
         lane_stride = int(lane_stride) if view.lanes > 1 else 0
+        place = Affine.of(offset, "base_offset_bytes")
         for what, value in (
-            ("base_offset_bytes", int(offset)),
+            ("base_offset_bytes", place.const),
+            *(("a step of base_offset_bytes", step) for step in place.steps.values()),
             ("lane_stride", lane_stride),
             *(("a DRAM stride", s) for s in strides),
         ):
             if value % item:
                 refuse(f"{what} = {value} is not a multiple of the {item} bytes of an element")
-            if not -(1 << 31) <= value < 1 << 31 and what != "base_offset_bytes":
+            if not -(1 << 31) <= value < 1 << 31 and not what.endswith("base_offset_bytes"):
                 refuse(f"{what} = {value} does not fit 32 bits")
-        low, high = extent((*view.shape, view.lanes), (*strides, lane_stride))
-        low += int(offset)
-        high += int(offset) + item - 1
+        low, high = extent((*shape, view.lanes), (*strides, lane_stride))
+        low += place.span[0]
+        high += place.span[1] + item - 1
         if low < 0 or high >= dram.nbytes:
             refuse(
                 f"the transfer reaches bytes {low} to {high} of the {dram.nbytes} of {dram}: "
-                f"view shape {view.shape}, strides {strides}, offset {offset}, "
-                f"lane_stride {lane_stride}"
+                f"shape {shape}, strides {strides}, offset {place}, lane_stride {lane_stride}"
             )
         intervals = [(low, high)]
-        if store or dram.kind == "scratch":
-            shape = (*view.shape, view.lanes)
-            intervals = _runs(shape, (*strides, lane_stride), int(offset), item) or intervals
+        if (store or dram.kind == "scratch") and not place.steps:
+            exact = _runs((*shape, view.lanes), (*strides, lane_stride), place.const, item)
+            intervals = exact or intervals
         queue = self._queue(queue, store, view.size * view.lanes * item)
-        padded = (0,) * (MAX_DIMS - len(strides)) + strides
+        accesses = [self._access(view, accumulate or not store)]
+        places: dict[str, Any]
+        if index is None:
+            counts = self._counts(view.shape)
+            local = self._pad("view", view, view.shape)
+            padded = (0,) * (MAX_DIMS - len(strides)) + strides
+            places = {f"dram_strides.{i}": s for i, s in enumerate(padded) if s}
+        else:
+            counts = self._counts((view.shape[0], 1, 1, view.shape[1]))
+            first, second = self._pad("view", view, view.shape)[-2:]
+            local = (first, 0, 0, second)
+            places = {"row_stride": strides[0], "column_stride": strides[1]}
+            places |= {"rows": rows, "index.base": index.base}
+            places |= {"index.index": index.steps} if index.steps else {}
+            accesses.insert(0, self._access(index, False))
         self._builder._append(
             self._builder._queues[queue],
             opcode,
             {
                 "lanes": view.lanes,
-                **self._counts(view.shape),
-                **self._encode_operand(
-                    "local", view, self._pad("view", view, view.shape), DType.FP32
-                ),
-                "dram_base": int(offset),
-                **{f"dram_strides.{i}": s for i, s in enumerate(padded) if s},
+                **counts,
+                **self._encode_operand("local", view, local, DType.FP32),
+                "dram_base": place.const,
+                **({"dram_index": place.steps} if place.steps else {}),
+                **places,
                 "lane_stride": lane_stride,
                 "dram_dtype": dram.dtype.value,
+                "accumulate": int(bool(accumulate)),
                 **how,
             },
-            [self._access(view, not store)],
+            accesses,
             dram=(dram.index, intervals, store),
         )
 
@@ -970,11 +1554,9 @@ class KernelBuilder:
             Stream("scalar", engines.index("scalar")),
             *(Stream(f"dma{q}", first_dma + q) for q in range(queues)),
         )
-        self._clocks = Clocks(self._streams)
-        self._maps = {Space.SBUF: IntervalMap(), Space.PSUM: IntervalMap()}
-        self._dram_maps: list[IntervalMap] = []
-        self._pending: list[list[_Pending]] = [[] for _ in engines]
-        self._nodes: list[list[_Pending]] = [[] for _ in self._streams]
+        self._region = _Region(self._streams, len(engines))
+        self._loops: list[Loop] = []  # open ones
+        self._registers = [Registers(engine) for engine in engines]
         self._label: str | None = None
         self._source: str | None = None
         self._finished = False
@@ -1054,53 +1636,209 @@ class KernelBuilder:
         `dram` is (tensor index, intervals from lowest to highest byte, is a write).
         """
         self._check_open()
-        node = self._clocks.next_node(stream)
+        region = self._region
+        engine = self._streams[stream].engine
+        for name, value in fields.items():
+            if isinstance(value, Mapping):
+                for loop in value:
+                    if loop not in self._loops:
+                        refuse(f"{loop.name} is used outside of its loop")
+                fields[name] = self._registers[engine].number(value, self._loops)
+        node = region.clocks.next_node(stream)
         needed: dict[int, int] = {}
         for access in accesses:
-            self._maps[access.space].access(access.low, access.high, node, access.write, needed)
+            region.maps[access.space].access(access.low, access.high, node, access.write, needed)
         if dram is not None:
             index, intervals, write = dram
             for low, high in intervals:
-                self._dram_maps[index].access(low, high, node, write, needed)
-        waits = self._clocks.add(stream, needed)
-        for other, at in waits:
-            self._nodes[other][at].signal = True
+                region.dram_maps[index].access(low, high, node, write, needed)
         pending = _Pending(
             opcode,
             fields,
-            waits,
+            [],
             self._source or user_source(),
             self._label,
             tensor=None if dram is None else dram[0],
-            node=node,
         )
-        self._nodes[stream].append(pending)
-        self._pending[self._streams[stream].engine].append(pending)
+        region.add(stream, pending, needed)
 
-    def _semaphore_values(self) -> list[list[int]]:
-        """For each stream and index the semaphore's count once that instruction is complete."""
-        values = []
-        for stream, nodes in zip(self._streams, self._nodes, strict=True):
-            count = 0
-            counts = []
-            for node in nodes:
-                count += node.signal
-                if count > MAX_SEMAPHORE:
-                    raise KernelError(
-                        f"the semaphore of {stream.name} would pass {MAX_SEMAPHORE}: split the "
-                        "program",
-                        source=node.source,
+    # -- loops ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def loop(
+        self,
+        count: int,
+        *,
+        name: str | None = None,
+        goes_on: tuple[DramTensor, int | Affine] | None = None,
+    ) -> Iterator[Affine]:
+        """What is called inside is executed `count` times, from one copy of its instructions.
+
+        Gives the iteration number, from 0: to be used, with integers added and multiplied, as
+        offset or index of views and as offset of transfers. An iteration begins when the one
+        before is complete on all engines, so what should overlap belongs into one iteration.
+
+        Parameters
+        ----------
+        count : iterations; with `goes_on` at most
+        name : of the index, in messages
+        goes_on : (tensor of 4-byte elements, byte offset): after each iteration that word is read;
+            the loop is over when it is zero
+
+        Loops nest up to LOOP_DEPTH deep, as far as there are semaphores.
+        """
+        self._check_open()
+        if not isinstance(count, int | np.integer) or not 1 <= count < 1 << 32:
+            refuse(f"a loop has 1 to {(1 << 32) - 1} iterations, not {count!r}")
+        if len(self._loops) == LOOP_DEPTH:
+            refuse(f"loops nest at most {LOOP_DEPTH} deep")
+        semaphores = self._semaphore_base(len(self._loops) + 2)
+        if semaphores > self.config.semaphores:
+            refuse(
+                f"loops {len(self._loops) + 1} deep need {semaphores} semaphores, the core has "
+                f"{self.config.semaphores}"
+            )
+        test = None if goes_on is None else self._flag(*goes_on)
+        source = self._source or user_source()
+        loop = Loop(name or f"loop{len(self._loops)}", int(count))
+        outer, kept = self._region, {*self.sbuf.live, *self.psum.live}
+        self._region = inner = _Region(self._streams, len(self.config.engines))
+        self._loops.append(loop)
+        try:
+            yield Affine(0, {loop: 1})
+        finally:
+            self._loops.pop()
+            self._region = outer
+        for tile in kept - {*self.sbuf.live, *self.psum.live}:
+            refuse(f"{tile} was made before the loop and freed in it, yet every iteration uses it")
+        self._close(loop, inner, test, source)
+        if not self._loops:
+            for registers in self._registers:
+                registers.clear()
+
+    def _flag(self, tensor: DramTensor, offset: int | Affine) -> tuple[DramTensor, Affine]:
+        place = Affine.of(offset, "the offset of a flag")
+        low, high = place.span
+        if tensor.itemsize != 4 or low < 0 or high + 4 > tensor.nbytes or place.const % 4:
+            refuse(f"a flag is an element of 4 bytes: {tensor}, offset {place}")
+        return tensor, place
+
+    def _semaphore_base(self, depth: int) -> int:
+        """First semaphore of the loops that deep: one for each stream, and one by which engines say
+        that they are at the end of an iteration. Before those of all loops lie one for each stream,
+        and one for each engine by which it may go on."""
+        streams = len(self._streams)
+        return streams + len(self.config.engines) + (depth - 1) * (streams + 1)
+
+    def _close(
+        self,
+        loop: Loop,
+        inner: _Region,
+        test: tuple[DramTensor, Affine] | None,
+        source: str,
+    ) -> None:
+        """Puts a loop into the region around it.
+
+        Semaphores count up in an iteration as they do outside of loops. At its end every engine
+        that takes part signals that it is done; the master waits for all, takes the counts back
+        to zero, and lets the others go on.
+        """
+        depth = len(self._loops) + 1
+        base = self._semaphore_base(depth)
+        arrive, go = base + len(self._streams), len(self._streams)
+        values = inner.values()
+        taking = [engine for engine, found in enumerate(inner.pending) if found]
+        if not taking:
+            return
+        main = {stream.engine: number for number, stream in enumerate(self._streams)}
+        master, others = taking[0], taking[1:]
+
+        def control(opcode: Opcode, **fields: Any) -> _Pending:
+            named = {key.replace("__", "."): value for key, value in fields.items()}
+            return _Pending(opcode, named, [], source, self._label)
+
+        def nop(waits: Sequence[tuple[int, int]] = (), mode: WaitMode = WaitMode.AT_LEAST) -> Any:
+            return [
+                control(Opcode.NOP, **_wait_fields(waits[i : i + MAX_WAITS], mode))
+                for i in range(0, len(waits), MAX_WAITS)
+            ]
+
+        def signal(semaphore: int) -> list[_Pending]:
+            return [control(Opcode.NOP, signal__sem=semaphore, signal__amount=1)]
+
+        def meet(counted: Sequence[tuple[int, int]] = ()) -> None:
+            """Nobody goes on before all are here; then the counts are taken back."""
+            for engine in others:
+                bodies[engine] += signal(arrive) + nop([(go + engine, 1)], WaitMode.ACQUIRE)
+            bodies[master] += nop([(arrive, len(others)), *counted], WaitMode.ACQUIRE)
+            for engine in others:
+                bodies[master] += signal(go + engine)
+
+        bodies = {e: self._resolve(inner.pending[e], values, base) for e in taking}
+        if others:
+            meet([(base + s, found[-1]) for s, found in enumerate(values) if found[-1:] > [0]])
+        if test is not None:
+            tensor, place = test
+            for engine in taking:
+                fields: dict[str, Any] = {"dram_base": place.const}
+                if place.steps:
+                    fields["dram_index"] = self._registers[engine].number(
+                        place.steps, [*self._loops, loop]
                     )
-                counts.append(count)
-            values.append(counts)
-        return values
+                read = control(Opcode.TEST, **fields)
+                read.tensor = tensor.index
+                bodies[engine].append(read)
+            if others:  # nobody writes the flag again before all have read it
+                meet()
+
+        # Outside, the loop is one access of the master to everything, after everything before.
+        outer = self._region
+        before = {s: len(nodes) - 1 for s, nodes in enumerate(outer.nodes) if nodes}
+        for engine in taking:
+            outer.add(main[engine], control(Opcode.LOOP, count=loop.count), before)
+            steps = self._registers[engine].steps(loop)
+            following = control(Opcode.NEXT, conditional=int(test is not None))
+            following.fields |= steps
+            outer.pending[engine] += [*bodies[engine], following]
+        over = outer.clocks.next_node(main[master])
+        for memory, limit in (
+            (Space.SBUF, self.config.sbuf_depth),
+            (Space.PSUM, self.config.psum_depth),
+        ):
+            outer.maps[memory].access(0, limit - 1, over, True, {})
+        for tensor in self.dram.tensors:
+            outer.dram_maps[tensor.index].access(0, tensor.nbytes - 1, over, True, {})
+        outer.add(main[master], control(Opcode.NOP), {})
+
+    def _resolve(
+        self, pendings: Sequence[_Pending], values: Sequence[Sequence[int]], base: int
+    ) -> list[_Pending]:
+        """The instructions with waits and signals in their fields, and NOPs for waits that find no
+        slot; the semaphore of stream s is `base` + s."""
+        found: list[_Pending] = []
+        for pending in pendings:
+            if pending.node is None:
+                found.append(pending)
+                continue
+            waits = [(base + stream, values[stream][index]) for stream, index in pending.waits]
+            while len(waits) > MAX_WAITS:
+                fields = _wait_fields(waits[:MAX_WAITS])
+                found.append(_Pending(Opcode.NOP, fields, [], pending.source, pending.label))
+                waits = waits[MAX_WAITS:]
+            fields = {**pending.fields, **_wait_fields(waits)}
+            if pending.signal:
+                fields |= {"signal.sem": base + pending.node[0], "signal.amount": 1}
+            found.append(dataclasses.replace(pending, fields=fields, waits=[], node=None))
+        return found
 
     def finish(self, metadata: Mapping[str, Any] | None = None) -> Program:
         """Ends every stream and returns the program; the builder takes no more calls."""
         self._check_open()
         if self._scope is not None:
             refuse("a kernel function returns its outputs; whoever calls it finishes the program")
-        values = self._semaphore_values()
+        if self._loops:
+            refuse(f"loop {self._loops[-1].name} is still open")
+        values = self._region.values()
         self._finished = True
 
         tensors: list[TensorInfo] = []
@@ -1115,30 +1853,24 @@ class KernelBuilder:
         debug: dict[str, tuple[DebugInfo, ...]] = {}
         relocations: list[Relocation] = []
         cached: dict[tuple[str | None, str | None], DebugInfo] = {}
-        for engine, instructions in zip(self.config.engines, self._pending, strict=True):
+        for engine, instructions in zip(self.config.engines, self._region.pending, strict=True):
             raw: list[bytes] = []
             entries: list[DebugInfo] = []
-            for pending in instructions:
-                info = cached.setdefault(
-                    (pending.source, pending.label), DebugInfo(pending.source, pending.label)
-                )
-                waits = [(stream, values[stream][index]) for stream, index in pending.waits]
-                while len(waits) > MAX_WAITS:
-                    raw.append(encode(Opcode.NOP, _wait_fields(waits[:MAX_WAITS])))
-                    entries.append(info)
-                    waits = waits[MAX_WAITS:]
-                fields = {**pending.fields, **_wait_fields(waits)}
-                if pending.signal:
-                    fields["signal.sem"] = pending.node[0]
-                    fields["signal.amount"] = 1
+            for pending in self._resolve(instructions, values, 0):
+                fields = pending.fields
                 if pending.tensor is not None:
                     relocations.append(Relocation(engine, len(raw), pending.tensor))
-                    fields["dram_base"] += tensors[pending.tensor].address
+                    start = tensors[pending.tensor].address
+                    fields = {**fields, "dram_base": fields["dram_base"] + start}
                 try:
                     raw.append(encode(pending.opcode, fields))
                 except EncodeError as error:
                     raise KernelError(str(error), source=pending.source) from error
-                entries.append(info)
+                entries.append(
+                    cached.setdefault(
+                        (pending.source, pending.label), DebugInfo(pending.source, pending.label)
+                    )
+                )
             raw.append(encode(Opcode.END, {}))
             entries.append(DebugInfo(None))
             streams[engine] = b"".join(raw)
@@ -1155,11 +1887,13 @@ class KernelBuilder:
         )
 
 
-def _wait_fields(waits: Sequence[tuple[int, int]]) -> dict[str, int]:
+def _wait_fields(
+    waits: Sequence[tuple[int, int]], mode: WaitMode = WaitMode.AT_LEAST
+) -> dict[str, int]:
     """The wait slots of an instruction: (semaphore, count) each."""
     fields: dict[str, int] = {}
     for slot, (sem, value) in enumerate(waits):
         fields[f"wait.{slot}.sem"] = sem
-        fields[f"wait.{slot}.mode"] = WaitMode.AT_LEAST.value
+        fields[f"wait.{slot}.mode"] = mode.value
         fields[f"wait.{slot}.value"] = value
     return fields

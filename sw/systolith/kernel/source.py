@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -16,8 +17,11 @@ _SOFTWARE = os.path.dirname(os.path.dirname(_PACKAGE)) + os.sep
 
 @functools.cache
 def _is_builder(filename: str) -> bool:
-    # "<string>" is the file of the methods that `dataclasses` generates.
-    return filename == "<string>" or os.path.abspath(filename).startswith(_PACKAGE)
+    # "<string>" is the file of the methods that `dataclasses` generates; `contextlib` stands
+    # between a with statement and the builder.
+    if filename in ("<string>", contextlib.__file__):
+        return True
+    return os.path.abspath(filename).startswith(_PACKAGE)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,8 +13,11 @@ from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, DType
 from systolith_hdl.isa import Space
 
+from .loops import Affine, Loop
 from .source import refuse
 
+#: What a view is indexed with.
+Index = int | slice | Affine
 MAX_DIMS = 4  #: nested counts of one instruction
 MAX_COUNT = (1 << 16) - 1  #: of one dimension
 STRIDE_LIMITS = (-(1 << 15), (1 << 15) - 1)  #: words
@@ -70,7 +73,7 @@ class Tile:
         self,
         shape: Sequence[int] | int | None = None,
         strides: Sequence[int] | None = None,
-        offset: int = 0,
+        offset: int | Affine = 0,
         lanes: int | None = None,
     ) -> View:
         """Returns a pattern of words in this tile.
@@ -79,7 +82,7 @@ class Tile:
         ----------
         shape : up to 4 dimensions, outermost first; default: all columns
         strides : words, one for each dimension; default: dense, last dimension innermost
-        offset : words from the start of the tile
+        offset : words from the start of the tile; may be made of loop indices
         lanes : partitions 0 to lanes-1 take part; default: all
         """
         if shape is None:
@@ -89,7 +92,8 @@ class Tile:
         shape = tuple(int(count) for count in shape)
         strides = c_strides(shape) if strides is None else tuple(int(s) for s in strides)
         lanes = self.config.lanes if lanes is None else int(lanes)
-        return View(self, self.base + int(offset), shape, strides, lanes)
+        place = Affine.of(offset, "offset")
+        return View(self, self.base + place.const, shape, strides, lanes, steps=place.steps)
 
     def __str__(self) -> str:
         return f"{self.space.name} tile {self.name!r} ({self.columns} columns)"
@@ -112,6 +116,7 @@ class View:
     dtype : as a destination: what is written is converted to it; as an operand of the tensor
         engine: what is read is rounded to it. Words hold FP32, of a narrow float too, or integers
         of 32 bits, of INT8 too; the vector engine computes in what the words of its sources are.
+    steps : words by which the base steps with loops
     """
 
     tile: Tile
@@ -120,6 +125,7 @@ class View:
     strides: tuple[int, ...]
     lanes: int
     dtype: DType = DType.FP32
+    steps: Mapping[Loop, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tile = self.tile
@@ -154,12 +160,14 @@ class View:
 
     @property
     def span(self) -> tuple[int, int]:
-        """Lowest and highest word address."""
+        """Lowest and highest word address, over all iterations of loops."""
         low, high = extent(self.shape, self.strides)
-        return self.base + low, self.base + high
+        first, last = Affine(self.base, self.steps).span
+        return first + low, last + high
 
     def addresses(self) -> np.ndarray:
-        """Returns the word address of every element, in the view's shape."""
+        """Returns the word address of every element, in the view's shape; in the first iteration of
+        loops."""
         found = np.full((), self.base, np.int64)
         for count, stride in zip(self.shape, self.strides, strict=True):
             found = found[..., None] + np.arange(count) * stride
@@ -216,12 +224,13 @@ class View:
             refuse(f"cannot broadcast shape {self.shape} to {shape}")
         return dataclasses.replace(self, shape=tuple(shape), strides=strides)
 
-    def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> View:
-        """Returns part of the view; integers drop a dimension, slices keep it, as in numpy."""
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> View:
+        """Returns part of the view; integers and loop indices drop a dimension, slices keep it, as
+        in numpy."""
         index = index if isinstance(index, tuple) else (index,)
         if len(index) > len(self.shape):
             refuse(f"{len(index)} indices for a view of shape {self.shape}")
-        base = self.base
+        base = Affine(self.base, self.steps)
         shape: list[int] = []
         strides: list[int] = []
         padded = index + (slice(None),) * (len(self.shape) - len(index))
@@ -235,11 +244,14 @@ class View:
                 shape.append(len(chosen))
                 strides.append(step * stride)
             else:
-                item = int(item)
-                if not -count <= item < count:
-                    refuse(f"index {item} is outside a dimension of {count}")
-                base += (item % count) * stride
-        return dataclasses.replace(self, base=base, shape=tuple(shape), strides=tuple(strides))
+                place = Affine.of(item, "an index")
+                low, high = place.span
+                if not -count <= low <= high < count or (place.steps and low < 0):
+                    refuse(f"index {place} is outside a dimension of {count}")
+                base += (place if place.steps else place.const % count) * stride
+        return dataclasses.replace(
+            self, base=base.const, shape=tuple(shape), strides=tuple(strides), steps=base.steps
+        )
 
     def __str__(self) -> str:
         return (

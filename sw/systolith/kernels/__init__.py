@@ -4,10 +4,12 @@ See docs/kernel-library.md.
 """
 
 from .attention import attention, attention_forward, attention_grad
+from .embedding import embedding, embedding_grad, scatter_add
 from .image import avg_pool, avg_pool_grad, conv2d, conv2d_grad, max_pool, max_pool_grad
 from .mlp import gelu_mlp, swiglu_mlp
 from .norm import layernorm, layernorm_grad, rmsnorm, rmsnorm_grad
 from .optimizer import adamw
+from .order import cumsum, top_k
 from .products import matmul, transpose
 from .softmax import (
     cross_entropy,
@@ -29,6 +31,9 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_forward",
     "cross_entropy_grad",
+    "cumsum",
+    "embedding",
+    "embedding_grad",
     "gelu_mlp",
     "layernorm",
     "layernorm_grad",
@@ -37,8 +42,10 @@ __all__ = [
     "max_pool_grad",
     "rmsnorm",
     "rmsnorm_grad",
+    "scatter_add",
     "softmax",
     "softmax_grad",
     "swiglu_mlp",
+    "top_k",
     "transpose",
 ]

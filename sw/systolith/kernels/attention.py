@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.extend.source_info_util import register_exclusion
 from systolith_hdl.formats import DType
 from systolith_hdl.isa import AluOp, Function, Space
@@ -15,7 +14,7 @@ from systolith_hdl.isa import AluOp, Function, Space
 from ..kernel import DramTensor, KernelBuilder, Tile, View
 from ..kernel.function import kernel
 from ..kernel.source import refuse
-from .tiles import Ring, constant, in_turns, is_shape, load_across, parts, rank, same, store_across
+from .tiles import Ring, in_turns, is_shape, load_across, parts, rank, same, store_across
 
 register_exclusion(__file__)
 
@@ -82,21 +81,29 @@ def _blocks(head: _Head, lanes: int, causal: bool) -> Iterator[_Block]:
         yield _Block(first, count, seen)
 
 
-def _hide(nc: KernelBuilder, scores: View, block: _Block, start: int, triangle: View) -> None:
+def _hide(nc: KernelBuilder, scores: View, block: _Block, start: int) -> None:
     """Sets the scores of keys that a query does not see yet to -infinity; `start` is the first
     key."""
-    # Of the last `count` keys that the block sees, the first query sees one, the last all.
+    # Of the last `size` keys that the block sees, the first query sees one, the last all.
     diagonal = block.visible - block.size
     low, high = max(diagonal, start), start + scores.shape[0]
     if low < high:
         part = scores[low - start : high - start]
-        mask = triangle.with_lanes(scores.lanes)[low - diagonal : high - diagonal]
-        nc.vector.tensor_tensor(part, part, AluOp.ADD, mask)
+        nc.vector.affine_select(
+            part, part, AluOp.GE, -math.inf, steps=(-1,), base=diagonal - low, lane_step=1
+        )
 
 
-def _triangle(nc: KernelBuilder) -> View:
-    n = nc.config.lanes
-    return constant(nc, "triangle", np.where(np.tri(n, dtype=bool), 0.0, -np.inf))
+def _turn(nc: KernelBuilder, turned: Tile, weights: View) -> None:
+    """Puts keys across partitions, N at a time: block i lies at word ``i * weights.lanes``."""
+    (count,), n, lanes = weights.shape, nc.config.lanes, weights.lanes
+    full, rest = divmod(count, n)
+    if full:
+        blocks = weights[: full * n].reshape(full, n)
+        nc.vector.transpose(turned.view((full, lanes), lanes=n), blocks)
+    if rest:
+        block = turned.view(lanes, offset=full * lanes, lanes=rest)
+        nc.vector.transpose(block, weights[full * n :])
 
 
 def _across(head: _Head, first: int, count: int, k: bool) -> dict[str, int]:
@@ -137,8 +144,9 @@ class _Workspace:
     """What one block of queries is worked on with."""
 
     def __init__(self, nc: KernelBuilder, queries: int, chunk: int, depth: int) -> None:
-        self.queries, self.weights = nc.sbuf.tile(queries), nc.sbuf.tile(chunk)
-        self.scores, self.turned = nc.psum.tile(chunk), nc.psum.tile(chunk)
+        self.queries = nc.sbuf.tile(queries)
+        self.weights, self.turned = nc.sbuf.tile(chunk), nc.sbuf.tile(chunk)
+        self.scores = nc.psum.tile(chunk)
         self.result, self.sums = nc.sbuf.tile(depth), nc.psum.tile(depth)
         self.small = [nc.sbuf.tile(1) for _ in range(5)]
 
@@ -150,7 +158,7 @@ class _GradientWorkspace:
         self.q_across, self.g_across = nc.sbuf.tile(queries), nc.sbuf.tile(queries)
         self.q_along, self.g_along, self.result = (nc.sbuf.tile(depth) for _ in range(3))
         self.psums = [nc.psum.tile(chunk) for _ in range(2)]
-        self.turned = nc.psum.tile(chunk)
+        self.turned = nc.sbuf.tile(chunk)
         self.of_key, self.of_value = (
             nc.psum.tile(chunk // nc.config.lanes * depth) for _ in range(2)
         )
@@ -180,10 +188,8 @@ def _attend(
     sums = nc.output(_sums_shape(q, heads), DType.FP32) if keep else None
     n, depth = nc.config.lanes, head.depth
     tiles = -(-depth // n)
-    identity = constant(nc, "identity", np.eye(n))
-    triangle = _triangle(nc) if causal else None
     # Keys that are worked on at once.
-    room = (nc.config.psum_depth // 2 - depth) // (2 * n)
+    room = (nc.config.psum_depth // 2 - depth) // n
     if room < 1:
         refuse(f"a depth of {depth} is more than PSUM holds")
     chunk = n * min(room, 16, -(-head.keys // n))
@@ -213,8 +219,8 @@ def _attend(
             scores = slot.scores.view(count, lanes=lanes)
             _scores(nc, scores, slot.queries, keys, head, apart, at)
             yield
-            if triangle is not None:
-                _hide(nc, scores, block, start, triangle)
+            if causal:
+                _hide(nc, scores, block, start)
             # The running maximum.
             nc.vector.reduce(new, scores, AluOp.MAX)
             if start:
@@ -227,13 +233,7 @@ def _attend(
             weights = slot.weights.view(count, lanes=lanes)
             nc.scalar.activate(weights.astype(_BF16), scores, Function.EXP, scale, minus)
             yield
-            # Keys across partitions, by products with the identity.
-            for i, (key, used) in enumerate(parts(count, n)):
-                nc.tensor.load_stationary(weights[key : key + used].astype(_BF16))
-                nc.tensor.matmul(
-                    slot.turned.view(lanes, offset=i * lanes, lanes=used),
-                    identity[:lanes].with_lanes(lanes).astype(_BF16),
-                )
+            _turn(nc, slot.turned, weights)
             yield
             nc.vector.reduce(part, weights, AluOp.ADD)
             if start:
@@ -245,15 +245,11 @@ def _attend(
             else:
                 nc.vector.copy(total, part)
             nc.vector.copy(top, new)
-            words = -(-count // n) * lanes
-            nc.scalar.activate(
-                slot.weights.view(words), slot.turned.view(words), Function.IDENTITY, bias=-0.0
-            )
             yield
             first_value = start // n if stays else 0
             for i, (_, used) in enumerate(parts(count, n)):
                 nc.tensor.load_stationary(
-                    slot.weights.view(lanes, offset=i * lanes, lanes=used).astype(_BF16)
+                    slot.turned.view(lanes, offset=i * lanes, lanes=used).astype(_BF16)
                 )
                 nc.tensor.matmul(
                     sum_,
@@ -361,9 +357,7 @@ def attention_grad(
     dq, dk, dv = (nc.output(tensor.shape, tensor.dtype) for tensor in (q, k, v))
     n, depth = nc.config.lanes, head.depth
     tiles, key_blocks = -(-depth // n), -(-head.keys // n)
-    identity = constant(nc, "identity", np.eye(n))
-    triangle = _triangle(nc) if causal else None
-    room = (nc.config.psum_depth - 2 * depth) // (2 * (3 * n + 2 * depth))
+    room = (nc.config.psum_depth - 2 * depth) // (2 * (2 * n + 2 * depth))
     if room < 1:
         refuse(f"a depth of {depth} is more than PSUM holds")
     chunk = n * min(room, 16, key_blocks)
@@ -396,8 +390,8 @@ def attention_grad(
             _scores(nc, scores, slot.q_across, keys_across, head, head.keys, start)
             _scores(nc, slopes, slot.g_across, values_across, head, head.keys, start)
             yield
-            if triangle is not None:
-                _hide(nc, scores, block, start, triangle)
+            if causal:
+                _hide(nc, scores, block, start)
             nc.scalar.activate(weights, scores, Function.EXP, scale, minus)
             # Gradient of the scores: weights * (slopes - dot) * scale.
             nc.vector.tensor_tensor(changes, slopes, AluOp.SUB, dot)
@@ -413,15 +407,8 @@ def attention_grad(
                 nc.tensor.matmul(
                     slot.of_key.view(depth, offset=i * depth, lanes=used), queries.astype(_BF16)
                 )
-                nc.tensor.matmul(
-                    slot.turned.view(lanes, offset=i * lanes, lanes=used),
-                    identity[:lanes].with_lanes(lanes).astype(_BF16),
-                )
+            _turn(nc, slot.turned, changes)
             yield
-            turned, words = slot.weights[1], -(-count // n) * lanes
-            nc.scalar.activate(
-                turned.view(words), slot.turned.view(words), Function.IDENTITY, bias=-0.0
-            )
             # Whole blocks of keys in one instruction, then what is left.
             full, rest = divmod(count, n)
             for first, size, used in ((0, full, n), (full, 1, rest)):
@@ -434,7 +421,7 @@ def attention_grad(
             yield
             for i, (_, used) in enumerate(parts(count, n)):
                 nc.tensor.load_stationary(
-                    turned.view(lanes, offset=i * lanes, lanes=used).astype(_BF16)
+                    slot.turned.view(lanes, offset=i * lanes, lanes=used).astype(_BF16)
                 )
                 values = keys_along.view(depth, offset=(start // n + i) * depth, lanes=used)
                 nc.tensor.matmul(of_query, values.astype(_BF16), accumulate=start + i > 0)

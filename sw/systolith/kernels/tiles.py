@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 from systolith_hdl.formats import FLOATS, DType
 from systolith_hdl.isa import AluOp, Function, Space
 
@@ -173,14 +172,6 @@ def everywhere(nc: KernelBuilder, tensor: DramTensor) -> View:
     """A vector, whole in every partition."""
     view = nc.sbuf.tile(tensor.shape[0], tensor.name).view()
     nc.dma.load(view, tensor, lane_stride=0)
-    return view
-
-
-def constant(nc: KernelBuilder, name: str, data: np.ndarray) -> View:
-    """A known matrix [N, columns], row l in partition l."""
-    tensor = nc.dram.tensor(name, kind="constant", data=data.astype(np.float32))
-    view = nc.sbuf.tile(data.shape[1], name).view()
-    nc.dma.load(view, tensor, lane_stride=4 * data.shape[1])
     return view
 
 

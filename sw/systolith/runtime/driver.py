@@ -68,12 +68,14 @@ class Counters:
     cycles : from start to end; 0 on a device without a clock
     macs : multiply-accumulates done
     busy : engine -> cycles it was executing; 0 on a device without a clock
+    conflicts : memory -> cycles in which it held a request back, as another had its bank
     instructions : engine -> instructions completed, END included
     """
 
     cycles: int
     macs: int
     busy: dict[str, int]
+    conflicts: dict[str, int]
     instructions: dict[str, int]
 
 
@@ -418,6 +420,7 @@ class Driver:
             cycles=self._read("CYCLES"),
             macs=self._read("MACS"),
             busy={engine: self._read("BUSY", i) for i, engine in enumerate(engines)},
+            conflicts={name: self._read("CONFLICTS", i) for i, name in enumerate(regs.MEMORIES)},
             instructions={
                 engine: self._read("INSTRUCTIONS", i) for i, engine in enumerate(engines)
             },

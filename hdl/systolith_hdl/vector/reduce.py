@@ -1,0 +1,98 @@
+"""Steering of the lanes' accumulators: REDUCE."""
+
+from amaranth.hdl import Cat, Module, Signal, Value
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from ..isa import REDUCE_ACCUMULATORS
+from .alu import ALU_LATENCY
+from .lane import LANE_LATENCY, Second
+
+#: Cycles REDUCE adds for each result: the accumulators drain, are combined and cleared.
+REDUCE_CYCLES = 13
+
+
+class Steering(wiring.Component):
+    """Tells the second ALU of all lanes what to work on, and when a result leaves it.
+
+    Elements of REDUCE go to the accumulators in turn; after the last of a group it waits until all
+    are in (6 cycles), combines them in pairs, finishes, clears and opens again.
+
+    Members
+    -------
+    enable : In(1), the lanes move
+    enter : In(1), an element enters the lanes; only while `enable`
+    reducing : In(1), elements are reduced in groups of `length` : In(16)
+    begin : In(1), an instruction begins
+    closed : Out(1), a group is being finished: nothing may enter
+    second, index, clear : Out, of the lanes
+    arrived : Out(1), an element that is not reduced is at the second ALU
+    result : Out(1), a result is at the lanes' output
+    """
+
+    enable: In(1)
+    enter: In(1)
+    reducing: In(1)
+    length: In(16)
+    begin: In(1)
+    closed: Out(1)
+    second: Out(Second)
+    index: Out(2)
+    clear: Out(1)
+    arrived: Out(1)
+    result: Out(1)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+
+        # What enters travels to the second ALU, and from there to the output.
+        entered = self.enter & ~self.reducing
+        accumulate = self.enter & self.reducing
+        slot = Signal(range(REDUCE_ACCUMULATORS))
+        slot_there: Value = slot
+        for stage in range(ALU_LATENCY):
+            moved = Signal(4, name=f"steer{stage}")
+            with m.If(self.enable):
+                m.d.sync += moved.eq(Cat(entered, accumulate, slot_there))
+            entered, accumulate, slot_there = moved[0], moved[1], moved[2:4]
+        finish = Signal()
+        result = entered | finish
+        for stage in range(ALU_LATENCY):
+            moved = Signal(name=f"result{stage}")
+            with m.If(self.enable):
+                m.d.sync += moved.eq(result)
+            result = moved
+        m.d.comb += [self.arrived.eq(entered), self.result.eq(result)]
+
+        element = Signal(16)
+        drain = Signal(range(16))
+        # An accumulating slot without an element would add garbage: steer it to no accumulator.
+        m.d.comb += [
+            self.second.eq(Second.OPERAND),
+            self.index.eq(slot_there),
+        ]
+        with m.If(self.reducing & accumulate):
+            m.d.comb += self.second.eq(Second.ACCUMULATE)
+        with m.If(self.enable & self.closed):
+            m.d.sync += drain.eq(drain + 1)
+        with m.If(self.closed):
+            with m.Switch(drain):
+                with m.Case(LANE_LATENCY):
+                    m.d.comb += [self.second.eq(Second.COMBINE), self.index.eq(0)]
+                with m.Case(LANE_LATENCY + 1):
+                    m.d.comb += [self.second.eq(Second.COMBINE), self.index.eq(2)]
+                with m.Case(LANE_LATENCY + ALU_LATENCY + 2):
+                    m.d.comb += [self.second.eq(Second.FINISH), finish.eq(1)]
+                with m.Case(LANE_LATENCY + ALU_LATENCY + 3):
+                    m.d.comb += self.clear.eq(self.enable)
+                    with m.If(self.enable):
+                        m.d.sync += self.closed.eq(0)
+        with m.If(self.enter & self.reducing):
+            m.d.sync += [slot.eq(slot + 1), element.eq(element + 1)]
+            with m.If(element == self.length - 1):
+                m.d.sync += [element.eq(0), slot.eq(0), self.closed.eq(1), drain.eq(0)]
+        fresh = Signal()
+        m.d.sync += fresh.eq(self.begin)
+        with m.If(fresh):
+            m.d.comb += self.clear.eq(1)  # the accumulators start from this instruction's identity
+        return m
