@@ -104,6 +104,9 @@ def test_figures() -> None:
     assert f"`n + {vector.FIXED_CYCLES} + {vector.REDUCE_CYCLES} r`" in text
     assert f"| lane latency | {scalar_lane.LANE_LATENCY}:" in text
     assert f"`n + {scalar.FIXED_CYCLES}` cycles" in text
+    assert f"`{scalar.SUM_CYCLES} r` cycles more" in text and scalar.ROW_CYCLES == 1
+    turn = scalar_lane.TURN_CYCLES
+    assert f"`{turn} n + {scalar.FIXED_CYCLES + 1}` cycles (`TURN_CYCLES`)" in text
 
 
 def anchors(page: Path) -> set[str]:

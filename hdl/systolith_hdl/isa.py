@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from amaranth.hdl import Shape, Value, signed, unsigned
+from amaranth.hdl import Mux, Shape, Value, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES, CoreConfig
@@ -141,6 +141,12 @@ class Opcode(enum.Enum, shape=8):
     ACTIVATE = 0x30
     #: dst = function(src0 * imm0 + src1)
     ACTIVATE_TENSOR_BIAS = 0x31
+    #: dst = function(src0 * src1 + imm0)
+    ACTIVATE_TENSOR_SCALE = 0x32
+    #: dst = function(src0 * scale + bias), both of them words of src1 for each partition and row:
+    #: src1 walks counts 0 to 2, and for each step of those the scale and, `src1.strides.3` words
+    #: on, the bias
+    ACTIVATE_ROWS = 0x33
     #: local <- DRAM; with `accumulate` local <- local + DRAM, in FP32, of integers modulo 2**32
     DMA_LOAD = 0x40
     #: DRAM <- local; with `accumulate`, for one i0 after the other, first a DMA_LOAD with
@@ -338,6 +344,38 @@ class Function(enum.Enum, shape=6):
     ABS = 14
     #: y, or +0 if it is negative
     RELU = 15
+    #: y / (1 + e to the -y)
+    SILU = 16
+    #: derivative of SILU
+    SILU_DX = 17
+    #: y / (1 + e to the -2u), u = sqrt(2 / pi) * (y + 0.044715 * y**3) (the tanh form of GELU)
+    GELU_TANH = 18
+    #: derivative of GELU_TANH
+    GELU_TANH_DX = 19
+    #: y * tanh(ln(1 + e to the y))
+    MISH = 20
+    #: derivative of MISH
+    MISH_DX = 21
+    #: y * y
+    SQUARE = 22
+    #: sine, of any finite y; takes 9 cycles for each column
+    SIN = 23
+    #: cosine, likewise
+    COS = 24
+
+
+class RowSums(enum.Enum, shape=6):
+    """Sums that the scalar engine delivers: of the function's results along the innermost
+    dimension, a *row*, before they are rounded to the type of dst. The order of the additions is
+    that of REDUCE."""
+
+    #: none: dst holds the results
+    NONE = 0
+    #: dst holds the results, and behind each row of them, as an element of the row more, its sum,
+    #: in FP32 whatever the type of dst
+    BEHIND = 1
+    #: dst holds the sums alone, one for each row, rounded to its type; it walks counts 0 to 2
+    ONLY = 2
 
 
 class Rounding(enum.Enum, shape=1):
@@ -371,7 +409,7 @@ class FaultCause(enum.Enum, shape=8):
     ILLEGAL_OPCODE = 1
     #: a bit that the opcode's format leaves reserved is set
     RESERVED_BITS = 2
-    #: ALU operation, reduction, function or wait mode does not exist
+    #: ALU operation, reduction, function, kind of sums or wait mode does not exist
     ILLEGAL_OPERATION = 3
     #: operand type not allowed there
     BAD_TYPE = 4
@@ -702,6 +740,30 @@ _RESULT = {"dst": (_BOTH, _ANY)}
 _X = {"src0": (_BOTH, _WORDS)}
 _Y = {"src1": (_BOTH, _WORDS)}
 _SCALAR = {"scalar": (_BOTH, _WORDS)}
+_ACTIVATE = frozenset({"op0", "op1", "lanes", "rounding"})
+
+
+def _choose(condition: Any, then: Any, otherwise: Any) -> Any:
+    """One of two numbers, in hardware or not."""
+    if isinstance(condition, Value):
+        return Mux(condition, then, otherwise)
+    return then if condition else otherwise
+
+
+def _with_sums(field: Callable[[str], Any]) -> Any:
+    """Words that dst of the scalar engine's instructions has in a row."""
+    results, sums = field("counts.3"), field("op1")
+    behind = results + _choose(sums == RowSums.BEHIND.value, 1, 0)
+    return _choose(sums == RowSums.ONLY.value, 1, behind)
+
+
+#: of the scalar engine's instructions: a row has place for the sum behind it
+_SUMMED: dict[str, Any] = {
+    "counts.3": lambda field, config: (
+        1,
+        (1 << 16) - 1 - _choose(field("op1") == RowSums.BEHIND.value, 1, 0),
+    )
+}
 
 #: One column after the other, at most as many as the array has.
 _STATIONARY: dict[str, Any] = {
@@ -880,14 +942,35 @@ SPECS: dict[Opcode, Spec] = {
     Opcode.ACTIVATE: Spec(
         kind=EngineKind.SCALAR,
         body=TensorScalarBody,
-        header=frozenset({"op0", "lanes", "rounding"}),
+        header=_ACTIVATE,
         operands={**_DST, **_SRC0},
+        inner={"dst": _with_sums},
+        limits=_SUMMED,
     ),
     Opcode.ACTIVATE_TENSOR_BIAS: Spec(
         kind=EngineKind.SCALAR,
         body=TensorTensorBody,
-        header=frozenset({"op0", "lanes", "rounding"}),
+        header=_ACTIVATE,
         operands={**_DST, **_SRC0, **_SRC1},
+        inner={"dst": _with_sums},
+        limits=_SUMMED,
+    ),
+    Opcode.ACTIVATE_TENSOR_SCALE: Spec(
+        kind=EngineKind.SCALAR,
+        body=TensorTensorBody,
+        header=_ACTIVATE,
+        operands={**_DST, **_SRC0, **_SRC1},
+        inner={"dst": _with_sums},
+        limits=_SUMMED,
+    ),
+    Opcode.ACTIVATE_ROWS: Spec(
+        kind=EngineKind.SCALAR,
+        body=TensorTensorBody,
+        header=_ACTIVATE,
+        operands={**_DST, **_SRC0, **_SRC1},
+        unused=frozenset({"imm0"}),
+        inner={"dst": _with_sums, "src1": lambda field: 2},
+        limits=_SUMMED,
     ),
     Opcode.DMA_LOAD: Spec(
         kind=EngineKind.DMA,
@@ -941,8 +1024,10 @@ def is_opcode(opcode: Any, wanted: frozenset[Opcode], config: CoreConfig) -> Any
 def operation_enums(opcode: Opcode) -> dict[str, type[enum.Enum]]:
     """Returns the enumeration that each of op0 and op1 holds, of those `opcode` uses."""
     spec = SPECS[opcode]
-    kind = Function if spec.kind is EngineKind.SCALAR else AluOp
-    return {field: kind for field in ("op0", "op1") if field in spec.header}
+    kinds: dict[str, type[enum.Enum]] = {"op0": AluOp, "op1": AluOp}
+    if spec.kind is EngineKind.SCALAR:
+        kinds = {"op0": Function, "op1": RowSums}
+    return {field: kind for field, kind in kinds.items() if field in spec.header}
 
 
 #: What op0 or op1 may be where it is not any operation of the engine.

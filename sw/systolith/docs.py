@@ -115,6 +115,8 @@ def _opcode(opcode: Opcode, doc: str) -> str:
             + f"; where that depends on the type, for {', '.join(t.name for t in formats.WORDS)}"
             + ".\n\n"
         )
+    if operation_enums(opcode).get("op1") is isa.RowSums:
+        text += "`op1` says which [sums](#rowsums) are delivered.\n\n"
     if "dram_dtype" in FIELDS[opcode]:
         text += f"`dram_dtype` is {_names(isa.DMA_TYPES)}.\n\n"
     return text + _fields(opcode, shared=False) + "\n"
@@ -142,7 +144,8 @@ converts to that of `dst`: FP32 to integers toward zero, what is outside the ran
 end of it, NaN to 0; integers to floats with one rounding, to INT32 and UINT32 modulo 2^32, to INT8
 modulo 2^8. `BYPASS` with a `dst` of the type of `src0` leaves words as they are.
 
-A destination may be a source element for element, that is in place. If a destination overlaps a
+A destination may be a source element for element, that is in place (a sum behind a row is no
+source then). If a destination overlaps a
 source in any other way, the result is undefined. If a destination names a word more than once, the
 last element written stays; a MATMUL with `accumulate` adds to the word each time, in order.
 
@@ -150,8 +153,8 @@ last element written stays; a MATMUL with `accumulate` adds to the word each tim
 
 FP32 operations round to nearest even and keep subnormals. Whatever results in NaN gives
 `{nan:#010x}`; `BYPASS`, the bitwise operations and shifts take words as they are. Integers are
-calculated modulo 2^32. ACTIVATE computes
-`src0 * imm0` and adds the bias, rounding after each, and then applies the function.
+calculated modulo 2^32. ACTIVATE and the like multiply `src0` by the scale and add the bias,
+rounding after each, and then apply the function.
 
 A MATMUL computes, for each element of its tile, the chain `acc = fp32(acc + w*x)` from +0 in the
 order of the partitions, each product exact and each step rounded once. With `accumulate`, one FP32
@@ -243,7 +246,9 @@ def isa_page() -> str:
     )
     text += "\n" + "".join(_opcode(opcode, docs[opcode.name]) for opcode in Opcode)
     text += "## Codes\n"
-    for kind in (AluOp, isa.Function, isa.Rounding, isa.WaitMode, isa.Space, formats.DType):
+    for kind in (
+        AluOp, isa.Function, isa.RowSums, isa.Rounding, isa.WaitMode, isa.Space, formats.DType
+    ):  # fmt: skip
         summary = " ".join((kind.__doc__ or "").split())
         text += f"\n### {kind.__name__}\n\n{summary}\n\n" + _enumeration(kind)
     return text

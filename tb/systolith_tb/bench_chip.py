@@ -76,7 +76,7 @@ def random_kernel(seed: int) -> Program:
             integer = dtype is DType.INT8 and rng.random() < 0.7
             sums = acc.view((f,), lanes=lanes).astype(DType.INT32 if integer else DType.FP32)
             nc.tensor.matmul(sums, moving.astype(dtype), index > 0)
-        tiles = [nc.sbuf.tile(f) for _ in outputs]
+        tiles = [nc.sbuf.tile(f + 1) for _ in outputs]
         results = [tile.view((f,), lanes=lanes) for tile in tiles]
         sums = acc.view((f,), lanes=lanes)
         dst, rounding = rounded(results[0])
@@ -102,14 +102,21 @@ def random_kernel(seed: int) -> Program:
         dst, rounding = rounded(results[2])
         nc.vector.memset(dst, rng.uniform(-1, 1), rounding=rounding)
         nc.vector.copy_predicated(dst, results[0], results[1], rounding=rounding)
-        total = nc.sbuf.tile(1)
-        dst, rounding = rounded(total.view((1,), lanes=lanes))
+        total = nc.sbuf.tile(3)
+        most, least, scale = (total.view((1,), offset=i, lanes=lanes) for i in range(3))
+        dst, rounding = rounded(most)
         nc.vector.reduce(dst, results[1], rng.choice(list(REDUCTIONS)), rounding=rounding)
-        dst, rounding = rounded(results[0])
+        dst, rounding = rounded(scale)
         nc.scalar.activate(
-            dst, results[2], Function.IDENTITY,
-            bias=total.view((f,), strides=(0,), lanes=lanes), rounding=rounding,
+            dst, results[2], rng.choice(list(Function)), results[1], 0.5,
+            rounding=rounding, sums="only",
         )  # fmt: skip
+        dst, rounding = rounded(tiles[0].view((f + 1,), lanes=lanes))
+        nc.scalar.activate(
+            dst, results[2], Function.IDENTITY, scale, most, rounding=rounding, sums="behind"
+        )
+        nc.scalar.activate(least, tiles[0].view((1,), offset=f, lanes=lanes), Function.ABS)
+        nc.vector.tensor_tensor(results[0], results[0], AluOp.ADD, least)
         for tensor, result in zip(outputs, results, strict=True):
             e = tensor.itemsize
             stochastic = tensor.dtype in NARROW_FLOATS and rng.random() < 0.6

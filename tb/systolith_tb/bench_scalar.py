@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 from collections import deque
+from collections.abc import Callable
 
 import cocotb
 import numpy as np
@@ -17,11 +18,29 @@ from systolith.golden.activation import evaluate
 from systolith_hdl.config import get_config
 from systolith_hdl.emit import Once
 from systolith_hdl.formats import FLOATS, DType
-from systolith_hdl.isa import Function, Opcode, Rounding, Space, encode
+from systolith_hdl.isa import (
+    SPECS,
+    AluOp,
+    EngineKind,
+    Function,
+    Opcode,
+    Rounding,
+    RowSums,
+    Space,
+    encode,
+)
 from systolith_hdl.ports import READ_LATENCY
 from systolith_hdl.scalar import tables as T
-from systolith_hdl.scalar.engine import FIXED_CYCLES
-from systolith_hdl.scalar.lane import LANE_LATENCY, ScalarLane
+from systolith_hdl.scalar.engine import FIXED_CYCLES, ROW_CYCLES, SUM_CYCLES
+from systolith_hdl.scalar.lane import (
+    FUNCTION_LATENCY,
+    LANE_LATENCY,
+    SHARING,
+    TURN_CYCLES,
+    FunctionTables,
+    ScalarLane,
+    Turning,
+)
 
 from systolith_tb.stimulus import random_counter
 
@@ -39,6 +58,8 @@ _MAGNITUDES = [
     *(0x42B17217, 0x42B17218, 0x42CFF1B4, 0x42CFF1B5, 0x42AEAC4F, 0x42AEAC50, 0x41102CB3),
     *(0x40000001, 0x40B00000, 0x41600000, 0x41633333, 0x41800000, 0x42800000, 0x43000000),
     *(0x32FFFFFF, 0x33000000, 0x33800000, 0x34000000, 0x7F800000, 0x7F800001, 0x7FC00000),
+    # near multiples of pi / 2, the largest numbers among them
+    *(0x3FC90FDA, 0x3FC90FDB, 0x40490FDB, 0x4096CBE4, 0x56C6ED64, 0x6F79BE45, 0x7F7FFFFF),
     0x7FFFFFFF,
 ]
 CORNERS = np.array([m | s for m in _MAGNITUDES for s in (0, 1 << 31)], np.uint32)
@@ -56,19 +77,9 @@ def random_words(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.choose(rng.integers(0, len(kinds), count), kinds).astype(np.uint32)
 
 
-def reference(
-    function: Function,
-    x: np.ndarray,
-    scale: np.ndarray,
-    bias: np.ndarray,
-    *,
-    dtype: DType,
-    random_words: np.ndarray | None,
-) -> np.ndarray:
-    """What an element comes to, from golden arithmetic; rounded to nearest without random words."""
-    y = arithmetic.add(arithmetic.mul(x, scale), bias)
-    result = evaluate(function, y)
-    return arithmetic.round_to(result, dtype, random_words)
+def reference(function: Function, x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """What an element comes to, from golden arithmetic."""
+    return evaluate(function, arithmetic.add(arithmetic.mul(x, scale), bias))
 
 
 def _pack(words: np.ndarray) -> int:
@@ -85,9 +96,7 @@ class LaneBench(wiring.Component):
 
     en: In(1)
     control: In(T.CONTROL)
-    dtype: In(DType)
-    stochastic: In(1)
-    random: In(data.ArrayLayout(unsigned(32), COPIES))
+    turning: In(Turning)
     x: In(data.ArrayLayout(unsigned(32), COPIES))
     scale: In(data.ArrayLayout(unsigned(32), COPIES))
     bias: In(data.ArrayLayout(unsigned(32), COPIES))
@@ -97,18 +106,36 @@ class LaneBench(wiring.Component):
         m = Module()
         for i in range(COPIES):
             m.submodules += (cell := Once(ScalarLane(), "scalar_lane"))
+            user = i % SHARING
+            if user == 0:
+                m.submodules += (lookup := Once(FunctionTables(), "function_tables"))
+                m.d.comb += lookup.en.eq(self.en)
             m.d.comb += [
+                getattr(lookup, f"row{user}").eq(cell.row),
+                cell.entry.eq(getattr(lookup, f"entry{user}")),
+                getattr(lookup, f"index{user}").eq(cell.index),
+                cell.segment.eq(getattr(lookup, f"segment{user}")),
+                getattr(lookup, f"weight{user}").eq(cell.weight),
+                cell.piece.eq(getattr(lookup, f"piece{user}")),
+                cell.turning.eq(self.turning),
                 cell.en.eq(self.en),
                 cell.control.eq(self.control),
-                cell.dtype.eq(self.dtype),
-                cell.stochastic.eq(self.stochastic),
-                cell.random.eq(self.random[i]),
                 cell.x.eq(self.x[i]),
                 cell.scale.eq(self.scale[i]),
                 cell.bias.eq(self.bias[i]),
                 self.o[i].eq(cell.o),
             ]
         return m
+
+
+def _turning(cycle: int) -> int:
+    """`Turning` in an enabled cycle, where elements enter in cycles 0, TURN_CYCLES, ..."""
+    step = (cycle - (LANE_LATENCY - FUNCTION_LATENCY)) % TURN_CYCLES
+    pieces = 1 <= step <= T.PIECES
+    return (
+        (step == 0) | pieces << 1 | (step == 1) << 2
+        | (step > T.PIECES) << 3 | (step == T.PIECES + 1) << 4
+    )  # fmt: skip
 
 
 @cocotb.test(timeout_time=100, timeout_unit="ms")
@@ -127,17 +154,13 @@ async def lane(dut) -> None:
         plain[: len(CORNERS)] = True
         scale = np.where(plain, _ONE, random_words(rng, len(x))).astype(np.uint32)
         bias = np.where(plain, 1 << 31, random_words(rng, len(x))).astype(np.uint32)
-        dtype = random.choice(FLOATS)
         dut.control.value = T.tables().controls[function]
-        dut.dtype.value = dtype.value
-        stochastic = random.random() < 0.5
-        dut.stochastic.value = stochastic
-        noise = rng.integers(0, 1 << 32, len(x), dtype=np.uint32)
-        dut.random.value = _pack(noise[:COPIES])
 
         got: list[np.ndarray] = []
-        pipeline: deque[bool] = deque([False] * LANE_LATENCY)
-        sent, batches = 0, len(x) // COPIES
+        turns = bool(T.field_bits(T.CONTROL, T.tables().controls[function])["turn"])
+        interval = TURN_CYCLES if turns else 1
+        pipeline: deque[bool] = deque([False] * (LANE_LATENCY + TURN_CYCLES * turns))
+        sent, batches, cycle = 0, len(x) // COPIES, 0
         while len(got) < batches:
             await FallingEdge(dut.clk)
             enable = random.random() < 0.9
@@ -146,18 +169,19 @@ async def lane(dut) -> None:
                 continue
             if pipeline.popleft():
                 got.append(_unpack(dut.o, COPIES))
-                # The random words come with the result that they round.
-                dut.random.value = _pack(noise[len(got) * COPIES :][:COPIES])
-            pipeline.append(sent < batches)
-            if sent < batches:
+            # What the engine drives: of no meaning for other functions.
+            dut.turning.value = _turning(cycle) if turns else random.getrandbits(5)
+            cycle += 1
+            enters = sent < batches and (cycle - 1) % interval == 0
+            pipeline.append(enters)
+            if enters:
                 chunk = slice(sent * COPIES, (sent + 1) * COPIES)
                 dut.x.value = _pack(x[chunk])
                 dut.scale.value = _pack(scale[chunk])
                 dut.bias.value = _pack(bias[chunk])
-            sent += 1
+                sent += 1
         result = np.concatenate(got)
-        words = noise if stochastic else None
-        wanted = reference(function, x, scale, bias, dtype=dtype, random_words=words)
+        wanted = reference(function, x, scale, bias)
         wrong = np.flatnonzero(result != wanted)
         assert not len(wrong), (
             f"{function.name}: {len(wrong)} of {len(x)} wrong, first x={x[wrong[0]]:08x} "
@@ -174,14 +198,22 @@ CONFIG = get_config("nano")
 _DEPTH = {Space.SBUF: CONFIG.sbuf_depth, Space.PSUM: CONFIG.psum_depth}
 
 
+#: What dst walks in place of the innermost count.
+_RESULTS: dict[RowSums, Callable[[int], int]] = {
+    RowSums.NONE: lambda count: count,
+    RowSums.BEHIND: lambda count: count + 1,
+    RowSums.ONLY: lambda count: 1,
+}
+
+
 @dataclasses.dataclass
 class Job:
-    """One instruction, the number of those before it, and what it has to write: (space, address,
-    mask, column) in order."""
+    """One instruction, the number of those before it, the cycles it takes when nothing stalls, and
+    what it has to write: (space, address, mask, column) in order."""
 
     word: int
     counter: int
-    columns: int
+    cycles: int
     writes: list[tuple[Space, int, int, tuple[int, ...]]]
 
 
@@ -272,48 +304,71 @@ def _operand(counts: list[int], space: Space, upper: bool) -> tuple[dict[str, in
 def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator, seed: int) -> Job:
     """Draws an instruction and applies it to `memory`."""
     counts = [random.choice((1, 1, 2, 3)), random.choice((1, 2)), random.choice((1, 1, 4)), 0]
-    counts[3] = random.choice((1, 2, 7, 16))
+    counts[3] = random.choice((1, 2, 3, 7, 16))
     function = random.choice(list(Function))
     lanes = random.choice((CONFIG.lanes, random.randint(1, CONFIG.lanes)))
     dtype = random.choice((DType.FP32, *FLOATS))
-    opcode = random.choice((Opcode.ACTIVATE, Opcode.ACTIVATE_TENSOR_BIAS))
-    operands = {"src0": False, "dst": True}
-    if opcode is Opcode.ACTIVATE_TENSOR_BIAS:
-        operands["src1"] = False
-    plain = random.random() < 0.5
-    scale = _ONE if plain else int(random_words(rng, 1)[0])
-    bias = 1 << 31 if plain else int(random_words(rng, 1)[0])
-    fields: dict[str, object] = {"op0": function, "lanes": lanes, "imm0": scale}
+    opcode = random.choice([op for op, spec in SPECS.items() if spec.kind is EngineKind.SCALAR])
+    sums = random.choice([RowSums.NONE, *RowSums])
+    walked = {"src0": counts, "dst": [*counts[:3], _RESULTS[sums](counts[3])]}
+    if opcode is not Opcode.ACTIVATE:
+        walked["src1"] = [*counts[:3], 2] if opcode is Opcode.ACTIVATE_ROWS else counts
+    fields: dict[str, object] = {"op0": function, "op1": sums, "lanes": lanes}
     fields.update({f"counts.{i}": count for i, count in enumerate(counts)})
-    if opcode is Opcode.ACTIVATE:
-        fields["imm1"] = bias
     addresses, spaces = {}, {}
-    for name, upper in operands.items():
+    for name, walk in walked.items():
         spaces[name] = random.choice(list(Space))
-        pattern, addresses[name] = _operand(counts, spaces[name], upper)
+        pattern, addresses[name] = _operand(walk, spaces[name], name == "dst")
         fields.update({f"{name}.{key}": value for key, value in pattern.items()})
     fields["dst.dtype"] = dtype
     rounding = random.choice(list(Rounding))
     fields["rounding"] = rounding
     counter = random_counter()
-    word = int.from_bytes(encode(opcode, fields), "little")
 
     x = memory[spaces["src0"]][addresses["src0"]]
-    if opcode is Opcode.ACTIVATE_TENSOR_BIAS:
-        add = memory[spaces["src1"]][addresses["src1"]]
-    else:
-        add = np.full_like(x, bias)
+    plain = random.random() < 0.5
+    scale = np.full_like(x, _ONE if plain else int(random_words(rng, 1)[0]))
+    bias = np.full_like(x, 1 << 31 if plain else int(random_words(rng, 1)[0]))
+    if "src1" in walked:
+        second = memory[spaces["src1"]][addresses["src1"]]
+        if opcode is Opcode.ACTIVATE_ROWS:
+            pairs = second.reshape(-1, 2, CONFIG.lanes).repeat(counts[3], axis=0)
+            scale, bias = pairs[:, 0], pairs[:, 1]
+        elif opcode is Opcode.ACTIVATE_TENSOR_SCALE:
+            scale = second
+        else:
+            bias = second
+    if opcode in (Opcode.ACTIVATE, Opcode.ACTIVATE_TENSOR_BIAS):
+        fields["imm0"] = int(scale[0, 0])
+    if opcode is Opcode.ACTIVATE_TENSOR_SCALE:
+        fields["imm0"] = int(bias[0, 0])
+    if opcode is Opcode.ACTIVATE:
+        fields["imm1"] = int(bias[0, 0])
+    word = int.from_bytes(encode(opcode, fields), "little")
+
+    result = reference(function, x, scale, bias).reshape(-1, counts[3], CONFIG.lanes)
+    totals = arithmetic.reduce_last(AluOp.ADD, np.moveaxis(result, 1, 2))[:, None, :]
+    written = totals if sums is RowSums.ONLY else result
     noise = None
     if rounding is Rounding.STOCHASTIC:
         number = CONFIG.engines.index("scalar")
-        noise = dither.random_words(seed, counter, number, elements=len(x), lanes=CONFIG.lanes).T
-    result = reference(function, x, np.full_like(x, scale), add, dtype=dtype, random_words=noise)
+        elements = len(addresses["dst"])
+        noise = dither.random_words(seed, counter, number, elements=elements, lanes=CONFIG.lanes)
+        noise = noise.T.reshape(len(written), -1, CONFIG.lanes)[:, : written.shape[1]]
+    written = arithmetic.round_to(written, dtype, noise)
+    if sums is RowSums.BEHIND:
+        written = np.concatenate([written, totals], axis=1)
     mask = (1 << lanes) - 1
     writes = []
-    for address, column in zip(addresses["dst"].tolist(), result, strict=True):
+    columns = written.reshape(-1, CONFIG.lanes)
+    for address, column in zip(addresses["dst"].tolist(), columns, strict=True):
         memory[spaces["dst"]][address, :lanes] = column[:lanes]
         writes.append(_masked(spaces["dst"], address, mask, column))
-    return Job(word, counter, len(writes), writes)
+    turns = function in (Function.SIN, Function.COS)
+    cycles = (len(x) * TURN_CYCLES + 1 if turns else len(x)) + FIXED_CYCLES
+    cycles += len(result) * SUM_CYCLES * (sums is not RowSums.NONE)
+    cycles += (1 if turns else len(result)) * ROW_CYCLES * (opcode is Opcode.ACTIVATE_ROWS)
+    return Job(word, counter, cycles, writes)
 
 
 async def _engine(dut: object, *, reads: float, writes: float, issue: float, jobs: int) -> None:
@@ -358,10 +413,10 @@ async def _engine(dut: object, *, reads: float, writes: float, issue: float, job
         if dut.issue__done.value:
             assert running is not None
             finished += 1
-            written += running.columns
+            written += len(running.writes)
             assert len(memories.written) == written  # all of its writes, and no other's
             if not stalls:
-                assert cycle - taken_at == running.columns + FIXED_CYCLES
+                assert cycle - taken_at == running.cycles
             running = None
         if offered and dut.issue__instruction__ready.value:
             assert running is None
@@ -378,7 +433,7 @@ async def _engine(dut: object, *, reads: float, writes: float, issue: float, job
 @cocotb.test(timeout_time=10, timeout_unit="ms")
 async def engine_free(dut) -> None:
     """Nothing stalls: bits and cycles."""
-    await _engine(dut, reads=1, writes=1, issue=1, jobs=60)
+    await _engine(dut, reads=1, writes=1, issue=1, jobs=120)
 
 
 @cocotb.test(timeout_time=10, timeout_unit="ms")

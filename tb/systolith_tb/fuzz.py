@@ -277,12 +277,15 @@ _MIXING = frozenset({Opcode.REDUCE, Opcode.SCAN, Opcode.TOP, Opcode.TRANSPOSE})
 def _defined(config: CoreConfig, opcode: Opcode, fields: dict[str, int]) -> bool:
     """Whether the result is: a destination overlaps a source only element for element, and no
     indices."""
+    indices = config.sbuf_depth - INDEX_WORDS
+    if SPECS[opcode].indexed and fields["index.base"] < indices:
+        return False
     found = list(accesses(opcode, fields, config.lanes))
     for target in found:
         if not target.writes:
             continue
         mine = _addresses(target)
-        if target.space is Space.SBUF and mine.max() >= config.sbuf_depth - INDEX_WORDS:
+        if target.space is Space.SBUF and mine.max() >= indices:
             return False
         for source in found:
             if source is target or source.space is not target.space:
@@ -323,10 +326,10 @@ def _legal(config: CoreConfig, element: Element, registers: Registers = _ZERO) -
         if check(encode(opcode, fields), engine_kind(engine), config) is not None:
             return False
         touched = _dram_bytes(opcode, fields)
-        if touched is not None:
-            # A table without rows has none.
-            if not touched.size or touched[0] < 0 or touched[-1] >= DATA_BYTES:
-                return False
+        if touched is not None and not (
+            touched.size and touched[0] >= 0 and touched[-1] < DATA_BYTES
+        ):
+            return False
         if not _defined(config, opcode, fields):
             return False
     return True
@@ -594,7 +597,7 @@ def _break(raw: bytes, kind: EngineKind, config: CoreConfig) -> bytes | None:
         if random.random() < 0.6:
             names = [n for n in FIELDS[opcode] if n != "opcode"]
             # Some kinds of fields are so few or so small that they are seldom hit.
-            seldom = [n for n in names if n.endswith(("space", "sem", "chip"))]
+            seldom = [n for n in names if n.endswith(("space", "dtype", "sem", "chip"))]
             name = random.choice([*names, *(5 * seldom)])
             offset, shape = FIELDS[opcode][name]
             width = Shape.cast(shape).width

@@ -16,7 +16,8 @@ from systolith_hdl.arith import PackNarrow, RoundNarrow, WidenInt8, WidenNarrow
 from systolith_hdl.arith.dither import DitherLane
 from systolith_hdl.config import get_config
 from systolith_hdl.emit import side_by_side, to_verilog
-from systolith_hdl.scalar.lane import ScalarLane
+from systolith_hdl.scalar.lane import FunctionTables, ScalarLane
+from systolith_hdl.scalar.sums import RowSum
 from systolith_hdl.tensor.array import ProcessingElement
 from systolith_hdl.toolchain import sources_hash
 from systolith_hdl.vector.front import FrontLane
@@ -43,7 +44,9 @@ COMPONENTS: dict[str, tuple[Callable[[], wiring.Component], tuple[str, ...]]] = 
         ),
     ),
     "vector_top": (TopLane, ("smallest", "used", "take", "index", "shift", "value")),
-    "scalar_lane": (ScalarLane, ("en", "control", "dtype", "stochastic", "scale")),
+    "scalar_lane": (ScalarLane, ("en", "control", "turning")),
+    "function_tables": (FunctionTables, ("en",)),
+    "row_sum": (RowSum, ("en", "adding", "index", "store", "clear")),
     "psum_lane": (psum.Lane, ("integer", "accumulate")),
     "processing_element": (lambda: ProcessingElement(get_config("nano")), ()),
     "processing_element_fp8x2": (lambda: ProcessingElement(get_config("medium-fp8")), ()),

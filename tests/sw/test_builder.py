@@ -11,7 +11,7 @@ from systolith.errors import KernelError
 from systolith.golden.checker import check
 from systolith.kernel import AluOp, DType, Function, KernelBuilder, View
 from systolith_hdl.config import PRESETS, CoreConfig
-from systolith_hdl.isa import Opcode, Rounding, decode, engine_kind
+from systolith_hdl.isa import Opcode, Rounding, RowSums, decode, engine_kind
 from systolith_tb.configs import NANO_FP8
 
 
@@ -148,6 +148,48 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     "integer arithmetic": (
         lambda k: _add(k, k.a.view(8), k.b.view(8).astype(DType.INT32), k.p.view(8)),
         "src0 is INT32 and src1 FP32, but the vector engine computes in one type",
+    ),
+    "sums in place of a row": (
+        lambda k: k.nc.scalar.activate(k.a.view(8), k.b.view(8), Function.EXP, sums="behind"),
+        r"sums BEHIND of rows of shape \(8,\) need a dst of shape \(9,\), not \(8,\)",
+    ),
+    "sums of all dimensions": (
+        lambda k: k.nc.scalar.activate(k.a.view(1), k.b.view((2, 4)), Function.EXP, sums="only"),
+        r"sums ONLY of rows of shape \(2, 4\) need a dst of shape \(2, 1\), not \(1,\)",
+    ),
+    "what sums": (
+        lambda k: k.nc.scalar.activate(k.a.view(8), k.b.view(8), Function.EXP, sums="all"),
+        "sums must be a RowSums or one of none, behind, only, not 'all'",
+    ),
+    "sums onto the source": (
+        lambda k: k.nc.scalar.activate(
+            k.a.view((2, 5), (4, 1)), k.a.view((2, 4)), Function.EXP, sums="behind"
+        ),
+        "dst writes a column more than once",
+    ),
+    "sum onto the bias": (
+        lambda k: k.nc.scalar.activate(
+            k.a.view(5), k.b.view(4), Function.EXP, 1.0, k.a.view(1, offset=4), sums="behind"
+        ),
+        "dst and bias overlap",
+    ),
+    "scales and biases of elements": (
+        lambda k: k.nc.scalar.activate(
+            k.a.view(8), k.a.view(8), Function.EXP, k.b.view(8), k.b.view(8)
+        ),
+        "each must have one element for a row, an innermost dimension of 1; use two instructions",
+    ),
+    "scale far from the bias": (
+        lambda k: k.nc.scalar.activate(
+            k.a.view(8), k.a.view(8), Function.EXP, k.b.view(1), k.p.view(1)
+        ),
+        "must be parts of one tile at the same strides",
+    ),
+    "results onto the scales": (
+        lambda k: k.nc.scalar.activate(
+            k.a.view(2), k.b.view(2), Function.EXP, k.a.view(1), k.a.view(1, offset=1)
+        ),
+        "dst and scale and bias overlap",
     ),
     "integers of a function": (
         lambda k: k.nc.scalar.activate(
@@ -524,6 +566,35 @@ def test_accumulating_into_a_column_repeatedly() -> None:
     kit.nc.tensor.load_stationary(kit.a.view(4))
     kit.nc.tensor.matmul(kit.p.view((2, 4), (0, 1)), kit.b.view((2, 4)), accumulate=True)
     assert strides(instructions(kit, "tensor")[1][1], "dst") == [0, 0, 0, 1]
+
+
+def test_scales_biases_and_sums_of_the_scalar_engine() -> None:
+    kit = Kit()
+    activate, tile = kit.nc.scalar.activate, kit.b
+    a, b = kit.a.view((2, 4)), tile.view((2, 4), offset=8)
+    scale, bias = tile.view((2, 1), (3, 1)), tile.view((2, 1), (3, 1), offset=2)
+    activate(a, b, Function.EXP, scale, 2.0)
+    activate(a, b, Function.EXP, 2.0, bias)
+    activate(a, b, Function.EXP, scale, bias)
+    whole = kit.a.view((2, 5))
+    activate(whole, whole.first(4), Function.EXP, bias, scale, sums="behind")
+    activate(kit.p.view((2, 1)), b, Function.EXP, sums="only")
+    program = kit.nc.finish()
+    found = [decode(raw) for engine, _, raw in program.instructions() if engine == "scalar"][:5]
+    assert all(check(raw, engine_kind(e), kit.nc.config) is None
+               for e, _, raw in program.instructions())  # fmt: skip
+    assert [opcode.name for opcode, _ in found] == [
+        "ACTIVATE_TENSOR_SCALE", "ACTIVATE_TENSOR_BIAS", "ACTIVATE_ROWS", "ACTIVATE_ROWS",
+        "ACTIVATE",
+    ]  # fmt: skip
+    assert [RowSums(fields["op1"]).name for _, fields in found] == [
+        "NONE", "NONE", "NONE", "BEHIND", "ONLY",
+    ]  # fmt: skip
+    strides = [[f.get(f"src1.strides.{i}") for i in range(4)] for _, f in found]
+    assert strides[:4] == [[0, 0, 3, 0], [0, 0, 3, 0], [0, 0, 3, 2], [0, 0, 3, -2]]
+    assert found[0][1]["imm0"] == 0x40000000
+    assert all([f[f"counts.{i}"] for i in range(4)] == [1, 1, 2, 4] for _, f in found)
+    assert found[3][1]["dst.strides.2"] == 5
 
 
 def test_rounding() -> None:

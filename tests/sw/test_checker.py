@@ -25,6 +25,7 @@ from systolith_hdl.isa import (
     FaultCause,
     Function,
     Opcode,
+    RowSums,
     decode,
     encode,
     engine_kind,
@@ -49,12 +50,12 @@ def legal_fields(opcode: Opcode) -> dict[str, int]:
     for name in ("lanes", "columns", "count"):
         if name in FIELDS[opcode]:
             fields[name] = 4
-    for name, limit in spec.limits.items():
-        least, most = limit(fields.__getitem__, NANO)
-        fields[name] = min(max(fields.get(name, 0), least), most)
     for name in ("op0", "op1"):
         if name in spec.header:
             fields[name] = min(legal_operations(opcode, name))
+    for name, limit in spec.limits.items():
+        least, most = limit(fields.__getitem__, NANO)
+        fields[name] = min(max(fields.get(name, 0), least), most)
     return fields
 
 
@@ -113,6 +114,7 @@ def test_causes() -> None:
     assert c(op.TENSOR_TENSOR, op1=63) is FaultCause.ILLEGAL_OPERATION
     assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION
     assert c(op.ACTIVATE, op0=len(Function)) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.ACTIVATE, op1=len(RowSums)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.NOP, wait__1__mode=3) is FaultCause.ILLEGAL_OPERATION
     assert c(op.TENSOR_TENSOR, dst__dtype=8) is FaultCause.BAD_TYPE
     assert c(op.TENSOR_TENSOR, src1__dtype=1) is FaultCause.BAD_TYPE
@@ -231,6 +233,11 @@ def test_causes() -> None:
     for dtype in DType:
         found = c(op.TOP, dst__dtype=dtype.value)
         assert found is (None if dtype is DType.FP32 else FaultCause.BAD_TYPE)
+    for opcode in (op.ACTIVATE, op.ACTIVATE_ROWS):
+        longest = {"counts__3": 65535, "dst__strides__3": 0, "src0__strides__3": 0}
+        assert c(opcode, **longest, op1=RowSums.NONE.value) is None
+        assert c(opcode, **longest, op1=RowSums.ONLY.value) is None
+        assert c(opcode, **longest, op1=RowSums.BEHIND.value) is FaultCause.BAD_COUNT
     assert c(op.NOP, wait__0__mode=1, wait__0__sem=32) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, wait__2__mode=2, wait__2__sem=63) is FaultCause.BAD_SEMAPHORE
     assert c(op.NOP, signal__amount=1, signal__sem=32) is FaultCause.BAD_SEMAPHORE
@@ -335,6 +342,10 @@ def test_bounds_against_a_walk(
         counts = (counts[0] ** 2, 1, 1, counts[3])
     fields = legal_fields(opcode) | {f"counts.{i}": n for i, n in enumerate(counts)}
     strides = st.integers(-40, 40)
+    sums = RowSums.NONE
+    if "op1" in fields and SPECS[opcode].kind is EngineKind.SCALAR:
+        sums = data.draw(st.sampled_from(list(RowSums)))
+        fields["op1"] = sums.value
     outside = False
     for name in SPECS[opcode].operands:
         walked = operand_counts(opcode, name, fields)

@@ -1,5 +1,6 @@
 """The compiler's primitives and layouts, on the golden device against JAX in float32."""
 
+import functools
 import itertools
 import math
 
@@ -89,7 +90,14 @@ UNARY = {
     "silu": jax.nn.silu,
     "softplus": jax.nn.softplus,
     "nn softplus": nn.softplus,
+    "nn gelu tanh": lambda x: nn.gelu(x, approximate=True),
+    "nn silu": nn.silu,
+    "nn mish": nn.mish,
+    "nn leaky_relu": nn.leaky_relu,
+    "steep leaky_relu": lambda x: nn.leaky_relu(x, 2.5),
     "arctan": jnp.arctan,
+    "sin": jnp.sin,
+    "cos": lambda x: jnp.cos(1e4 * x),
     "elu": jax.nn.elu,
     "iota": lambda x: x + jnp.arange(x.shape[-1]),
     "astype bool": lambda x: x.astype(bool),
@@ -102,6 +110,17 @@ UNARY = {
     ),
     "grad softplus": lambda x: jax.grad(lambda v: jax.nn.softplus(v).sum())(x),
     "grad nn softplus": lambda x: jax.grad(lambda v: nn.softplus(v).sum())(x),
+    "grad nn gelu tanh": lambda x: jax.grad(lambda v: nn.gelu(v, approximate=True).sum())(x),
+    "grad nn silu": lambda x: jax.grad(lambda v: nn.silu(v).sum())(x),
+    "grad nn mish": lambda x: jax.grad(lambda v: nn.mish(v).sum())(x),
+    "grad nn leaky_relu": lambda x: jax.grad(lambda v: nn.leaky_relu(v, 0.2).sum())(x),
+    "grad grad nn silu": lambda x: jax.grad(
+        lambda v: jax.grad(lambda u: nn.silu(u).sum())(v).sum()
+    )(x),
+    "grad grad nn mish": lambda x: jax.grad(
+        lambda v: jax.grad(lambda u: nn.mish(u).sum())(v).sum()
+    )(x),
+    "grad sin": lambda x: jax.grad(lambda v: jnp.sin(jnp.cos(v)).sum())(x),
     "grad arctan": lambda x: jax.grad(lambda v: jnp.arctan(v).sum())(x),
     "grad relu": lambda x: jax.grad(lambda v: jax.nn.relu(v).sum())(x),
     "grad abs": lambda x: jax.grad(lambda v: jnp.abs(v).sum())(x),
@@ -465,6 +484,23 @@ def test_debug_map_names_the_users_lines(device, rng):
     compiled(floats(rng, 3, 5))
     entries = {entry.source for entry in compiled.program.debug["scalar"] if entry.source}
     assert any("test_compiler.py" in source for source in entries)
+
+
+@pytest.mark.parametrize(
+    "name", ["gelu tanh", "silu", "mish", "leaky_relu"]
+)  # fmt: skip
+def test_activations_are_one_instruction(device, rng, name):
+    """And what they are under JAX is what JAX has of that name, derivatives included."""
+    approximate = {"approximate": True} if name == "gelu tanh" else {}
+    mine = functools.partial(getattr(nn, name.split()[0]), **approximate)
+    theirs = functools.partial(getattr(jax.nn, name.split()[0]), **approximate)
+    x = 4 * floats(rng, 64)
+    for ours, reference in ((mine, theirs), (jax.vmap(jax.grad(mine)), jax.vmap(jax.grad(theirs)))):
+        np.testing.assert_allclose(ours(x), reference(x), rtol=2e-5, atol=2e-6)
+    compiled = systolith.jit(mine, device=device)
+    compiled(x)
+    engines = [e for e, _, raw in compiled.program.instructions() if decode(raw)[0] != Opcode.END]
+    assert engines.count("vector") + engines.count("scalar") == 1
 
 
 # --- refusals -------------------------------------------------------------------------------

@@ -261,6 +261,33 @@ def test_the_first_reader_is_named() -> None:
     assert "used here" in str(caught.value) and "DMA_STORE" in str(caught.value)
 
 
+@pytest.mark.parametrize("sums", ["behind", "only"])
+@pytest.mark.parametrize("missing", ["x", "scale", "bias", None])
+def test_a_sum_needs_its_whole_row_and_no_other(sums: str, missing: str | None) -> None:
+    nc = KernelBuilder("nano")
+    y = nc.dram.tensor("y", (4, 2), DType.FP32, kind="output")
+    x, pairs = nc.sbuf.tile(6), nc.sbuf.tile(4)
+    nc.vector.memset(x.view(6), 1.0)
+    nc.vector.memset(pairs.view(4), 1.0)
+    rows, scale, bias = x.view((2, 3)), pairs.view((2, 1)), pairs.view((2, 1), offset=2)
+    hole = {"x": rows[1, 1:2], "scale": scale[1], "bias": bias[1], None: None}[missing]
+    if hole is not None:  # a result of words never written
+        nc.scalar.activate(hole, nc.sbuf.tile(1).view(), Function.IDENTITY)
+    dst = nc.sbuf.tile(8).view((2, 4 if sums == "behind" else 1))
+    nc.scalar.activate(dst, rows, Function.IDENTITY, scale, bias, sums=sums)
+    totals = dst.last(1)
+    for row in range(2):
+        nc.dma.store(totals[row], y, 4 * row, lane_stride=8)
+    program = nc.finish()
+    if missing is None:
+        np.testing.assert_array_equal(execute(program)["y"], np.full((4, 2), 6.0, np.float32))
+        return
+    with pytest.raises(UndefinedError, match=r"used here") as caught:
+        execute(program)
+    stored = [line for line in str(caught.value).splitlines() if "DMA_STORE" in line]
+    assert stored and f"sbuf.fp32@{totals[1].base}[" in stored[0]
+
+
 def test_lanes_that_nobody_reads_do_not_matter() -> None:
     nc = KernelBuilder("nano")
     y = nc.dram.tensor("y", (3, 4), DType.FP32, kind="output")

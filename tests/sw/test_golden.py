@@ -11,7 +11,7 @@ from systolith.assembly import assemble
 from systolith.errors import BackendError
 from systolith.golden import Core, GoldenDevice, arithmetic
 from systolith.golden.activation import evaluate
-from systolith.golden.checker import check
+from systolith.golden.checker import check, row_sums
 from systolith.golden.dither import random_words
 from systolith_hdl.arith.dither import RANDOM_STREAM
 from systolith_hdl.formats import CANONICAL_NAN, FORMATS, INTEGERS, DType
@@ -28,6 +28,7 @@ from systolith_hdl.isa import (
     Function,
     Opcode,
     RandomBody,
+    RowSums,
     Space,
     decode,
     encode,
@@ -57,9 +58,6 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
     while True:
         counts = [rng.choice((1, 1, 2, 3, 5)) for _ in range(4)]
         fields = {f"counts.{i}": n for i, n in enumerate(counts)}
-        for name, limit in spec.limits.items():
-            least, most = limit(fields.__getitem__, NANO)
-            fields[name] = rng.randint(least, min(most, least + 3))
         for name in ("lanes", "columns", "accumulate", "op0", "op1"):
             if name not in FIELDS[opcode]:
                 continue
@@ -67,6 +65,9 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
                 fields[name] = rng.choice(sorted(legal_operations(opcode, name)))
             else:
                 fields[name] = rng.randint(0, 1) if name == "accumulate" else rng.randint(1, 4)
+        for name, limit in spec.limits.items():
+            least, most = limit(fields.__getitem__, NANO)
+            fields[name] = rng.randint(least, min(most, least + 3))
         for name, (spaces, types) in spec.operands.items():
             fields[f"{name}.space"] = rng.choice(sorted(s.value for s in spaces))
             fields[f"{name}.dtype"] = rng.choice(sorted(t.value for t in types))
@@ -387,13 +388,35 @@ class Naive:
                     writes.append((lane, index, value))
                 if opcode is Opcode.RANDOM:
                     f["dst.dtype"] = DType.FP32.value
-            case Opcode.ACTIVATE | Opcode.ACTIVATE_TENSOR_BIAS:
+            case (
+                Opcode.ACTIVATE
+                | Opcode.ACTIVATE_TENSOR_BIAS
+                | Opcode.ACTIVATE_TENSOR_SCALE
+                | Opcode.ACTIVATE_ROWS
+            ):
+                acc: dict[tuple[int, ...], list[np.ndarray]] = {}
                 for lane, index in steps:
-                    y = arithmetic.mul(word("src0", lane, index), one(f["imm0"]))
-                    tensor = opcode is Opcode.ACTIVATE_TENSOR_BIAS
-                    bias = word("src1", lane, index) if tensor else one(f["imm1"])
-                    y = arithmetic.add(y, bias)
-                    writes.append((lane, index, evaluate(Function(f["op0"]), y)))
+                    if opcode is Opcode.ACTIVATE:
+                        scale, bias = one(f["imm0"]), one(f["imm1"])
+                    elif opcode is Opcode.ACTIVATE_TENSOR_BIAS:
+                        scale, bias = one(f["imm0"]), word("src1", lane, index)
+                    elif opcode is Opcode.ACTIVATE_TENSOR_SCALE:
+                        scale, bias = word("src1", lane, index), one(f["imm0"])
+                    else:
+                        scale, bias = (word("src1", lane, (*index[:3], i)) for i in (0, 1))
+                    y = arithmetic.add(arithmetic.mul(word("src0", lane, index), scale), bias)
+                    result = evaluate(Function(f["op0"]), y)
+                    row = acc.setdefault((lane, *index[:3]), [one(0)] * 4)
+                    row[index[3] % 4] = arithmetic.add(row[index[3] % 4], result)
+                    if f["op1"] != RowSums.ONLY.value:
+                        writes.append((lane, index, result))
+                for (lane, *outer), row in acc.items():
+                    total = arithmetic.add(arithmetic.add(*row[:2]), arithmetic.add(*row[2:]))
+                    if f["op1"] == RowSums.ONLY.value:
+                        writes.append((lane, (*outer, 0), total))
+                    elif f["op1"] == RowSums.BEHIND.value:
+                        writes.append((lane, (*outer, counts[3]), total))
+                writes.sort(key=lambda entry: entry[1])
             case Opcode.DMA_LOAD | Opcode.DMA_STORE | Opcode.GATHER | Opcode.SCATTER:
                 dtype = DType(f["dram_dtype"])
                 size = FORMATS[dtype].bytes
@@ -425,7 +448,9 @@ class Naive:
                         raw_bytes = arithmetic.pack(target, dtype).tobytes()
                         self.dram[element] = np.frombuffer(raw_bytes, np.uint8)
         for lane, index, value in writes:
-            value = arithmetic.convert(value, computes, written)
+            behind = row_sums(opcode, f) is RowSums.BEHIND and index[3] == counts[3]
+            if not behind:  # a sum behind its row is not rounded
+                value = arithmetic.convert(value, computes, written)
             memory("dst")[lane, at("dst", index)] = value[0]
 
 

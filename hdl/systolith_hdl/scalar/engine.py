@@ -1,32 +1,49 @@
 """The scalar engine."""
 
+import itertools
+
 from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
-from ..access import elementwise_ports, pattern, place_streamers
-from ..arith import DITHER_LATENCY, Dither, engine_key
+from ..access import Pattern, elementwise_ports, pattern, place_streamers
+from ..arith import DITHER_LATENCY, FP32_LATENCY, Dither, RoundNarrow, engine_key
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
 from ..formats import DType
-from ..isa import SPECS, Opcode, Rounding
+from ..isa import REDUCE_ACCUMULATORS, SPECS, Opcode, Rounding, RowSums
 from ..ports import IssuePort, split_words
 from . import tables as T
-from .lane import LANE_LATENCY, ScalarLane
+from .lane import (
+    FUNCTION_LATENCY,
+    LANE_LATENCY,
+    SHARING,
+    TURN_CYCLES,
+    FunctionTables,
+    ScalarLane,
+    Turning,
+)
+from .sums import Adding, RowSum
 
 #: Cycles an instruction takes from being taken to `done`, beyond one per column, when no memory
 #: port stalls: 4 to the first column, the lanes, 1 more to write.
 FIXED_CYCLES = 4 + LANE_LATENCY + 1
+#: Cycles a row's sum adds: the accumulators are combined in pairs and then once more.
+SUM_CYCLES = 3 * (FP32_LATENCY + 1)
+#: Cycles ACTIVATE_ROWS adds for each row: its scale is fetched.
+ROW_CYCLES = 1
 
 # The first result finds its random words: stochastic rounding costs no cycle.
 assert DITHER_LATENCY <= 4 + LANE_LATENCY
 
 
 class ScalarEngine(wiring.Component):
-    """Executes ACTIVATE and ACTIVATE_TENSOR_BIAS on N lanes.
+    """Executes ACTIVATE, ACTIVATE_TENSOR_BIAS, ACTIVATE_TENSOR_SCALE and ACTIVATE_ROWS on N lanes.
 
-    ``dst = function(src0 * imm0 + imm1)`` or ``function(src0 * imm0 + src1)``: a multiplication
-    and an addition in FP32, each rounded, then the function, then rounding to the type of dst.
+    ``dst = function(src0 * scale + bias)``: a multiplication and an addition in FP32, each rounded,
+    then the function, then rounding to the type of dst; scale and bias are numbers, elements of
+    src1, or words of src1 for each row. Sums of the results of each row, the innermost dimension,
+    are written behind the row or in its place.
 
     Parameters
     ----------
@@ -39,8 +56,10 @@ class ScalarEngine(wiring.Component):
     src0_sbuf, src0_psum, src1_sbuf, src1_psum : Out(ReadPort)
     dst_sbuf, dst_psum : Out(WritePort)
 
-    One column per cycle, whatever the function and with one source or two. An instruction of n
-    columns is done ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls. The next is
+    One column per cycle, with one source or two. An instruction of n columns in r rows is done
+    ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls, ``r * SUM_CYCLES`` later with
+    sums, and ``r * ROW_CYCLES`` later if it is ACTIVATE_ROWS. Sine and cosine take TURN_CYCLES for
+    each column, ``n * TURN_CYCLES + 1`` in place of n, and ROW_CYCLES once. The next instruction is
     taken in the cycle of `done`, when all writes are accepted.
     """
 
@@ -60,34 +79,51 @@ class ScalarEngine(wiring.Component):
         incoming = self.issue.instruction
         tensor = data.View(SPECS[Opcode.ACTIVATE_TENSOR_BIAS].layout, incoming.payload)
         scalar = data.View(SPECS[Opcode.ACTIVATE].layout, incoming.payload)
+        opcode, op1 = tensor.header.opcode, tensor.header.op1
         take = Signal()
         active = Signal()
         has_src1 = Signal()
+        src1_pattern, dst_pattern = Signal(Pattern), Signal(Pattern)
         m.d.comb += [
             incoming.ready.eq(~active | dst.done),
             take.eq(incoming.valid & incoming.ready),
-            has_src1.eq(tensor.header.opcode == Opcode.ACTIVATE_TENSOR_BIAS),
+            has_src1.eq(opcode != Opcode.ACTIVATE),
             self.issue.busy.eq(active),
             self.issue.done.eq(dst.done),
+            src1_pattern.eq(pattern(tensor.body.src1, tensor.body.counts)),
+            dst_pattern.eq(pattern(tensor.body.dst, tensor.body.counts)),
             src0.start.payload.eq(pattern(tensor.body.src0, tensor.body.counts)),
             src0.start.valid.eq(take),
-            src1.start.payload.eq(pattern(tensor.body.src1, tensor.body.counts)),
+            src1.start.payload.eq(src1_pattern),
             src1.start.valid.eq(take & has_src1),
-            dst.start.payload.eq(pattern(tensor.body.dst, tensor.body.counts)),
+            dst.start.payload.eq(dst_pattern),
             dst.start.valid.eq(take),
         ]
+        with m.If(opcode == Opcode.ACTIVATE_ROWS):
+            m.d.comb += src1.start.payload.counts[3].eq(2)
+        with m.If(op1 == RowSums.BEHIND.value):
+            m.d.comb += dst.start.payload.counts[3].eq(tensor.body.counts[3] + 1)
+        with m.If(op1 == RowSums.ONLY.value):
+            m.d.comb += dst.start.payload.counts[3].eq(1)
 
         # -- What the lanes need of the running instruction.
         control = Signal(T.CONTROL)
-        scale, bias = Signal(32), Signal(32)
-        two_sources, dtype = Signal(), Signal(DType)
+        bias = Signal(32)
+        tensor_bias, tensor_scale, rows = Signal(), Signal(), Signal()
+        sums, only = Signal(), Signal()
+        row = Signal(16)
+        dtype = Signal(DType)
         mask = Signal(lanes)
         with m.If(take):
             m.d.sync += [
                 active.eq(1),
-                scale.eq(scalar.body.imm0),
-                bias.eq(scalar.body.imm1),
-                two_sources.eq(has_src1),
+                bias.eq(Mux(has_src1, tensor.body.imm0, scalar.body.imm1)),
+                tensor_bias.eq(opcode == Opcode.ACTIVATE_TENSOR_BIAS),
+                tensor_scale.eq(opcode == Opcode.ACTIVATE_TENSOR_SCALE),
+                rows.eq(opcode == Opcode.ACTIVATE_ROWS),
+                sums.eq(op1 != RowSums.NONE.value),
+                only.eq(op1 == RowSums.ONLY.value),
+                row.eq(tensor.body.counts[3]),
                 dtype.eq(tensor.body.dst.dtype),
                 mask.eq(Cat(Const(lane, 8) < tensor.header.lanes for lane in range(lanes))),
             ]
@@ -114,37 +150,158 @@ class ScalarEngine(wiring.Component):
             dither.take.eq(dst.columns.valid & dst.columns.ready & stochastic),
         ]
 
-        # -- Lanes: the whole pipeline stands still while the write side is full.
+        # -- Lanes: the whole pipeline stands still while the write side is full, and while the sum
+        # of a row is completed.
         enable, enter = Signal(), Signal()
-        valid = Signal(LANE_LATENCY)
+        valid, end = Signal(LANE_LATENCY), Signal(LANE_LATENCY)
+        arrived = LANE_LATENCY - FUNCTION_LATENCY - 1  # where an element is y
+        turn = Signal(range(TURN_CYCLES + 1))  # of reducing an angle; 0: none
+        turn_end = Signal()
+        turning = Signal(Turning)
+        pace = Signal(range(TURN_CYCLES))  # cycles until the next element may enter
+        closing = Signal()
+        element = Signal(16)
+        row_end = Signal()
+        fetched = Signal()  # ACTIVATE_ROWS: this row's scale is in its registers
+        fetch = Signal()
+        needs_src1 = tensor_bias | tensor_scale | rows
         m.d.comb += [
             # An idle engine stands still: nothing is in its pipelines.
-            enable.eq(active & (~valid[-1] | dst.columns.ready)),
-            enter.eq(enable & src0.columns.valid & (src1.columns.valid | ~two_sources)),
+            enable.eq(active & ~closing & (~valid[-1] | only | dst.columns.ready)),
+            fetch.eq(enable & rows & ~fetched & src1.columns.valid),
+            enter.eq(
+                enable
+                & (pace == 0)
+                & (fetched | ~rows)
+                & src0.columns.valid
+                & (src1.columns.valid | ~needs_src1)
+            ),
+            row_end.eq(element == row - 1),
             src0.columns.ready.eq(enter),
-            src1.columns.ready.eq(enter & two_sources),
-            dst.columns.valid.eq(valid[-1]),
-            dst.columns.payload.mask.eq(mask),
+            # The bias of a row stays in front until the row has entered.
+            src1.columns.ready.eq(fetch | (enter & needs_src1 & (row_end | ~rows))),
         ]
         with m.If(enable):
-            m.d.sync += valid.eq(Cat(enter, valid))
-        random = split_words(m, dither.words, name="random")
+            m.d.sync += [valid.eq(Cat(enter, valid)), end.eq(Cat(row_end, end))]
+            with m.If(control.turn):
+                # The function proper starts when the angle has been reduced.
+                m.d.sync += [
+                    valid[arrived + 1].eq(turn == TURN_CYCLES),
+                    end[arrived + 1].eq(turn_end),
+                    pace.eq(Mux(enter, TURN_CYCLES - 1, Mux(pace == 0, 0, pace - 1))),
+                    turn.eq(Mux((turn == 0) | (turn == TURN_CYCLES), 0, turn + 1)),
+                ]
+                with m.If(valid[arrived]):
+                    m.d.sync += [turn.eq(1), turn_end.eq(end[arrived])]
+        m.d.comb += [
+            turning.load.eq(control.turn & valid[arrived]),
+            turning.first.eq(turn == 1),
+            turning.multiply.eq((turn >= 1) & (turn <= T.PIECES)),
+            turning.fold.eq(turn == T.PIECES + 1),
+            turning.shift.eq((turn > T.PIECES) & (turn < TURN_CYCLES)),
+        ]
+        with m.If(enter):
+            m.d.sync += element.eq(Mux(row_end, 0, element + 1))
+        with m.If(fetch):
+            m.d.sync += fetched.eq(1)
+        with m.Elif(enter & row_end):
+            m.d.sync += fetched.eq(0)
         m.submodules.lanes = cells = side_by_side(
-            ScalarLane(), "scalar_lane", lanes,
-            shared=("en", "control", "dtype", "stochastic", "scale"),
-        )  # fmt: skip
+            ScalarLane(), "scalar_lane", lanes, shared=("en", "control", "turning")
+        )
         m.d.comb += [
             cells.en.eq(enable),
             cells.control.eq(control),
-            cells.dtype.eq(dtype),
-            cells.stochastic.eq(stochastic),
-            cells.scale.eq(scale),
+            cells.turning.eq(turning),
+        ]
+        m.submodules.tables = lookup = side_by_side(
+            FunctionTables(), "function_tables", lanes // SHARING, shared=("en",)
+        )
+        m.d.comb += lookup.en.eq(enable)
+        for lane in range(lanes):
+            place, user = divmod(lane, SHARING)
+            for address, found in (("row", "entry"), ("index", "segment"), ("weight", "piece")):
+                m.d.comb += [
+                    getattr(lookup, f"{address}{user}")[place].eq(getattr(cells, address)[lane]),
+                    getattr(cells, found)[lane].eq(getattr(lookup, f"{found}{user}")[place]),
+                ]
+            second = src1.columns.payload.data[lane]
+            scale = Signal(32, name=f"scale{lane}")
+            with m.If(take):
+                m.d.sync += scale.eq(tensor.body.imm0)
+            with m.Elif(fetch):
+                m.d.sync += scale.eq(second)
+            m.d.comb += [
+                cells.x[lane].eq(src0.columns.payload.data[lane]),
+                cells.scale[lane].eq(Mux(tensor_scale, second, scale)),
+                cells.bias[lane].eq(Mux(tensor_bias | rows, second, bias)),
+            ]
+
+        # -- Sums. Elements go to the accumulators in turn; behind the last of a row they are
+        # combined, in step with the adder, which stands still unless it is used.
+        leaving = Signal()  # an element leaves the lanes
+        slot = Signal(range(REDUCE_ACCUMULATORS))
+        step = Signal(range(SUM_CYCLES + 1))  # cycles since the last element of the row
+        complete = Signal()
+        adding = Signal(Adding)
+        index = Signal(range(REDUCE_ACCUMULATORS))
+        entering = Signal()  # what enters the adder goes back to accumulator `index`
+        add = Signal()
+        stores = [
+            Signal(REDUCE_ACCUMULATORS, name=f"store{stage}") for stage in range(FP32_LATENCY)
+        ]
+        m.d.comb += [
+            leaving.eq(enable & valid[-1] & sums),
+            closing.eq(step != 0),
+            complete.eq(step == SUM_CYCLES),
+            add.eq(leaving | (closing & (~complete | dst.columns.ready))),
+            index.eq(slot),
+            entering.eq(leaving),
+        ]
+        with m.Switch(step):
+            with m.Case(FP32_LATENCY + 1):
+                m.d.comb += [adding.eq(Adding.COMBINE), index.eq(0), entering.eq(1)]
+            with m.Case(FP32_LATENCY + 2):
+                m.d.comb += [adding.eq(Adding.COMBINE), index.eq(2), entering.eq(1)]
+            with m.Case(2 * FP32_LATENCY + 3):
+                m.d.comb += [adding.eq(Adding.FINISH), index.eq(0)]
+        with m.If(add):
+            m.d.sync += stores[0].eq(Mux(entering, Const(1, REDUCE_ACCUMULATORS) << index, 0))
+            m.d.sync += [later.eq(store) for store, later in itertools.pairwise(stores)]
+            with m.If(closing):
+                m.d.sync += step.eq(Mux(complete, 0, step + 1))
+            with m.Else():
+                m.d.sync += slot.eq(slot + 1)
+                with m.If(end[-1]):
+                    m.d.sync += [slot.eq(0), step.eq(1)]
+        m.submodules.sums = totals = side_by_side(
+            RowSum(), "row_sum", lanes, shared=("en", "adding", "index", "store", "clear")
+        )
+        m.d.comb += [
+            totals.en.eq(add),
+            totals.adding.eq(adding),
+            totals.index.eq(index),
+            totals.store.eq(stores[-1]),
+            totals.clear.eq(complete),
+        ]
+
+        # -- Results.
+        m.submodules.rounding = rounding = side_by_side(
+            RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
+        )
+        random = split_words(m, dither.words, name="random")
+        m.d.comb += [
+            dst.columns.valid.eq(complete | (valid[-1] & ~closing & ~only)),
+            dst.columns.payload.mask.eq(mask),
+            # A sum behind its row stays FP32.
+            rounding.dtype.eq(Mux(complete & ~only, DType.FP32, dtype)),
+            rounding.stochastic.eq(stochastic),
         ]
         for lane in range(lanes):
             m.d.comb += [
-                cells.random[lane].eq(random[lane]),
-                cells.x[lane].eq(src0.columns.payload.data[lane]),
-                cells.bias[lane].eq(Mux(two_sources, src1.columns.payload.data[lane], bias)),
-                dst.columns.payload.data[lane].eq(cells.o[lane]),
+                totals.x[lane].eq(cells.o[lane]),
+                rounding.word[lane].eq(Mux(complete, totals.o[lane], cells.o[lane])),
+                rounding.random[lane].eq(random[lane]),
+                dst.columns.payload.data[lane].eq(rounding.o[lane]),
             ]
         return m

@@ -1,13 +1,14 @@
-"""One lane of the scalar engine: multiply, add, evaluate the function, round."""
+"""One lane of the scalar engine: multiply, add, evaluate the function."""
+
+from collections.abc import Sequence
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul, RoundNarrow, leading_zeros, pack_fp32
+from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul, leading_zeros, pack_fp32
 from ..arith.rounding import EXP_BITS, RAW_BITS, RAW_INF, saturate5, shift_right_sticky
 from ..emit import Once
-from ..formats import DType
 from . import tables as T
 
 #: Enabled cycles from y to the function's result.
@@ -18,7 +19,176 @@ LANE_LATENCY = 2 * FP32_LATENCY + FUNCTION_LATENCY
 _M = T.MANTISSA
 _INDEX = T.MAX_COUNT_LOG2
 _EXP2_LOW = T.FIXED - T.EXP2_SEGMENTS_LOG2  # bits of f below the segment number
-_UNIT = 11  # exponents: 9 bits of the table's, plus K (-149..149), plus p0's integer part
+_UNIT = 11  # exponents: 9 bits of the table's, plus K (-298..254), plus p0's integer part
+
+
+#: Lanes that share one `FunctionTables`.
+SHARING = 2
+
+
+class FunctionTables(wiring.Component):
+    """Directory and segments, for two lanes: a block RAM has two ports, so both read every cycle.
+
+    Members
+    -------
+    en : In(1), low freezes the reads
+    row0, row1 : In, addresses of the directory
+    entry0, entry1 : Out(`tables.ENTRY`), what stands there, an enabled cycle later
+    index0, index1 : In, numbers of segments
+    segment0, segment1 : Out(`tables.SEGMENT`), an enabled cycle later
+    weight0, weight1 : In, numbers of pieces of 2/pi
+    piece0, piece1 : Out(`tables.PIECE`), an enabled cycle later
+    """
+
+    def __init__(self) -> None:
+        ports: dict[str, wiring.Member] = {"en": In(1)}
+        for user in range(SHARING):
+            ports |= {
+                f"row{user}": In(range(T.DIRECTORY)),
+                f"entry{user}": Out(T.ENTRY),
+                f"index{user}": In(range(T.SEGMENTS)),
+                f"segment{user}": Out(T.SEGMENT),
+                f"weight{user}": In(range(len(T.TWO_OVER_PI))),
+                f"piece{user}": Out(T.PIECE),
+            }
+        super().__init__(ports)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        content = T.tables()
+        low = [word & (1 << 64) - 1 for word in content.segments]
+        high = [word >> 64 for word in content.segments]
+        directory = _rom(m, "directory", T.ENTRY.size, T.DIRECTORY, content.directory)
+        halves = [
+            _rom(m, "segments_low", 64, T.SEGMENTS, low),
+            _rom(m, "segments_high", 64, T.SEGMENTS, high),
+        ]
+        depth = 1 << len(self.weight0)
+        pieces = _rom(m, "pieces", T.PIECE, depth, T.TWO_OVER_PI)
+        for user in range(SHARING):
+            piece = pieces.read_port()
+            m.d.comb += [
+                piece.en.eq(self.en),
+                piece.addr.eq(getattr(self, f"weight{user}")),
+                getattr(self, f"piece{user}").eq(piece.data),
+            ]
+            entry, segment = directory.read_port(), [half.read_port() for half in halves]
+            m.d.comb += [
+                entry.en.eq(self.en),
+                entry.addr.eq(getattr(self, f"row{user}")),
+                getattr(self, f"entry{user}").eq(entry.data),
+                getattr(self, f"segment{user}").eq(Cat(port.data for port in segment)),
+            ]
+            for port in segment:
+                index = getattr(self, f"index{user}")
+                m.d.comb += [port.en.eq(self.en), port.addr.eq(index)]
+        return m
+
+
+def _rom(m: Module, name: str, width: int, depth: int, words: Sequence[int]) -> memory.Memory:
+    m.submodules[name] = cells = memory.Memory(shape=unsigned(width), depth=depth, init=words)
+    return cells
+
+
+class Turning(data.Struct):
+    """What all lanes do in a cycle to reduce angles: see `AngleReducer`."""
+
+    load: unsigned(1)
+    multiply: unsigned(1)
+    first: unsigned(1)
+    shift: unsigned(1)
+    fold: unsigned(1)
+
+
+#: Enabled cycles that reducing an angle takes, and least distance of two: one to load, one for
+#: each piece of 2/pi, three to shift.
+TURN_CYCLES = 1 + T.PIECES + 3
+_BYTE = 8
+_DISTANCE = 31  # bits of the distance that go on: 24 significant ones and less than a byte of zeros
+
+
+class AngleReducer(wiring.Component):
+    """Distance of |y| from where sine or cosine is zero, in quarters of a turn.
+
+    Members
+    -------
+    en : In(1), low freezes everything
+    turning : In(`Turning`): `load` takes y; then PIECES cycles of `multiply`, the first marked;
+        then three of `shift`, the first marked `fold`
+    quarter : In(1), of `tables.CONTROL`
+    y : In(32), FP32
+    weight, piece : of one user of `FunctionTables`
+    held : Out(32), the y that is being reduced
+    distance, exponent, negate : Out, valid in the cycle behind the last `shift`: the top bits, the
+        exponent of the topmost, and whether the quadrant inverts the sign; of no meaning for
+        |y| < 1/2, infinity and NaN
+    """
+
+    en: In(1)
+    turning: In(Turning)
+    quarter: In(1)
+    y: In(32)
+    weight: Out(range(len(T.TWO_OVER_PI)))
+    piece: In(T.PIECE)
+    held: Out(32)
+    distance: Out(_DISTANCE)
+    exponent: Out(signed(9))
+    negate: Out(1)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        # The running sum, of 24 + PIECE bits: 2 of quadrant and 15 of the distance are what is left
+        # of it in the end; and behind it what was shifted out.
+        sum_bits = _M + 1 + T.PIECE
+        kept = T.PIECE - 2
+        low_bits = T.DISTANCE - kept
+        total, low = Signal(sum_bits), Signal(low_bits)
+        next_weight = Signal.like(self.weight)
+        bytes_shifted = Signal(2)
+        negate = Signal()
+
+        m.d.comb += self.weight.eq(next_weight)
+        with m.If(self.turning.load):
+            # Below 1/2 the number makes no sense, and neither does the result.
+            m.d.comb += self.weight.eq(self.y[_M:31] - 126 + T.PIECE * (T.PIECES - 1))
+
+        quadrant = Signal(2)
+        invert = (self.turning.fold & quadrant[0]).replicate(T.DISTANCE)
+        folded, shifted = Signal(T.DISTANCE), Signal(T.DISTANCE)
+        m.d.comb += [
+            quadrant.eq(total[kept : kept + 2] + self.quarter),
+            folded.eq(Cat(low, total[:kept]) ^ invert),
+            shifted.eq(folded),
+        ]
+        empty = ~folded[-_BYTE:].any()
+        with m.If(empty):
+            m.d.comb += shifted.eq(folded << _BYTE)
+
+        with m.If(self.en):
+            m.d.sync += next_weight.eq(self.weight - T.PIECE)
+            with m.If(self.turning.load):
+                m.d.sync += self.held.eq(self.y)
+            with m.If(self.turning.multiply):
+                carried = Mux(self.turning.first, 0, total >> T.PIECE)
+                product = Cat(self.held[:_M], 1) * self.piece
+                m.d.sync += [
+                    total.eq(product + carried),
+                    low.eq(Cat(low, total[: T.PIECE])[-low_bits:]),
+                ]
+            with m.If(self.turning.shift):
+                m.d.sync += [
+                    low.eq(shifted),
+                    total.eq(shifted[low_bits:]),
+                    bytes_shifted.eq(Mux(self.turning.fold, 0, bytes_shifted) + empty),
+                ]
+            with m.If(self.turning.fold):
+                m.d.sync += negate.eq(quadrant[1])
+        m.d.comb += [
+            self.distance.eq(Cat(low, total[:kept])[-_DISTANCE:]),
+            self.exponent.eq(-1 - _BYTE * bytes_shifted),
+            self.negate.eq(negate),
+        ]
+        return m
 
 
 class FunctionUnit(wiring.Component):
@@ -29,36 +199,34 @@ class FunctionUnit(wiring.Component):
     en : In(1), low freezes every stage
     control : In(`tables.CONTROL`), the function; constant while its operands are in the pipeline
     y : In(32), FP32
+    turning : In(`Turning`), used by functions with `turn`
+    row, entry, index, segment, weight, piece : of one user of `FunctionTables`, which has the same
+        `en`
     o : Out(32), FP32, registered
 
-    Latency `FUNCTION_LATENCY` enabled cycles, one result per enabled cycle. The tables are memories
-    with synchronous read: `tables.SEGMENTS` times two words of 64 bits, a directory and a small
-    table of powers of two.
+    Latency `FUNCTION_LATENCY` enabled cycles, one result per enabled cycle; of functions with
+    `turn` that from y with `Turning.load` on is `TURN_CYCLES` more, and there is a result in as
+    many cycles. A small table of powers of two is its own.
     """
 
     en: In(1)
     control: In(T.CONTROL)
     y: In(32)
+    row: Out(range(T.DIRECTORY))
+    entry: In(T.ENTRY)
+    index: Out(range(T.SEGMENTS))
+    segment: In(T.SEGMENT)
+    turning: In(Turning)
+    weight: Out(range(len(T.TWO_OVER_PI)))
+    piece: In(T.PIECE)
     o: Out(32)
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        content = T.tables()
         control = self.control
-
-        def rom(name: str, width: int, depth: int, words: list[int]) -> memory.ReadPort:
-            cells: memory.Memory = memory.Memory(shape=unsigned(width), depth=depth, init=words)
-            m.submodules[name] = cells
-            port = cells.read_port()
-            m.d.comb += port.en.eq(self.en)
-            return port
-
-        directory = rom("directory", T.ENTRY.size, T.DIRECTORY, list(content.directory))
-        low_words = [word & (1 << 64) - 1 for word in content.segments]
-        high_words = [word >> 64 for word in content.segments]
-        segments_low = rom("segments_low", 64, T.SEGMENTS, low_words)
-        segments_high = rom("segments_high", 64, T.SEGMENTS, high_words)
-        powers = rom("powers", T.EXP2_ENTRY.size, 1 << T.EXP2_SEGMENTS_LOG2, list(content.exp2))
+        exp2 = T.tables().exp2
+        powers = _rom(m, "powers", T.EXP2_ENTRY.size, len(exp2), exp2).read_port()
+        m.d.comb += powers.en.eq(self.en)
 
         def stage(number: int, **shapes: object) -> dict[str, Signal]:
             return {
@@ -72,11 +240,24 @@ class FunctionUnit(wiring.Component):
                 for name, register in new.items():
                     m.d.sync += register.eq(values[name] if name in values else old[name])
 
-        # Stage 1: unpack; the exact distance from the centre.
-        biased, fraction, sign = self.y[_M:31], self.y[:_M], self.y[31]
+        m.submodules.reducer = reducer = AngleReducer()
+        m.d.comb += [
+            reducer.en.eq(self.en),
+            reducer.turning.eq(self.turning),
+            reducer.quarter.eq(control.quarter),
+            reducer.y.eq(self.y),
+            self.weight.eq(reducer.weight),
+            reducer.piece.eq(self.piece),
+        ]
+
+        # Stage 1: unpack; the exact distance from the centre, or that of an angle.
+        y = Signal(32)
+        m.d.comb += y.eq(Mux(control.turn, reducer.held, self.y))
+        biased, fraction, sign = y[_M:31], y[:_M], y[31]
         subnormal, extreme = Signal(), Signal()
         in_center = Signal(2)
         centered, below = Signal(), Signal()
+        turned = Signal()
         operand = Signal(_M + 2)
         distance = Signal(signed(_M + 3))
         m.d.comb += [
@@ -88,23 +269,32 @@ class FunctionUnit(wiring.Component):
             operand.eq(Mux(biased[0], Cat(0, fraction, 1), Cat(fraction, 1, 0))),
             distance.eq(operand - control.center),
             below.eq(centered & (distance < 0)),
+            turned.eq(control.turn & ~extreme & (biased >= 126)),
         ]
         plain = Cat(0, fraction, ~subnormal)
-        s1 = stage(1, magnitude=_M + 2, exponent=signed(9), page=2, sign=1, extreme=1, nan=1)
+        centre_distance = Mux(below, control.center - operand, distance)[: _M + 2]
+        spare = Const(0, _DISTANCE - _M - 2)
+        s1 = stage(1, magnitude=_DISTANCE, exponent=signed(9), page=2, sign=1, extreme=1, nan=1)
         step(
             {},
             s1,
-            magnitude=Mux(centered, Mux(below, control.center - operand, distance), plain),
-            exponent=Mux(centered, 0, Cat(biased[0] | subnormal, biased[1:]) - 127),
-            page=Cat(Mux(centered, below, sign), centered),
-            sign=sign,
+            magnitude=Mux(
+                turned, reducer.distance, Cat(spare, Mux(centered, centre_distance, plain))
+            ),
+            exponent=Mux(
+                turned,
+                reducer.exponent,
+                Mux(centered, 0, Cat(biased[0] | subnormal, biased[1:]) - 127),
+            ),
+            page=Mux(turned, T.TURN_PAGE, Cat(Mux(centered, below, sign), centered)),
+            sign=(sign & ~control.quarter) ^ (turned & reducer.negate),
             extreme=extreme,
             nan=extreme & (fraction != 0),
         )
 
         # Stage 2: normalise.
         zeros = Signal(5)
-        shifted = Signal(_M + 2)
+        shifted = Signal(_DISTANCE)
         m.d.comb += [
             zeros.eq(leading_zeros(m, s1["magnitude"])),
             shifted.eq(s1["magnitude"] << zeros),
@@ -113,7 +303,7 @@ class FunctionUnit(wiring.Component):
         step(
             s1,
             s2,
-            m=shifted[1 : _M + 1],
+            m=shifted[-1 - _M : -1],
             k=s1["exponent"] - zeros,
             zero=~shifted[-1],
         )
@@ -137,29 +327,23 @@ class FunctionUnit(wiring.Component):
             m.d.comb += row.eq(control.span + T.ROW_LOW)
         with m.Else():
             m.d.comb += row.eq(offset[:6] + T.ROW_LOW)
-        m.d.comb += directory.addr.eq(
-            Mux(s2["nan"], T.NAN_ADDRESS, control.pages[s2["page"]] + row)
-        )
+        m.d.comb += self.row.eq(Mux(s2["nan"], T.NAN_ADDRESS, control.pages[s2["page"]] + row))
         s3 = stage(3, m=_M, k=signed(9), sign=1)
         step(s2, s3)
 
         # Stage 4: segment.
-        entry = data.View(T.ENTRY, directory.data)
         split = Signal(_M + _INDEX)
-        address = Signal(len(segments_low.addr))
         m.d.comb += [
-            split.eq(s3["m"] << entry.log2_count),
-            address.eq(entry.base + split[_M:]),
-            segments_low.addr.eq(address),
-            segments_high.addr.eq(address),
+            split.eq(s3["m"] << self.entry.log2_count),
+            self.index.eq(self.entry.base + split[_M:]),
         ]
         s4 = stage(4, t=_M, k=signed(9), sign=1)
         step(s3, s4, t=split[:_M])
 
         # Stages 5 to 7: Horner.
-        segment = data.View(T.SEGMENT, Cat(segments_low.data, segments_high.data))
+        segment = self.segment
         k = s4["k"]
-        scaling = Signal(signed(9))
+        scaling = Signal(signed(10))
         with m.Switch(control.scaling):
             with m.Case(T.Scaling.PLUS):
                 m.d.comb += scaling.eq(k)
@@ -169,6 +353,8 @@ class FunctionUnit(wiring.Component):
                 m.d.comb += scaling.eq(k >> 1)
             with m.Case(T.Scaling.MINUS_HALF):
                 m.d.comb += scaling.eq(-(k >> 1))
+            with m.Case(T.Scaling.DOUBLE):
+                m.d.comb += scaling.eq(k << 1)
         # An FPGA's multiplier takes 18 bits with the sign: the top one of these 18 is added apart.
         c3, t18 = segment.c3, s4["t"][5:]
         cubic = c3 * t18[:17] + (Mux(t18[17], c3, 0) << 17)
@@ -277,28 +463,35 @@ def _zeros(m: Module, value: Value) -> Value:
 
 
 class ScalarLane(wiring.Component):
-    """``function(x * scale + bias)``, rounded to a narrow type if asked to.
+    """``function(x * scale + bias)``.
 
     Members
     -------
     en : In(1), low freezes every stage
-    control : In(`tables.CONTROL`), constant while its operands are in the pipeline; so is `dtype`
-    dtype : In(DType), the result is rounded to it (and kept in FP32's encoding)
-    stochastic, random : In(1), In(32), as those of `RoundNarrow`; with the result
+    control : In(`tables.CONTROL`), constant while its operands are in the pipeline
+    turning : In(`Turning`), as that of `FunctionUnit`; LANE_LATENCY - FUNCTION_LATENCY enabled
+        cycles behind the operand
+    row, entry, index, segment, weight, piece : of one user of `FunctionTables`, which has the same
+        `en`
     x, scale, bias : In(32), FP32, sampled together in each enabled cycle
-    o : Out(32), FP32, combinational from registers and the inputs that say how to round
+    o : Out(32), FP32, registered
 
-    Latency `LANE_LATENCY` enabled cycles, one result per enabled cycle.
+    Latency `LANE_LATENCY` enabled cycles, one result per enabled cycle; of functions with `turn`
+    both `TURN_CYCLES` more, as those of `FunctionUnit`.
     """
 
     en: In(1)
     control: In(T.CONTROL)
-    dtype: In(DType)
-    stochastic: In(1)
-    random: In(32)
     x: In(32)
     scale: In(32)
     bias: In(32)
+    row: Out(range(T.DIRECTORY))
+    entry: In(T.ENTRY)
+    index: Out(range(T.SEGMENTS))
+    segment: In(T.SEGMENT)
+    turning: In(Turning)
+    weight: Out(range(len(T.TWO_OVER_PI)))
+    piece: In(T.PIECE)
     o: Out(32)
 
     def elaborate(self, platform: object) -> Module:
@@ -306,7 +499,6 @@ class ScalarLane(wiring.Component):
         m.submodules.mul = mul = Once(Fp32Mul(), "fp32_mul")
         m.submodules.add = add = Once(Fp32Add(), "fp32_add")
         m.submodules.function = function = FunctionUnit()
-        m.submodules.rounding = rounding = Once(RoundNarrow(), "round_narrow")
         bias = self.bias
         for number in range(FP32_LATENCY):  # as long as the product takes
             delayed = Signal(32, name=f"bias_{number + 1}", reset_less=True)
@@ -323,10 +515,13 @@ class ScalarLane(wiring.Component):
             function.en.eq(self.en),
             function.control.eq(self.control),
             function.y.eq(add.o),
-            rounding.word.eq(function.o),
-            rounding.dtype.eq(self.dtype),
-            rounding.stochastic.eq(self.stochastic),
-            rounding.random.eq(self.random),
-            self.o.eq(rounding.o),
+            self.row.eq(function.row),
+            function.entry.eq(self.entry),
+            self.index.eq(function.index),
+            function.segment.eq(self.segment),
+            function.turning.eq(self.turning),
+            self.weight.eq(function.weight),
+            function.piece.eq(self.piece),
+            self.o.eq(function.o),
         ]
         return m

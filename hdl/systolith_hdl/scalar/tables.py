@@ -3,7 +3,9 @@
 The lane and the golden model know no function. Both follow these steps on a number y, with the
 tables deciding everything that differs from one function to the next:
 
-1. *Reduce.* y is normalised to ``(-1)**s * 2**k * (1 + m)``, subnormals included. Where the
+1. *Reduce.* In a function with `turn` (sine and cosine) whose |y| is at least 1/2, what counts is
+   the distance of |y| to the nearest number at which the result is zero, in quarters of a turn: see
+   below. Otherwise y is normalised to ``(-1)**s * 2**k * (1 + m)``, subnormals included. Where the
    function says so (|y| in [1/2, 2), on the sides `Control.center_positive` and `center_negative`)
    the exact difference ``|y| - center`` is normalised instead: that is how a function keeps its
    relative accuracy next to a zero of its own.
@@ -20,6 +22,15 @@ tables deciding everything that differs from one function to the next:
    ``2**(p0 * 2**-28 + exponent)`` from a second, quadratic table of 128 segments. K is 0 unless the
    segment is `relative`, then the function's `Scaling` of k. It is normalised once and rounded
    once (to nearest, ties to even).
+
+The reduction of angles is exact (Payne and Hanek): |y| = M * 2**e, M of 24 bits, is multiplied by
+the 85 bits of 2/pi that begin at the weight 2**(1 - e), in five pieces of 17 bits, the lowest
+first. Bits above are multiples of whole turns, and what lies below is less than 2**-59 quarters.
+The two top bits of the product modulo 2**85, plus 1 for the cosine, are the quadrant: bit 1 inverts
+the result's sign, bit 0 the 58 bits that follow, so that they are the distance. No FP32 number is
+closer to a multiple of pi/2 than 2**-29.9 quarters. The first 24 significant bits are the mantissa
+1 + m, the rest is dropped; the segments of such a page stand for the middle of what may have been
+dropped.
 
 The exponential step is what keeps tails accurate: where a function decays like exp(-x) or
 exp(-x*x) the first polynomial gives its logarithm, which is smooth, so a few segments reach
@@ -51,12 +62,15 @@ from ..isa import Function
 
 # ------------------------------------------------------------------ formats
 
-SEGMENTS = 2048  #: words of a lane's segment memory
-DIRECTORY = 1024  #: words of a lane's directory
+SEGMENTS = 4096  #: words of the segment memory that two lanes share
+DIRECTORY = 2048  #: words of their directory
 EXP2_SEGMENTS_LOG2 = 7  #: segments of the 2**f table, log2
 MANTISSA = 23  #: bits of t and of a mantissa without its leading one
 FIXED = 28  #: fraction bits of p0 in segments with `exp2` or `log`
 P0_BITS = 36  #: width of p0 and p1, signed; p2 has c2's
+PIECE = 17  #: bits of a piece of 2/pi
+PIECES = 5  #: pieces that |y| is multiplied by
+DISTANCE = 58  #: bits of the distance that are kept
 CENTER_FRACTION = 24  #: fraction bits of `Control.center`
 MAX_COUNT_LOG2 = 8  #: most segments of one binade, log2
 
@@ -65,7 +79,7 @@ def _constant(value: Decimal, fraction: int) -> int:
     return int((value * 2**fraction).to_integral_value(decimal.ROUND_HALF_EVEN))
 
 
-class Scaling(enum.Enum, shape=2):
+class Scaling(enum.Enum, shape=3):
     """What a relative segment adds to the result's exponent."""
 
     #: k
@@ -76,6 +90,8 @@ class Scaling(enum.Enum, shape=2):
     HALF = 2
     #: -floor(k / 2)
     MINUS_HALF = 3
+    #: 2 * k
+    DOUBLE = 4
 
 
 #: One polynomial: two words of 64 bits. The value is +-p0 * 2**exponent (see the steps above).
@@ -114,8 +130,12 @@ CONTROL = data.StructLayout(
         "odd": unsigned(1),  # the sign of y multiplies the result
         "parity": unsigned(1),  # the row is chosen by k mod 2 instead of k
         "scaling": Scaling,
+        "turn": unsigned(1),  # |y| from 1/2 on is reduced to quarters of a turn
+        "quarter": unsigned(1),  # and a quarter is added: the cosine
     }
 )
+#: Page of reduced angles: that above the centre.
+TURN_PAGE = 2
 
 ROW_ZERO = 0  #: row of the (reduced) operand zero
 ROW_UNDER = 1  #: row of k < low
@@ -219,6 +239,19 @@ _LOG2E = _CONTEXT.divide(1, _LN2_D)
 LN2 = _constant(_LN2_D, FIXED)
 
 
+def _pieces_of_two_over_pi() -> tuple[int, ...]:
+    """`PIECE` bits of 2/pi from each weight on: piece k + 1 + 17 n is the nth for |y| in
+    [2**k, 2**(k + 1)), k from -1 on."""
+    first = 25  # weight of the first bit, 1 - e for k = -1 and M's unit 2**(k - 23)
+    last = 128 + PIECE * PIECES - 1
+    with decimal.localcontext(_ERF_CONTEXT):
+        bits = int(2 / _PI * 2 ** (last - first))
+    return tuple(bits >> last + 1 - PIECE - at & (1 << PIECE) - 1 for at in range(last - PIECE + 2))
+
+
+TWO_OVER_PI = _pieces_of_two_over_pi()
+
+
 def _exp(x: Decimal) -> Decimal:
     return x.exp()
 
@@ -292,6 +325,64 @@ def _arctan(x: Decimal) -> Decimal:
     return total * 2**doublings
 
 
+def _taylor(x: Decimal, n: int) -> Decimal:
+    """x**n / n! minus every second term that follows in e to the x: sine (n = 1), cosine (0)."""
+    term = total = x if n else Decimal(1)
+    while abs(term) > Decimal("1e-65"):
+        term *= -x * x / ((n + 1) * (n + 2))
+        total += term
+        n += 2
+    return total
+
+
+def _sin(x: Decimal) -> Decimal:
+    return _taylor(x, 1)
+
+
+def _cos(x: Decimal) -> Decimal:
+    return _taylor(x, 0)
+
+
+def _sin_of_quarters(x: Decimal) -> Decimal:
+    return _sin(x * _PI / 2)
+
+
+def _silu(x: Decimal) -> Decimal:
+    return x * _sigmoid(x)
+
+
+def _silu_dx(x: Decimal) -> Decimal:
+    return _sigmoid(x) * (1 + x * _sigmoid(-x))
+
+
+def _gelu_tanh_argument(x: Decimal) -> tuple[Decimal, Decimal]:
+    """2 * u of GELU_TANH and its derivative."""
+    cubic = Decimal("0.044715")
+    twice = 2 * (2 / _PI).sqrt()
+    return twice * x * (1 + cubic * x * x), twice * (1 + 3 * cubic * x * x)
+
+
+def _gelu_tanh(x: Decimal) -> Decimal:
+    return x * _sigmoid(_gelu_tanh_argument(x)[0])
+
+
+def _gelu_tanh_dx(x: Decimal) -> Decimal:
+    u, slope = _gelu_tanh_argument(x)
+    return _sigmoid(u) * (1 + x * _sigmoid(-u) * slope)
+
+
+def _mish(x: Decimal) -> Decimal:
+    e = x.exp()
+    q = e * (e + 2)  # (1 + e to the x)**2 - 1: its tanh is q / (q + 2)
+    return x * q / (q + 2)
+
+
+def _mish_dx(x: Decimal) -> Decimal:
+    e = x.exp()
+    q = e * (e + 2)
+    return q / (q + 2) + x * 4 * e * (1 + e) / (q + 2) ** 2
+
+
 def _log2(x: Decimal) -> Decimal:
     return x.ln() * _LOG2E
 
@@ -312,6 +403,8 @@ class Piece:
     constant: bool = False
     #: the row's f takes the mantissa in [1, 2) instead of |y|
     mantissa: bool = False
+    #: the operand is up to a unit of its last bit larger than its mantissa says
+    truncated: bool = False
 
 
 def direct(f: Callable[[Decimal], Decimal]) -> Piece:
@@ -398,6 +491,8 @@ class Description:
     above, below : pages for |y| greater or smaller than |center|; `zero` of `above` is y = center
     parity : rows are k mod 2
     scaling : see `Scaling`
+    turn, quarter : see `CONTROL`; `above` is the page of reduced angles, `positive` that of |y|
+        below 1/2
     """
 
     positive: Page
@@ -410,10 +505,93 @@ class Description:
     below: Page = _NAN_PAGE
     parity: bool = False
     scaling: Scaling = Scaling.PLUS
+    turn: bool = False
+    quarter: bool = False
 
     @property
     def odd(self) -> bool:
         return self.negative is None
+
+
+#: -x / e to the x, and its derivative: what is left of SILU(-x) and MISH(-x) from x = 32 on.
+_TAIL = 5, power(lambda x: x.ln() * _LOG2E - x * _LOG2E, negate=True)
+_TAIL_DX = 5, power(lambda x: (x - 1).ln() * _LOG2E - x * _LOG2E, negate=True)
+
+
+def _gate(
+    f: Callable[[Decimal], Decimal],
+    *,
+    low: int,
+    high: int,
+    straight: int,
+    slope: str = "0.5",
+    tail: tuple[tuple[int, Piece], ...] = (),
+) -> Description:
+    """A function like SILU: `slope` * y around 0, y far above, and a vanishing tail below.
+
+    `straight` is the first k at which it is y; it is -0 for negative y of k above `high`. `tail`
+    are rows for negative y in place of its own.
+    """
+    return Description(
+        low=low,
+        high=high,
+        positive=Page(
+            zero=ZERO,
+            under=linear(slope),
+            rows=((low, direct(f)), (straight, linear(1))),
+            over=linear(1),
+            inf=INFINITY,
+        ),
+        negative=Page(
+            zero=MINUS_ZERO,
+            under=linear("-" + slope),
+            rows=(
+                (low, direct(lambda x: f(-x))),
+                (0, power(lambda x: _log2(-f(-x)), negate=True)),
+                *tail,
+            ),
+            over=MINUS_ZERO,
+        ),
+    )
+
+
+def _gate_dx(
+    f: Callable[[Decimal], Decimal],
+    *,
+    low: int,
+    high: int,
+    flat: int,
+    zero: Decimal,
+    slope: str = "0.5",
+    tail: tuple[tuple[int, Piece], ...] = (),
+) -> Description:
+    """The derivative of such a function: `slope` at 0, 1 from k = `flat` on, and a vanishing tail
+    below its `zero`, around which it is centred."""
+    start = constant(slope)
+    at = 0 if zero <= -1 else -1
+    negative = [(low, direct(lambda x: f(-x))), (at, NAN)]  # `at` is never met: centred
+    if at < 0:
+        negative.append((0, direct(lambda x: f(-x))))
+    negative.append((1, power(lambda x: _log2(-f(-x)), negate=True)))
+    negative.extend(tail)
+    return Description(
+        low=low,
+        high=high,
+        positive=Page(
+            zero=start, under=start, rows=((low, direct(f)), (flat, ONE)), over=ONE
+        ),
+        negative=Page(zero=start, under=start, rows=tuple(negative), over=MINUS_ZERO),
+        center=zero,
+        centered=(at,),
+        above=Page(
+            zero=constant(_CONTEXT.plus(f(zero))),
+            under=NAN,
+            rows=((-24, direct(lambda x: f(zero - x))), (0, NAN)),
+        ),
+        below=Page(
+            zero=NAN, under=NAN, rows=((-24, direct(lambda x: f(zero + x))), (-1, NAN))
+        ),
+    )  # fmt: skip
 
 
 def linear(slope: Decimal | int | str) -> Piece:
@@ -436,7 +614,25 @@ def _zero_of(f: Callable[[Decimal], Decimal], low: str, high: str) -> Decimal:
         return Decimal(_constant(a, CENTER_FRACTION)) / 2**CENTER_FRACTION
 
 
-_GELU_DX_ZERO = _zero_of(_gelu_dx, "-0.8", "-0.7")
+_TURNED = Page(
+    zero=NAN,  # never met
+    under=dataclasses.replace(linear(_CONTEXT.divide(_PI, 2)), truncated=True),
+    rows=((-13, dataclasses.replace(direct(_sin_of_quarters), truncated=True)),),
+)
+
+
+def _wave(
+    *, zero: Piece, under: Piece, f: Callable[[Decimal], Decimal], quarter: bool
+) -> Description:
+    """Sine or cosine. The cosine counts as odd, as the lane ignores the sign of y for it."""
+    return Description(
+        low=-13,
+        high=-1,
+        positive=Page(zero=zero, under=under, rows=((-13, direct(f)), (-1, NAN)), inf=NAN),
+        above=_TURNED,
+        turn=True,
+        quarter=quarter,
+    )
 
 
 DESCRIPTIONS: dict[Function, Description] = {
@@ -491,55 +687,9 @@ DESCRIPTIONS: dict[Function, Description] = {
         negative=Page(zero=MINUS_ZERO, under=NAN),
         scaling=Scaling.HALF,
     ),
-    Function.GELU: Description(
-        low=-25,
-        high=3,
-        positive=Page(
-            zero=ZERO,
-            under=linear("0.5"),
-            rows=((-25, direct(_gelu)), (3, linear(1))),
-            over=linear(1),
-            inf=INFINITY,
-        ),
-        negative=Page(
-            zero=MINUS_ZERO,
-            under=linear("-0.5"),
-            rows=(
-                (-25, direct(lambda x: _gelu(-x))),
-                (0, power(lambda x: _log2(-_gelu(-x)), negate=True)),
-            ),
-            over=MINUS_ZERO,
-        ),
-    ),
-    Function.GELU_DX: Description(
-        low=-26,
-        high=3,
-        positive=Page(
-            zero=HALF, under=HALF, rows=((-26, direct(_gelu_dx)), (3, ONE)), over=ONE
-        ),
-        negative=Page(
-            zero=HALF,
-            under=HALF,
-            rows=(
-                (-26, direct(lambda x: _gelu_dx(-x))),
-                (-1, NAN),  # never met: centred
-                (0, direct(lambda x: _gelu_dx(-x))),
-                (1, power(lambda x: _log2(-_gelu_dx(-x)), negate=True)),
-            ),
-            over=MINUS_ZERO,
-        ),
-        center=_GELU_DX_ZERO,
-        centered=(-1,),
-        above=Page(
-            zero=constant(_CONTEXT.plus(_gelu_dx(_GELU_DX_ZERO))),
-            under=NAN,
-            rows=((-24, direct(lambda x: _gelu_dx(_GELU_DX_ZERO - x))), (-1, NAN)),
-        ),
-        below=Page(
-            zero=NAN,
-            under=NAN,
-            rows=((-24, direct(lambda x: _gelu_dx(_GELU_DX_ZERO + x))), (-1, NAN)),
-        ),
+    Function.GELU: _gate(_gelu, low=-25, high=3, straight=3),
+    Function.GELU_DX: _gate_dx(
+        _gelu_dx, low=-26, high=3, flat=3, zero=_zero_of(_gelu_dx, "-0.8", "-0.7")
     ),
     Function.SIGMOID: Description(
         low=-25,
@@ -606,13 +756,38 @@ DESCRIPTIONS: dict[Function, Description] = {
         positive=Page(zero=ZERO, under=linear(1), inf=INFINITY),
         negative=Page(zero=ZERO, under=ZERO),
     ),
+    Function.SILU: _gate(_silu, low=-25, high=6, straight=5, tail=(_TAIL,)),
+    Function.SILU_DX: _gate_dx(
+        _silu_dx, low=-26, high=6, flat=5, zero=_zero_of(_silu_dx, "-1.3", "-1.2"),
+        tail=(_TAIL_DX,),
+    ),
+    Function.GELU_TANH: _gate(_gelu_tanh, low=-25, high=3, straight=3),
+    Function.GELU_TANH_DX: _gate_dx(
+        _gelu_tanh_dx, low=-26, high=3, flat=3, zero=_zero_of(_gelu_tanh_dx, "-0.8", "-0.7")
+    ),
+    Function.MISH: _gate(
+        _mish, low=-25, high=6, straight=4, slope="0.6", tail=(_TAIL,)
+    ),
+    Function.MISH_DX: _gate_dx(
+        _mish_dx, low=-26, high=6, flat=4, zero=_zero_of(_mish_dx, "-1.3", "-1.1"),
+        slope="0.6", tail=(_TAIL_DX,),
+    ),
+    Function.SQUARE: Description(
+        positive=Page(zero=ZERO, under=scaled(lambda m: m * m), inf=INFINITY),
+        negative=Page(zero=ZERO, under=scaled(lambda m: m * m), inf=INFINITY),
+        scaling=Scaling.DOUBLE,
+    ),
+    Function.SIN: _wave(zero=ZERO, under=linear(1), f=_sin, quarter=False),
+    Function.COS: _wave(zero=ONE, under=ONE, f=_cos, quarter=True),
 }  # fmt: skip
 
 # ------------------------------------------------------------------ generator
 
-#: Largest relative error of a polynomial, truncations and coefficient rounding included: an
-#: eighth of a ULP at most. Fixed-point results (`exp2`, `log`) have fewer bits and get twice that.
-TOLERANCE = Decimal(2) ** -27
+#: Largest relative error of a polynomial, truncations and coefficient rounding included: a
+#: quarter of a ULP at most. Exponents (`exp2`) get twice that.
+TOLERANCE = Decimal(2) ** -26
+#: 2 to that power, and what is less, rounds to zero.
+_VANISHED = -151
 
 
 def horner(c0: int, c1: int, c2: int, c3: int, t: int) -> tuple[int, int, int]:
@@ -660,10 +835,11 @@ _PROBES = tuple(
 def _segment(piece: Piece, k: int, index: int, log2_count: int) -> int | None:
     """Fits segment `index` of 2**log2_count; None if it misses `TOLERANCE`."""
     unit = Decimal(2) ** (0 if piece.mantissa else k)
+    least = 1 + Decimal(piece.truncated) / 2 ** (MANTISSA + 1)
 
     @functools.cache
     def f(t: Decimal) -> Decimal:
-        return piece.f(unit * (1 + (index + t) / 2**log2_count))
+        return piece.f(unit * (least + (index + t) / 2**log2_count))
 
     flags = {
         name: int(getattr(piece, name)) for name in ("relative", "exp2", "log", "negate", "nan")
@@ -676,13 +852,16 @@ def _segment(piece: Piece, k: int, index: int, log2_count: int) -> int | None:
         c0 = int((value * Decimal(2) ** scale).to_integral_value())
         return _pack(SEGMENT, {"c0": c0, "exponent": -scale, **flags})
 
+    if piece.exp2 and max(f(Decimal(0)), f(Decimal(1))) < _VANISHED:
+        return _pack(SEGMENT, {"exponent": _VANISHED - 1, **flags})
+
     real = list(_fit(f))
     offset = Decimal(0)  # moved from c0 to the exponent
     fixed = piece.exp2 or piece.log
     if fixed:
         scale = FIXED
         if piece.exp2:
-            offset = max(real[0], Decimal(-250)).to_integral_value()
+            offset = real[0].to_integral_value()
             real[0] -= offset
     else:
         top = max(abs(f(Decimal(0))), abs(f(Decimal(1))))
@@ -702,12 +881,12 @@ def _segment(piece: Piece, k: int, index: int, log2_count: int) -> int | None:
         want = f(Decimal(t) / 2**MANTISSA)
         error = abs(p0 / Decimal(2) ** scale + offset - want)
         if piece.exp2:
-            if want < -151:  # rounds to zero whatever the error
+            if want < _VANISHED:  # rounds to zero whatever the error
                 continue
             error *= _LN2_D
         elif not piece.log:  # the logarithm's sum is about 1 at least
             error /= abs(want)
-        if error > TOLERANCE * (2 if fixed else 1):
+        if error > TOLERANCE * (2 if piece.exp2 else 1):
             return None
     names = ("c0", "c1", "c2", "c3")
     exponent = int(offset) if piece.exp2 else -scale
@@ -792,6 +971,8 @@ def generate(report: Callable[[str], None] = lambda line: None) -> Tables:
                     "odd": int(d.odd),
                     "parity": int(d.parity),
                     "scaling": d.scaling.value,
+                    "turn": int(d.turn),
+                    "quarter": int(d.quarter),
                     **masks,
                 },
             )

@@ -12,15 +12,17 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special  # type: ignore[import-untyped]
 from systolith_hdl.isa import Function
+from systolith_hdl.scalar import tables as T
 
 from .activation import Bits, evaluate
 
-Doubles = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.floating[Any]]
 
 
 def _density(y: Doubles) -> Doubles:
@@ -45,6 +47,45 @@ def _gelu_dx(y: Doubles) -> Doubles:
     return np.where(np.abs(d) < 1e-5, series, slope)
 
 
+def _sigmoid(y: Doubles) -> Doubles:
+    return 1 / (1 + np.exp(-y))
+
+
+def _tanh_argument(y: Doubles) -> tuple[Doubles, Doubles]:
+    """2 * u of GELU_TANH and its derivative."""
+    twice = 2 * np.sqrt(2 / _PI)
+    return twice * (y + y**3 * 44715 / 1000000), twice * (1 + 3 * y**2 * 44715 / 1000000)
+
+
+def _gelu_tanh_dx(y: Doubles) -> Doubles:
+    u, slope = _tanh_argument(y)
+    return _sigmoid(u) * (1 + y * _sigmoid(-u) * slope)
+
+
+def _mish_dx(y: Doubles) -> Doubles:
+    plus = np.logaddexp(0 * y, y)
+    return np.tanh(plus) + y * _sigmoid(y) / np.cosh(plus) ** 2
+
+
+def _wide(f: Callable[[Doubles], Doubles], below: float) -> Callable[[Doubles], Doubles]:
+    """A function next to whose zero terms cancel, worked out in the widest floats there are;
+    `below` is its limit at minus infinity, and 1 that at infinity."""
+
+    def truth(y: Doubles) -> Doubles:
+        finite = np.where(np.isinf(y), 0.0, y).astype(np.longdouble)
+        limit = np.where(y > 0, 1.0, below)
+        return np.where(np.isinf(y), limit, f(finite).astype(np.float64))
+
+    return truth
+
+
+def _gate(f: Callable[[Doubles], Doubles]) -> Callable[[Doubles], Doubles]:
+    """y * f(y), f falling to 0 at minus infinity."""
+    return lambda y: np.where(np.isneginf(y), -0.0, y * f(y))
+
+
+_PI = np.longdouble("3.14159265358979323846264338327950288")
+
 #: What each function should be, in float64.
 TRUTH: dict[Function, Callable[[Doubles], Doubles]] = {
     Function.IDENTITY: lambda y: y,
@@ -63,6 +104,17 @@ TRUTH: dict[Function, Callable[[Doubles], Doubles]] = {
     Function.SIGN: np.sign,
     Function.ABS: np.abs,
     Function.RELU: lambda y: np.maximum(y, 0),
+    Function.SILU: _gate(special.expit),
+    Function.SILU_DX: _wide(lambda y: _sigmoid(y) * (1 + y * _sigmoid(-y)), -0.0),
+    Function.GELU_TANH: _gate(
+        lambda y: special.expit(_tanh_argument(y.astype(np.longdouble))[0]).astype(np.float64)
+    ),
+    Function.GELU_TANH_DX: _wide(_gelu_tanh_dx, -0.0),
+    Function.MISH: _gate(lambda y: np.tanh(np.logaddexp(0, y))),
+    Function.MISH_DX: _wide(_mish_dx, -0.0),
+    Function.SQUARE: np.square,
+    Function.SIN: np.sin,
+    Function.COS: np.cos,
 }
 
 
@@ -87,6 +139,14 @@ class Accuracy:
     max_absolute: float
 
 
+#: Numbers around which functions are centred, as FP32.
+_CENTERS = [
+    np.float32(control["center"] / 2**T.CENTER_FRACTION).view(np.int32)
+    for control in (T.field_bits(T.CONTROL, word) for word in T.tables().controls.values())
+    if control["center"]
+]
+
+
 def samples(per_binade: int, seed: int = 1) -> Bits:
     """Returns FP32 bit patterns: all special values, and about `per_binade` of each binade."""
     rng = np.random.default_rng(seed)
@@ -102,8 +162,7 @@ def samples(per_binade: int, seed: int = 1) -> Bits:
                 mantissa = np.array([0, 1, 1 << 22, (1 << 23) - 1])
             chunks.append(sign << 31 | exponent << 23 | mantissa)
     tiny = np.arange(1024)
-    one, zero = np.array([1.0, 0.75179154], np.float32).view(np.int32)
-    centers = [center + np.arange(-4096, 4096) for center in (one, zero)]
+    centers = [center + np.arange(-4096, 4096) for center in _CENTERS]
     extra = np.concatenate([tiny, *centers])
     return np.concatenate([*chunks, extra, extra | 1 << 31]).astype(np.uint32)
 

@@ -91,6 +91,17 @@ def _evaluate(function: Function, y: Ints) -> Ints:
     top = _top_bit(magnitude)
     k = exponent + top - T.CENTER_FRACTION
     m = (magnitude << T.CENTER_FRACTION - np.maximum(top, 0)) >> 1 & (1 << T.MANTISSA) - 1
+    page = np.where(centered, 2 + below, sign)
+    if control["turn"]:
+        turned = (biased >= 126) & (biased < 255)
+        quadrant, distance = _turn(np.where(turned, biased, 126), fraction)
+        quadrant += control["quarter"]
+        distance = np.where(quadrant & 1, (1 << T.DISTANCE) - 1 - distance, distance)
+        drop = _top_bit(distance >> 27) + 27 - T.MANTISSA
+        k = np.where(turned, drop + T.MANTISSA - T.DISTANCE, k)
+        m = np.where(turned, distance >> drop & (1 << T.MANTISSA) - 1, m)
+        page = np.where(turned, T.TURN_PAGE, page)
+        sign = sign & (1 - control["quarter"]) ^ np.where(turned, quadrant >> 1 & 1, 0)
 
     # 2. Directory
     column = k & 1 if control["parity"] else k
@@ -98,7 +109,6 @@ def _evaluate(function: Function, y: Ints) -> Ints:
     row = np.clip(column - low + T.ROW_LOW, T.ROW_UNDER, T.ROW_LOW + span)
     row = np.where(magnitude == 0, T.ROW_ZERO, row)
     row = np.where(biased == 255, T.ROW_LOW + span + 1, row)
-    page = np.where(centered, 2 + below, sign)
     address = np.where((biased == 255) & (fraction != 0), T.NAN_ADDRESS, pages[page] + row)
     log2_count = fields.entry["log2_count"][address]
     index = fields.entry["base"][address] + (m >> T.MANTISSA - log2_count)
@@ -120,11 +130,24 @@ def _evaluate(function: Function, y: Ints) -> Ints:
     is_power = segment["exp2"] != 0
     value = np.where(is_power, power, np.abs(p0))
     unit = np.where(is_power, (p0 >> T.FIXED) - T.FIXED, 0) + segment["exponent"]
-    scaling = (k, -k, k >> 1, -(k >> 1))[control["scaling"]]
+    scaling = (k, -k, k >> 1, -(k >> 1), 2 * k)[control["scaling"]]
     unit += np.where(segment["relative"], scaling, 0)
     negative = segment["negate"] ^ (~is_power & (p0 < 0)) ^ (sign & control["odd"])
     bits = _round(value, unit) | negative << 31
     return np.where(segment["nan"], CANONICAL_NAN, bits)
+
+
+def _turn(biased: Ints, fraction: Ints) -> tuple[Ints, Ints]:
+    """Quarters of a turn in |y| >= 1/2: the whole ones modulo 4, and `DISTANCE` bits behind."""
+    pieces = np.array(T.TWO_OVER_PI, np.int64)
+    mantissa = fraction | 1 << T.MANTISSA
+    kept = T.PIECE - 2  # bits of the distance in `total`, below the quadrant
+    rest = T.DISTANCE - kept  # and in `low`: what was shifted out of `total`
+    total, low = np.zeros_like(fraction), np.zeros_like(fraction)
+    for number in reversed(range(T.PIECES)):
+        low = (total & (1 << T.PIECE) - 1) << rest - T.PIECE | low >> T.PIECE
+        total = (total >> T.PIECE) + mantissa * pieces[biased - 126 + T.PIECE * number]
+    return total >> kept & 3, (total & (1 << kept) - 1) << rest | low
 
 
 def _round(value: Ints, unit: Ints) -> Ints:

@@ -18,6 +18,7 @@ from systolith_hdl.isa import (
     EngineKind,
     FaultCause,
     Opcode,
+    RowSums,
     Space,
     WaitMode,
     decode,
@@ -65,6 +66,8 @@ _OPERANDS = {
     for opcode, spec in SPECS.items()
 }
 _DMA_TYPE_CODES = _allowed(DMA_TYPES)
+#: largest count
+MAX_COUNT = (1 << 16) - 1
 _OPCODES = frozenset(opcode.value for opcode in Opcode)
 
 
@@ -72,6 +75,11 @@ def operand_counts(opcode: Opcode, operand: str, fields: dict[str, int]) -> list
     """The four counts an operand walks."""
     counts = [fields[f"counts.{i}"] for i in range(4)]
     return isa.operand_counts(opcode, operand, counts, fields.__getitem__)
+
+
+def row_sums(opcode: Opcode, fields: dict[str, int]) -> RowSums:
+    """The sums that an instruction delivers; NONE of one that is not the scalar engine's."""
+    return RowSums(fields["op1"] if SPECS[opcode].kind is EngineKind.SCALAR else 0)
 
 
 def operand_strides(operand: str, fields: dict[str, int]) -> list[int]:
@@ -197,4 +205,4 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     return None
 
 
-__all__ = ["Fault", "check", "operand_counts", "operand_lanes", "operand_strides"]
+__all__ = ["Fault", "check", "operand_counts", "operand_lanes", "operand_strides", "row_sums"]

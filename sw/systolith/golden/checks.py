@@ -45,8 +45,6 @@ _LANEWISE = frozenset(
         Opcode.SCALAR_TENSOR_TENSOR,
         Opcode.TENSOR_SCALAR,
         Opcode.DROPOUT,
-        Opcode.ACTIVATE,
-        Opcode.ACTIVATE_TENSOR_BIAS,
     }
 )
 #: opcodes that undefined words pass through

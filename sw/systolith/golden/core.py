@@ -33,6 +33,7 @@ from systolith_hdl.isa import (
     Function,
     Opcode,
     Rounding,
+    RowSums,
     Space,
     WaitMode,
     add_indices,
@@ -45,7 +46,7 @@ from systolith.errors import BackendError
 from . import arithmetic, choose, dither, dma, exchange
 from .activation import evaluate
 from .arithmetic import Words
-from .checker import Fault, check, operand_counts, operand_lanes, operand_strides
+from .checker import Fault, check, operand_counts, operand_lanes, operand_strides, row_sums
 
 MAX_SEMAPHORE = (1 << 16) - 1
 #: words one operand may visit here; the chip has no limit, but no useful instruction is near it
@@ -487,19 +488,26 @@ class Core:
     def _writer(
         self, opcode: Opcode, fields: dict[str, int], given: DType = DType.FP32
     ) -> Callable[..., None]:
-        """Writes words of type `given` to dst in its type."""
+        """Writes words of type `given` to dst in its type; `behind`, if any, is one more element of
+        each row, and stays as it is."""
         pattern = self._pattern(opcode, "dst", fields)
         dtype = DType(fields["dst.dtype"])
-        if dtype is given:
-            return pattern.write
         lanes = operand_lanes(opcode, "dst", fields, self.config.lanes)
         shape = lanes, operand_counts(opcode, "dst", fields)
         rounding = Rounding(fields.get("rounding", 0))
         stochastic = rounding is Rounding.STOCHASTIC and dtype in NARROW_FLOATS
 
-        def write(words: Words, where: np.ndarray | None = None) -> None:
-            random = self._random(*shape) if stochastic else None
-            pattern.write(arithmetic.convert(words, given, dtype, random), where)
+        def write(
+            words: Words, where: np.ndarray | None = None, behind: Words | None = None
+        ) -> None:
+            if dtype is not given:
+                random = self._random(*shape) if stochastic else None
+                if random is not None and behind is not None:
+                    random = random[..., :-1]
+                words = arithmetic.convert(words, given, dtype, random)
+            if behind is not None:
+                words = np.concatenate([words, behind], axis=-1)
+            pattern.write(words, where)
 
         return write
 
@@ -742,18 +750,36 @@ class Core:
 
     def _activate(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         source = self._pattern(opcode, "src0", fields)
-        scale = np.full(1, fields["imm0"], np.uint32)
         function = Function(fields["op0"])
+        sums = row_sums(opcode, fields)
         write = self._writer(opcode, fields)
-        if opcode is Opcode.ACTIVATE:
-            immediate = np.full(1, fields["imm1"], np.uint32)
-            bias: Callable[[], Words] = lambda: immediate  # noqa: E731
-        else:
-            bias = self._pattern(opcode, "src1", fields).read
+        immediates = [np.full(1, fields.get(name, 0), np.uint32) for name in ("imm0", "imm1")]
+        second = None
+        if opcode is not Opcode.ACTIVATE:
+            second = self._pattern(opcode, "src1", fields)
+
+        def scale_and_bias() -> Sequence[Words]:
+            if second is None:
+                return immediates
+            words = second.read()
+            if opcode is Opcode.ACTIVATE_ROWS:
+                return words[..., :1], words[..., 1:]
+            if opcode is Opcode.ACTIVATE_TENSOR_SCALE:
+                return words, immediates[0]
+            return immediates[0], words
 
         def run() -> None:
-            y = arithmetic.add(arithmetic.mul(source.read(), scale), bias())
-            write(evaluate(function, y))
+            scale, bias = scale_and_bias()
+            y = arithmetic.add(arithmetic.mul(source.read(), scale), bias)
+            results = evaluate(function, y)
+            if sums is RowSums.NONE:
+                write(results)
+                return
+            totals = arithmetic.reduce_last(AluOp.ADD, results)[..., None]
+            if sums is RowSums.ONLY:
+                write(totals)
+            else:
+                write(results, behind=totals)
 
         return run
 
@@ -846,6 +872,8 @@ _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Faul
     Opcode.DROPOUT: Core._dropout,
     Opcode.ACTIVATE: Core._activate,
     Opcode.ACTIVATE_TENSOR_BIAS: Core._activate,
+    Opcode.ACTIVATE_TENSOR_SCALE: Core._activate,
+    Opcode.ACTIVATE_ROWS: Core._activate,
     Opcode.DMA_LOAD: Core._dma,
     Opcode.DMA_STORE: Core._dma,
     Opcode.GATHER: Core._dma,

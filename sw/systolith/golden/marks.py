@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 from systolith_hdl.formats import DType
-from systolith_hdl.isa import AluOp, Opcode
+from systolith_hdl.isa import AluOp, Opcode, RowSums
 
 from . import choose, exchange
 from .arithmetic import nonzero
@@ -64,6 +64,20 @@ def _shuffle(fields: dict[str, int], marks: Marks, words: Marks) -> np.ndarray:
     return marks["src0"][exchange.shuffle_sources(fields, fields["core_lanes"])]
 
 
+def _activate(fields: dict[str, int], marks: Marks, words: Marks) -> np.ndarray:
+    found = marks["src0"]
+    if "src1" in marks:
+        second = marks["src1"]
+        if second.shape != found.shape:  # the scale and the bias of each row
+            second = second.max(axis=-1, keepdims=True)
+        found = np.maximum(found, second)
+    sums = RowSums(fields["op1"])
+    if sums is RowSums.NONE:
+        return found
+    total = found.max(axis=-1, keepdims=True)
+    return total if sums is RowSums.ONLY else np.concatenate([found, total], axis=-1)
+
+
 PASSES: dict[Opcode, Callable[[dict[str, int], Marks, Marks], np.ndarray]] = {
     Opcode.REDUCE: _reduce,
     Opcode.COPY_PREDICATED: _copy_predicated,
@@ -74,4 +88,8 @@ PASSES: dict[Opcode, Callable[[dict[str, int], Marks, Marks], np.ndarray]] = {
     Opcode.TOP: _reduce,
     Opcode.TRANSPOSE: _transpose,
     Opcode.SHUFFLE: _shuffle,
+    Opcode.ACTIVATE: _activate,
+    Opcode.ACTIVATE_TENSOR_BIAS: _activate,
+    Opcode.ACTIVATE_TENSOR_SCALE: _activate,
+    Opcode.ACTIVATE_ROWS: _activate,
 }

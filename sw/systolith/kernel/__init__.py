@@ -8,7 +8,7 @@ import types
 from typing import Any
 
 from systolith_hdl.formats import DType
-from systolith_hdl.isa import AluOp, Function, Rounding, Space
+from systolith_hdl.isa import AluOp, Function, Rounding, RowSums, Space
 
 from .builder import KernelBuilder
 from .tensors import DramTensor, Tile, View
@@ -20,6 +20,7 @@ __all__ = [
     "Function",
     "KernelBuilder",
     "Rounding",
+    "RowSums",
     "Space",
     "Tile",
     "View",

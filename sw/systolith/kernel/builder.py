@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from systolith_hdl.config import CoreConfig, get_config
@@ -39,6 +40,7 @@ from systolith_hdl.isa import (
     Function,
     Opcode,
     Rounding,
+    RowSums,
     Space,
     WaitMode,
     decode,
@@ -66,18 +68,26 @@ from .tensors import (
     extent,
 )
 
+_Enum = TypeVar("_Enum", bound=enum.Enum)
+
 MAX_SEMAPHORE = (1 << 16) - 1
 #: types of views that are operands of the vector engine
 _VECTOR = (*FLOATS, *INTEGERS)
 _MAX_RUNS = 128  #: intervals kept of one DRAM access
 
 
+def _member(value: Any, kind: type[_Enum], what: str) -> _Enum:
+    """A member of an enumeration, from itself or its name in lower case."""
+    names = {member.name.lower(): member for member in kind}
+    member = names.get(value) if isinstance(value, str) else value
+    if not isinstance(member, kind):
+        refuse(f"{what} must be a {kind.__name__} or one of {', '.join(names)}, not {value!r}")
+    return member
+
+
 def _rounding(rounding: Rounding | str, dtype: DType, what: str) -> dict[str, int]:
     """The header field that says how a result becomes `dtype`, the type of `what`."""
-    names = {mode.name.lower(): mode for mode in Rounding}
-    mode = names.get(rounding) if isinstance(rounding, str) else rounding
-    if not isinstance(mode, Rounding):
-        refuse(f"rounding must be a Rounding or one of {', '.join(names)}, not {rounding!r}")
+    mode = _member(rounding, Rounding, "rounding")
     if mode is Rounding.NEAREST:
         return {}
     if dtype not in NARROW_FLOATS:
@@ -431,23 +441,29 @@ class _Elementwise(_Engine):
     ) -> None:
         """A destination may be a source, element for element, of an instruction that walks `shape`;
         else they must be disjoint."""
-        low, high = dst.span
         for what, source in sources.items():
-            if source.space is not dst.space or source.span[0] > high or source.span[1] < low:
-                continue
-            if source.steps != dst.steps:
-                refuse(
-                    f"dst and {what} may overlap, as they step differently with the loops: {dst} "
-                    f"and {source}"
-                )
-            if shape is not None and source.base == dst.base and dst.shape == shape:
+            same = source.space is dst.space and source.base == dst.base
+            if same and source.steps == dst.steps and dst.shape == shape:
                 if self._pad("dst", dst, shape) == self._pad(what, source, shape):
                     continue
-            if np.intersect1d(source.addresses(), dst.addresses()).size:
-                refuse(
-                    f"dst and {what} overlap without being the same elements, which leaves the "
-                    f"result undefined: {dst} and {source}"
-                )
+            self._check_apart(dst, what, source)
+
+    @staticmethod
+    def _check_apart(dst: View, what: str, source: View) -> None:
+        """A destination and a source must have no word in common."""
+        low, high = dst.span
+        if source.space is not dst.space or source.span[0] > high or source.span[1] < low:
+            return
+        if source.steps != dst.steps:
+            refuse(
+                f"dst and {what} may overlap, as they step differently with the loops: {dst} and "
+                f"{source}"
+            )
+        if np.intersect1d(source.addresses(), dst.addresses()).size:
+            refuse(
+                f"dst and {what} overlap without being the same elements, which leaves the "
+                f"result undefined: {dst} and {source}"
+            )
 
     def _emit(
         self,
@@ -459,7 +475,8 @@ class _Elementwise(_Engine):
         shape: tuple[int, ...] | None = None,
         computes: DType | None = None,
         words: bool = False,
-        apart: Mapping[str, tuple[str, View]] | None = None,
+        sums: View | None = None,
+        apart: Mapping[str, tuple[str, View, DType]] | None = None,
         across: bool = False,
     ) -> None:
         """Checks operands and appends the instruction.
@@ -467,9 +484,10 @@ class _Elementwise(_Engine):
         `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
         space, that of `dst` unless given. With `computes`, the type of the words of all sources,
         the result is converted to the type of `dst`; without, the words are FP32. With `words` the
-        instruction does no arithmetic, so it moves integers, too. `apart` are sources of INT32 that
-        it walks in their own shape. One that goes `across` lanes may have others in its sources
-        than in `dst`.
+        instruction does no arithmetic, so it moves integers, too. `sums` are the last elements of
+        dst's rows where these are no results. `apart` are sources of a type, FP32 or INT32, walked
+        in their own shape. One that goes `across` lanes may have others in its sources than in
+        `dst`.
         """
         types = _VECTOR if words or computes is not None else FLOATS
         self._operand("dst", dst, self._BOTH, types)
@@ -492,16 +510,19 @@ class _Elementwise(_Engine):
         for name, (what, view) in sources.items():
             strides = self._pad(what, view, shape)
             encoded.update(self._encode_operand(name, view, strides, computes or DType.FP32))
-        for name, (what, view) in (apart or {}).items():
-            self._operand(what, view, self._BOTH, (DType.INT32,))
+        for name, (what, view, dtype) in (apart or {}).items():
+            self._operand(what, view, self._BOTH, FLOATS if dtype is DType.FP32 else (dtype,))
             if view.lanes != dst.lanes:
                 refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
             strides = self._pad(what, view, view.shape)
-            encoded.update(self._encode_operand(name, view, strides, DType.INT32))
-        self._check_overlap(dst, dict(sources.values()), shape)
-        self._check_overlap(dst, dict((apart or {}).values()), None)
-        sources = {**sources, **(apart or {})}
+            encoded.update(self._encode_operand(name, view, strides, dtype))
+            self._check_apart(dst, what, view)
+        if sums:
+            for what, view in sources.values():
+                self._check_apart(sums, what, view)
+        self._check_overlap(dst.first(shape[-1]) if sums else dst, dict(sources.values()), shape)
         accesses = [self._access(view, False) for _, view in sources.values()]
+        accesses += [self._access(view, False) for _, view, _ in (apart or {}).values()]
         accesses.append(self._access(dst, True))
         self._builder._append(self._stream, opcode, {**encoded, **fields}, accesses)
 
@@ -803,7 +824,7 @@ class _Vector(_Elementwise):
             fields,
             rounding,
             words=True,
-            apart={"src1": ("bounds", bounds)},
+            apart={"src1": ("bounds", bounds, DType.INT32)},
         )
 
     def scan(
@@ -1055,21 +1076,80 @@ class _Scalar(_Elementwise):
         dst: View,
         src: View,
         function: Function,
-        scale: float = 1.0,
+        scale: float | View = 1.0,
         bias: float | View = 0.0,
         rounding: Rounding | str = Rounding.NEAREST,
+        sums: RowSums | str = RowSums.NONE,
     ) -> None:
-        """dst = function(src * scale + bias); bias is a number or a view that broadcasts."""
-        fields = {
+        """dst = function(src * scale + bias); scale and bias are numbers or views that broadcast.
+
+        At most one of two views may differ within a row, the innermost dimension: if both are
+        views, each has one element for a row, and they lie at one distance from each other in one
+        memory. `sums`, a `RowSums` or its name in lower case, wants the sum of each row: BEHIND,
+        in an element more of dst's innermost dimension, or ONLY, in a dst of innermost dimension 1.
+        """
+        kind = _member(sums, RowSums, "sums")
+        fields: dict[str, Any] = {
             "op0": self._operation("function", function, Function),
-            "imm0": self._immediate("scale", scale),
+            "op1": kind.value,
         }
-        if isinstance(bias, View):
-            sources = {"src0": ("src", src), "src1": ("bias", bias)}
-            self._emit(Opcode.ACTIVATE_TENSOR_BIAS, dst, sources, fields, rounding)
+        self._operand("src", src, self._BOTH, FLOATS)
+        self._operand("dst", dst, self._BOTH, FLOATS)
+        shape = dst.shape
+        totals = apart = None
+        if kind is not RowSums.NONE:
+            shape = src.shape
+            more = 1 if kind is RowSums.ONLY else (shape[-1] if shape else 0) + 1
+            if not shape or dst.shape != (*shape[:-1], more):
+                refuse(
+                    f"shape mismatch: sums {kind.name} of rows of shape {shape} need a dst of "
+                    f"shape {(*shape[:-1], more)}, not {dst.shape}"
+                )
+            if kind is RowSums.BEHIND:
+                totals = dst.last(1)
+        sources = {"src0": ("src", src)}
+        opcode = Opcode.ACTIVATE
+        if isinstance(scale, View) and isinstance(bias, View):
+            opcode = Opcode.ACTIVATE_ROWS
+            apart = {"src1": ("scale and bias", self._pairs(scale, bias, shape), DType.FP32)}
+        elif isinstance(scale, View):
+            opcode = Opcode.ACTIVATE_TENSOR_SCALE
+            sources["src1"] = ("scale", scale)
+            fields["imm0"] = self._immediate("bias", bias)
         else:
-            fields["imm1"] = self._immediate("bias", bias)
-            self._emit(Opcode.ACTIVATE, dst, {"src0": ("src", src)}, fields, rounding)
+            fields["imm0"] = self._immediate("scale", scale)
+            if isinstance(bias, View):
+                opcode = Opcode.ACTIVATE_TENSOR_BIAS
+                sources["src1"] = ("bias", bias)
+            else:
+                fields["imm1"] = self._immediate("bias", bias)
+        self._emit(opcode, dst, sources, fields, rounding, shape, sums=totals, apart=apart)
+
+    def _pairs(self, scale: View, bias: View, shape: tuple[int, ...]) -> View:
+        """The scales and biases of rows, [..., 2]."""
+        for what, view in (("scale", scale), ("bias", bias)):
+            self._operand(what, view, self._BOTH, FLOATS)
+            if view.shape and view.shape[-1] != 1:
+                refuse(
+                    f"where scale and bias are both views, each must have one element for a row, "
+                    f"an innermost dimension of 1; use two instructions for {what} {view}"
+                )
+        outer = (*shape[:-1], 1)
+        strides = self._pad("scale", scale, outer)
+        if scale.tile is not bias.tile or strides != self._pad("bias", bias, outer):
+            refuse(
+                "where scale and bias are both views, they must be parts of one tile at the same "
+                f"strides: {scale} and {bias}"
+            )
+        if scale.lanes != bias.lanes:
+            refuse(f"scale has {scale.lanes} lanes and bias has {bias.lanes}")
+        return View(
+            scale.tile,
+            scale.base,
+            (*outer[:-1], 2),
+            (*strides[len(strides) - len(outer) : -1], bias.base - scale.base),
+            scale.lanes,
+        )
 
 
 #: types of views that are operands of the tensor engine

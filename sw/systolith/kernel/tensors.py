@@ -253,6 +253,14 @@ class View:
             self, base=base.const, shape=tuple(shape), strides=tuple(strides), steps=base.steps
         )
 
+    def first(self, count: int) -> View:
+        """Returns the first `count` elements of the innermost dimension."""
+        return self[(slice(None),) * (len(self.shape) - 1) + (slice(count),)]
+
+    def last(self, count: int) -> View:
+        """Returns the last `count` elements of the innermost dimension."""
+        return self[(slice(None),) * (len(self.shape) - 1) + (slice(-count, None),)]
+
     def __str__(self) -> str:
         return (
             f"{self.space.name} view of {self.tile.name!r} [shape {self.shape}, "

@@ -10,13 +10,23 @@ from systolith_hdl.isa import AluOp, Function
 
 from ..kernel import DramTensor, KernelBuilder, View
 from ..kernel.function import kernel
-from .tiles import Panel, add, everywhere, is_shape, over_panels, rank, same, sum_of_lanes
+from .tiles import (
+    Panel,
+    add,
+    everywhere,
+    is_shape,
+    over_panels,
+    rank,
+    same,
+    sum_of_lanes,
+    sum_of_products,
+)
 
 register_exclusion(__file__)
 
 
 def _normalize(
-    nc: KernelBuilder, tile: View, product: View, mean: View | None, root: View, eps: float
+    nc: KernelBuilder, tile: View, mean: View | None, root: View, eps: float
 ) -> Iterator[None]:
     """tile = (tile - its mean) / sqrt(its variance + eps); root = 1 / that square root.
 
@@ -29,8 +39,7 @@ def _normalize(
         yield
         add(nc, tile, tile, mean)
         yield
-    nc.vector.tensor_tensor(product, tile, AluOp.MUL, tile)
-    nc.vector.reduce(root, product, AluOp.ADD)
+    sum_of_products(nc, root, tile, tile)
     yield
     nc.scalar.activate(root, root, Function.RSQRT, share, eps)
     yield
@@ -51,16 +60,16 @@ def _forward(
         biases = everywhere(nc, bias)
 
     def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
-        (tile, product), (mean, root) = tiles, small
+        (tile,), (mean, root) = tiles, small
         nc.dma.load(tile, x, **panel.place(nc, x))
-        yield from _normalize(nc, tile, product, None if biases is None else mean, root, eps)
+        yield from _normalize(nc, tile, None if biases is None else mean, root, eps)
         nc.vector.tensor_tensor(tile, tile, AluOp.MUL, gains.with_lanes(panel.lanes))
         if biases is not None:
             yield
             add(nc, tile, tile, biases.with_lanes(panel.lanes))
         nc.dma.store(tile, out, **panel.place(nc, out))
 
-    over_panels(nc, rows, columns, 2, 2, job)
+    over_panels(nc, rows, columns, 1, 2, job)
     return out
 
 
@@ -97,7 +106,7 @@ def _backward(
         (h, g, product), (mean, root, along) = tiles, small
         nc.dma.load(h, x, **panel.place(nc, x))
         nc.dma.load(g, gradient, **panel.place(nc, gradient))
-        yield from _normalize(nc, h, product, mean if centred else None, root, eps)
+        yield from _normalize(nc, h, mean if centred else None, root, eps)
         nc.vector.tensor_tensor(product, g, AluOp.MUL, h)
         for block in range(panel.blocks):
             for total, part in zip(sums, (product, g), strict=False):
@@ -105,8 +114,8 @@ def _backward(
                 add(nc, view, part[block], view)
         yield
         nc.vector.tensor_tensor(g, g, AluOp.MUL, gains.with_lanes(panel.lanes))
-        nc.vector.tensor_tensor(product, g, AluOp.MUL, h)
-        nc.vector.reduce(along, product, AluOp.ADD)
+        sum_of_products(nc, along, g, h)
+        yield
         nc.vector.tensor_scalar(along, along, AluOp.MUL, share)
         if centred:
             nc.vector.reduce(mean, g, AluOp.ADD)

@@ -7,24 +7,23 @@ from typing import Any
 
 from jax.extend.source_info_util import register_exclusion
 from systolith_hdl.formats import DType
-from systolith_hdl.isa import AluOp, Function
+from systolith_hdl.isa import AluOp, Function, RowSums
 
 from ..kernel import DramTensor, KernelBuilder, View
 from ..kernel.function import kernel
-from .tiles import Panel, add, over_panels, rank, same
+from .tiles import Panel, add, over_panels, rank, same, sum_of_products
 
 register_exclusion(__file__)
 
 
-def _exponentials(nc: KernelBuilder, tile: View, top: View, total: View) -> Iterator[None]:
-    """tile = exp(tile - maximum of its row); top = -maximum; total = sum of the row."""
-    nc.vector.reduce(top, tile, AluOp.MAX)
+def _exponentials(nc: KernelBuilder, tile: View, top: View) -> Iterator[None]:
+    """tile = exp(tile - maximum of its row), with the sum of each row behind it, for which `tile`
+    has an element more than the row; top = -maximum."""
+    values = tile.first(tile.shape[-1] - 1)
+    nc.vector.reduce(top, values, AluOp.MAX)
     nc.vector.tensor_scalar(top, top, AluOp.MUL, -1.0)
     yield
-    nc.scalar.activate(tile, tile, Function.EXP, bias=top)
-    yield
-    nc.vector.reduce(total, tile, AluOp.ADD)
-    yield
+    nc.scalar.activate(tile, values, Function.EXP, bias=top, sums=RowSums.BEHIND)
 
 
 @kernel
@@ -35,15 +34,16 @@ def softmax(nc: KernelBuilder, x: DramTensor) -> DramTensor:
     out = nc.output(x.shape, x.dtype)
 
     def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
-        (tile,), (top, total) = tiles, small
+        (whole,), (top,) = tiles, small
+        tile, total = whole.first(columns), whole.last(1)
         nc.dma.load(tile, x, **panel.place(nc, x))
-        yield from _exponentials(nc, tile, top, total)
+        yield from _exponentials(nc, whole, top)
         nc.scalar.activate(total, total, Function.RECIPROCAL)
         yield
         nc.vector.tensor_tensor(tile, tile, AluOp.MUL, total)
         nc.dma.store(tile, out, **panel.place(nc, out))
 
-    over_panels(nc, rows, columns, 1, 2, job)
+    over_panels(nc, rows, columns + 1, 1, 1, job)
     return out
 
 
@@ -56,11 +56,11 @@ def softmax_grad(nc: KernelBuilder, y: DramTensor, gradient: DramTensor) -> Dram
     out = nc.output(y.shape, y.dtype)
 
     def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
-        (tile, other, product), (total,) = tiles, small
+        (tile, other), (total,) = tiles, small
         nc.dma.load(tile, y, **panel.place(nc, y))
         nc.dma.load(other, gradient, **panel.place(nc, gradient))
-        nc.vector.tensor_tensor(product, tile, AluOp.MUL, other)
-        nc.vector.reduce(total, product, AluOp.ADD)
+        sum_of_products(nc, total, tile, other)
+        yield
         nc.vector.tensor_scalar(total, total, AluOp.MUL, -1.0)
         yield
         add(nc, other, other, total)
@@ -68,7 +68,7 @@ def softmax_grad(nc: KernelBuilder, y: DramTensor, gradient: DramTensor) -> Dram
         nc.vector.tensor_tensor(other, other, AluOp.MUL, tile)
         nc.dma.store(other, out, **panel.place(nc, out))
 
-    over_panels(nc, rows, columns, 3, 1, job)
+    over_panels(nc, rows, columns, 2, 1, job)
     return out
 
 
@@ -92,13 +92,13 @@ def _losses(
     sums = nc.output((rows,), DType.FP32) if keep else None
 
     def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
-        (tile, label), (top, total, weight, dot) = tiles, small
+        (whole, label), (top, weight, dot) = tiles, small
+        tile, total, label = whole.first(columns), whole.last(1), label.first(columns)
         nc.dma.load(tile, logits, **panel.place(nc, logits))
         nc.dma.load(label, labels, **panel.place(nc, labels))
         nc.vector.reduce(weight, label, AluOp.ADD)
-        nc.vector.tensor_tensor(label, label, AluOp.MUL, tile)
-        nc.vector.reduce(dot, label, AluOp.ADD)
-        yield from _exponentials(nc, tile, top, total)
+        sum_of_products(nc, dot, label, tile)
+        yield from _exponentials(nc, whole, top)
         nc.scalar.activate(total, total, Function.LOG)
         yield
         nc.vector.tensor_tensor(total, total, AluOp.SUB, top)
@@ -108,7 +108,7 @@ def _losses(
         nc.vector.tensor_tensor(weight, weight, AluOp.SUB, dot)
         nc.dma.store(weight, out, **panel.place(nc, out))
 
-    over_panels(nc, rows, columns, 2, 4, job)
+    over_panels(nc, rows, columns + 1, 2, 3, job)
     return (out,) if sums is None else (out, sums)
 
 

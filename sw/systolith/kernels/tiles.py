@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from systolith_hdl.formats import FLOATS, DType
-from systolith_hdl.isa import AluOp, Function, Space
+from systolith_hdl.isa import AluOp, Function, RowSums, Space
 
 from ..kernel import DramTensor, KernelBuilder, Tile, View
 from ..kernel.source import refuse
@@ -166,6 +166,11 @@ def in_turns(
 def add(nc: KernelBuilder, dst: View, a: View, b: View, *, scale: float = 1.0) -> None:
     """dst = a * scale + b on the scalar engine: where the vector engine has more to do."""
     nc.scalar.activate(dst, a, Function.IDENTITY, scale, b)
+
+
+def sum_of_products(nc: KernelBuilder, dst: View, a: View, b: View) -> None:
+    """dst = sum of a * b along rows, [..., 1], in one instruction of the scalar engine."""
+    nc.scalar.activate(dst, a, Function.IDENTITY, b, -0.0, sums=RowSums.ONLY)
 
 
 def everywhere(nc: KernelBuilder, tensor: DramTensor) -> View:
