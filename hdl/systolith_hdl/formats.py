@@ -12,8 +12,8 @@ from amaranth.lib import enum
 class DType(enum.Enum, shape=4):
     """Type of an operand. SBUF and PSUM hold one element per 32-bit word: every float is kept
     as FP32, so a write in a narrow type rounds to it and keeps the rounded value, and a narrow
-    type is packed only in DRAM and at the tensor engine's inputs. An integer is kept as a 32-bit
-    two's complement number."""
+    type is packed only in DRAM and at the tensor engine's inputs. An integer is kept in 32 bits,
+    that of a type with a sign in two's complement."""
 
     #: IEEE-754 binary32
     FP32 = 0
@@ -29,6 +29,8 @@ class DType(enum.Enum, shape=4):
     INT32 = 5
     #: two's complement, 8 bits
     INT8 = 6
+    #: 32 bits without a sign
+    UINT32 = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ FORMATS: dict[DType, Format] = {
     DType.FP8_E5M2: Format(8, 5, 2, np.dtype(ml_dtypes.float8_e5m2), nan=0x7E),
     DType.INT32: Format(32, 0, 0, np.dtype(np.int32)),
     DType.INT8: Format(8, 0, 0, np.dtype(np.int8)),
+    DType.UINT32: Format(32, 0, 0, np.dtype(np.uint32)),
 }
 
 #: The one NaN every engine produces: quiet, positive, payload zero.
@@ -87,7 +90,9 @@ NARROW_FLOATS = (DType.BF16, DType.FP16, DType.FP8_E4M3, DType.FP8_E5M2)
 FP8_TYPES = (DType.FP8_E4M3, DType.FP8_E5M2)
 #: All floating-point types.
 FLOATS = (DType.FP32, *NARROW_FLOATS)
-INTEGERS = (DType.INT32, DType.INT8)
+INTEGERS = (DType.INT32, DType.UINT32, DType.INT8)
+#: Types that fill a word: those the vector engine computes in.
+WORDS = (DType.FP32, DType.INT32, DType.UINT32)
 
 
 def dtype_of(dtype: np.dtype | type) -> DType:

@@ -19,7 +19,7 @@ from amaranth.hdl import Mux, Shape, Value, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES, CoreConfig
-from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
+from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, WORDS, DType
 
 ISA_VERSION = 3
 MAX_WAITS = 3
@@ -95,10 +95,12 @@ class Opcode(enum.Enum, shape=8):
     TENSOR_SCALAR = 0x21
     #: dst = op1-reduction over the innermost dimension of (src0 op0 imm0)
     REDUCE = 0x22
-    #: dst = imm0
+    #: dst = imm0, an integer if the type of dst is one, else FP32
     MEMSET = 0x23
     #: dst = src1 where src0 is not zero; other elements of dst keep their value
     COPY_PREDICATED = 0x24
+    #: dst = (src0 op0 scalar) op1 src1, where `scalar` is one word of each partition, read once
+    SCALAR_TENSOR_TENSOR = 0x25
     #: dst = base + i0*steps.0 + i1*steps.1 + i2*steps.2 + i3*steps.3 + lane*lane_step, modulo 2**32
     #: as a signed number; of type INT32 the number itself, of FP32 rounded to the nearest float
     IOTA = 0x26
@@ -161,7 +163,9 @@ class Opcode(enum.Enum, shape=8):
 
 
 class AluOp(enum.Enum, shape=6):
-    """Operation `a op b` of the vector engine. Compares and logical operations give 1.0 or 0.0."""
+    """Operation `a op b` of the vector engine, in the type of src0: FP32, INT32 or UINT32. Compares
+    and logical operations give 1 or 0 of that type. Integers are calculated modulo 2**32; -0, NaN
+    and rounding are those of FP32 alone. Where it says "of the words", the type does not matter."""
 
     #: a
     BYPASS = 0
@@ -203,15 +207,80 @@ class AluOp(enum.Enum, shape=6):
     BIT_OR = 18
     #: bitwise exclusive or of the 32-bit words
     BIT_XOR = 19
+    #: a shifted left by b places, of the words; b is an unsigned integer, 0 if it is 32 or more
+    SHIFT_LEFT = 20
+    #: a shifted right by b places, of the words, zeros coming in; 0 if b is 32 or more
+    SHIFT_RIGHT = 21
+    #: a shifted right by b places, of the words, copies of bit 31 coming in; all of them if b is 32
+    #: or more
+    SHIFT_RIGHT_SIGNED = 22
+    #: -a, whatever b is
+    NEG = 23
+    #: absolute value of a, whatever b is
+    ABS = 24
+    #: a * a, whatever b is
+    SQUARE = 25
+    #: a, or +0 if it is negative, whatever b is; NaN if a is NaN
+    RELU = 26
+    #: the complement of a, of the words, whatever b is
+    BIT_NOT = 27
+    #: a / b; of integers toward zero, with all bits set if b is 0
+    DIVIDE = 28
+    #: of integers: what a / b leaves, with the sign of a; a if b is 0
+    MOD = 29
+    #: of FP32: 1 / a, whatever b is
+    RECIPROCAL = 30
+    #: of FP32: square root of a, whatever b is; NaN if a is below -0
+    SQRT = 31
+    #: of FP32: 1 divided by the rounded square root of a, whatever b is
+    RSQRT = 32
 
 
-#: Reductions REDUCE takes as op1, with the value that each of its accumulators starts from.
-REDUCTIONS: dict[AluOp, int] = {
-    AluOp.ADD: 0x00000000,
-    AluOp.MUL: 0x3F800000,
-    AluOp.MAX: 0xFF800000,
-    AluOp.MIN: 0x7F800000,
-    AluOp.ABS_MAX: 0x00000000,
+#: Operations that do not look at b, though the instruction reads it.
+UNARY_OPERATIONS = frozenset(
+    {
+        AluOp.BYPASS, AluOp.NEG, AluOp.ABS, AluOp.SQUARE, AluOp.RELU, AluOp.BIT_NOT,
+        AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT,
+    }
+)  # fmt: skip
+#: Operations of the divider, which only the second ALU has: a column takes as many cycles as bits.
+DIVISIONS = frozenset({AluOp.DIVIDE, AluOp.MOD, AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT})
+#: Operations that not all types have (else BAD_TYPE), with the types that src0 may have.
+OPERATION_TYPES: dict[AluOp, frozenset[DType]] = {
+    AluOp.MOD: frozenset({DType.INT32, DType.UINT32}),
+    **{op: frozenset({DType.FP32}) for op in (AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT)},
+}
+#: Operations on words, of whatever type.
+WORD_OPERATIONS = frozenset(
+    {
+        AluOp.BYPASS, AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR, AluOp.BIT_NOT,
+        AluOp.SHIFT_LEFT, AluOp.SHIFT_RIGHT, AluOp.SHIFT_RIGHT_SIGNED,
+    }
+)  # fmt: skip
+#: Operations whose b is a word of bits, or an integer, rather than a number of the type.
+BIT_OPERANDS = frozenset(
+    {
+        AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR,
+        AluOp.SHIFT_LEFT, AluOp.SHIFT_RIGHT, AluOp.SHIFT_RIGHT_SIGNED,
+    }
+)  # fmt: skip
+
+
+def _identities(fp32: int, int32: int, uint32: int) -> dict[DType, int]:
+    return dict(zip(WORDS, (fp32, int32, uint32), strict=True))
+
+
+#: Reductions REDUCE takes as op1, with the value that each of its accumulators starts from, by the
+#: type of src0.
+REDUCTIONS: dict[AluOp, dict[DType, int]] = {
+    AluOp.ADD: _identities(0, 0, 0),
+    AluOp.MUL: _identities(0x3F800000, 1, 1),
+    AluOp.MAX: _identities(0xFF800000, 0x80000000, 0),
+    AluOp.MIN: _identities(0x7F800000, 0x7FFFFFFF, 0xFFFFFFFF),
+    AluOp.ABS_MAX: _identities(0, 0, 0),
+    AluOp.BIT_AND: _identities(0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+    AluOp.BIT_OR: _identities(0, 0, 0),
+    AluOp.BIT_XOR: _identities(0, 0, 0),
 }
 #: REDUCE keeps this many accumulators: element i of the innermost dimension goes to accumulator
 #: i mod 4, and the result is (acc0 op acc1) op (acc2 op acc3).
@@ -424,6 +493,25 @@ class TensorTensorBody(data.Struct):
     imm0: unsigned(32)
 
 
+class ScalarOperand(data.Struct):
+    """Local operand of one word in each partition."""
+
+    base: unsigned(24)
+    space: Space
+    dtype: DType
+    reserved: unsigned(2)
+
+
+class ScalarTensorTensorBody(data.Struct):
+    """Two-source elementwise body with a third source of one column."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    src1: Operand
+    scalar: ScalarOperand
+
+
 class TensorScalarBody(data.Struct):
     """One-source elementwise body."""
 
@@ -589,13 +677,13 @@ class Spec:
     body : layout of its body
     header : header fields it uses beside opcode, signal and wait
     operands : local operands it uses -> (spaces allowed, types allowed)
-    unused : dotted body fields that must be zero though the body has them; an operand that lacks
-        the stride of a dimension does not walk it
+    unused : dotted body fields that must be zero though the body has them
     inner : operand -> what it walks in the innermost dimension instead of count 3, from a function
         that gives the instruction's fields
     lanes : operand -> the field that holds the number of partitions it takes, if not `lanes`
     limits : field -> its least and its largest value, from a function that gives the instruction's
         fields, and the core's configuration
+    alike : operands that must have the type of src0
     pairs : works on pairs of FP8 numbers, which only some cores have
     """
 
@@ -613,6 +701,7 @@ class Spec:
     limits: dict[str, Callable[[Callable[[str], Any], CoreConfig], tuple[Any, Any]]] = (
         dataclasses.field(default_factory=dict)
     )
+    alike: frozenset[str] = frozenset()
     pairs: bool = False
 
     @property
@@ -634,6 +723,8 @@ _SBUF = frozenset({Space.SBUF})
 _PSUM = frozenset({Space.PSUM})
 _READ = frozenset({DType.FP32})
 _WRITE = frozenset(FLOATS)
+_WORDS = frozenset(WORDS)
+_ANY = frozenset(DType)
 _MATMUL = frozenset({*NARROW_FLOATS, DType.INT8})
 _FP8 = frozenset(FP8_TYPES)
 _SUMS = frozenset({DType.FP32, DType.INT32})
@@ -644,6 +735,11 @@ DMA_TYPES = frozenset({*FLOATS, *INTEGERS})
 _DST = {"dst": (_BOTH, _WRITE)}
 _SRC0 = {"src0": (_BOTH, _READ)}
 _SRC1 = {"src1": (_BOTH, _READ)}
+#: Operands of the vector engine: it computes in the type of the sources, and converts the result.
+_RESULT = {"dst": (_BOTH, _ANY)}
+_X = {"src0": (_BOTH, _WORDS)}
+_Y = {"src1": (_BOTH, _WORDS)}
+_SCALAR = {"scalar": (_BOTH, _WORDS)}
 _ACTIVATE = frozenset({"op0", "op1", "lanes", "rounding"})
 
 
@@ -725,34 +821,43 @@ SPECS: dict[Opcode, Spec] = {
         kind=EngineKind.VECTOR,
         body=TensorTensorBody,
         header=frozenset({"op0", "op1", "lanes", "rounding"}),
-        operands={**_DST, **_SRC0, **_SRC1},
+        operands={**_RESULT, **_X, **_Y},
+        alike=frozenset({"src1"}),
     ),
     Opcode.TENSOR_SCALAR: Spec(
         kind=EngineKind.VECTOR,
         body=TensorScalarBody,
         header=frozenset({"op0", "op1", "lanes", "rounding"}),
-        operands={**_DST, **_SRC0},
+        operands={**_RESULT, **_X},
     ),
     Opcode.REDUCE: Spec(
         kind=EngineKind.VECTOR,
         body=TensorScalarBody,
         header=frozenset({"op0", "op1", "lanes", "rounding"}),
-        operands={**_DST, **_SRC0},
+        operands={**_RESULT, **_X},
         unused=frozenset({"imm1", "dst.strides.3"}),
     ),
     Opcode.MEMSET: Spec(
         kind=EngineKind.VECTOR,
         body=TensorScalarBody,
         header=frozenset({"lanes", "rounding"}),
-        operands={**_DST},
+        operands={**_RESULT},
         unused=frozenset({"imm1", "src0"}),
     ),
     Opcode.COPY_PREDICATED: Spec(
         kind=EngineKind.VECTOR,
         body=TensorTensorBody,
         header=frozenset({"lanes", "rounding"}),
-        operands={**_DST, **_SRC0, **_SRC1},
+        operands={**_RESULT, **_X, **_Y},
+        alike=frozenset({"src1"}),
         unused=frozenset({"imm0"}),
+    ),
+    Opcode.SCALAR_TENSOR_TENSOR: Spec(
+        kind=EngineKind.VECTOR,
+        body=ScalarTensorTensorBody,
+        header=frozenset({"op0", "op1", "lanes", "rounding"}),
+        operands={**_RESULT, **_X, **_Y, **_SCALAR},
+        alike=frozenset({"src1", "scalar"}),
     ),
     Opcode.IOTA: Spec(
         kind=EngineKind.VECTOR,
@@ -939,17 +1044,28 @@ _OPERATIONS: dict[tuple[Opcode, str], frozenset[AluOp]] = {
 def legal_operations(opcode: Opcode, field: str) -> frozenset[int]:
     """Returns the codes `opcode` accepts in op0 or op1."""
     allowed = _OPERATIONS.get((opcode, field), operation_enums(opcode)[field])
-    return frozenset(op.value for op in allowed)
+    codes = {op.value for op in allowed}
+    if field == "op0" and SPECS[opcode].kind is EngineKind.VECTOR:
+        codes -= {op.value for op in DIVISIONS}
+    return frozenset(codes)
+
+
+def operation_types(opcode: Opcode) -> dict[AluOp, frozenset[DType]]:
+    """Returns the operations of op1 that `opcode` has for some types of src0 only, and those."""
+    if SPECS[opcode].kind is not EngineKind.VECTOR or "op1" not in SPECS[opcode].header:
+        return {}
+    legal = legal_operations(opcode, "op1")
+    return {op: types for op, types in OPERATION_TYPES.items() if op.value in legal}
 
 
 def operand_counts(
     opcode: Opcode, operand: str, counts: Sequence[Any], field: Callable[[str], Any]
 ) -> list[Any]:
     """The four counts an operand walks, of the instruction's `counts`; numbers or, with `field`
-    giving values in hardware, such values."""
+    giving values in hardware, such values. It does not walk a dimension whose stride it lacks."""
     spec = SPECS[opcode]
     walked = [
-        1 if f"{operand}.strides.{d}" in spec.unused else count for d, count in enumerate(counts)
+        count if f"{operand}.strides.{d}" in FIELDS[opcode] else 1 for d, count in enumerate(counts)
     ]
     if operand in spec.inner:
         walked[3] = spec.inner[operand](field)

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 
 import numpy as np
 from systolith_hdl.config import INSTRUCTION_BYTES
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import INTEGERS, DType
 from systolith_hdl.isa import (
+    BIT_OPERANDS,
     FIELDS,
     MAX_WAITS,
     SPECS,
@@ -40,7 +41,9 @@ from systolith_hdl.isa import (
 from .errors import ProgramError
 
 #: operations whose immediate is a word of bits rather than a number
-_BITWISE = {AluOp.BIT_AND.value, AluOp.BIT_OR.value, AluOp.BIT_XOR.value}
+_BITS = {op.value for op in BIT_OPERANDS}
+#: types whose immediates are integers, shown as bits too
+_INTEGERS = {dtype.value for dtype in INTEGERS}
 
 #: strides of a transfer -> those that one with indices has, which is shown with the others as 0
 _TABLE_STRIDES = {"dram_strides.0": "row_stride", "dram_strides.3": "column_stride"}
@@ -146,7 +149,7 @@ def disassemble_instruction(raw: bytes) -> str:
         space = _name(Space, fields[f"{name}.space"]).lower()
         dtype = _name(DType, fields[f"{name}.dtype"]).lower()
         strides = _bracket(fields, f"{name}.strides")
-        index = _index(fields[f"{name}.index"])
+        index = _index(fields.get(f"{name}.index", 0))
         parts.append(f"{name}={space}.{dtype}@{fields[f'{name}.base']}{index}{strides}")
     if "dram_dtype" in fields:
         dtype = _name(DType, fields["dram_dtype"]).lower()
@@ -161,11 +164,14 @@ def disassemble_instruction(raw: bytes) -> str:
             parts.append(f"index={fields['index.base']}{index} rows={fields['rows']}")
     elif "dram_base" in fields:
         parts.append(f"word={fields['dram_base']:#x}{_index(fields['dram_index'])}")
+    computes = fields.get("src0.dtype", fields.get("dst.dtype"))  # MEMSET has no source
     for name, operation in (("imm0", "op0"), ("imm1", "op1")):
         if fields.get(name):
-            bitwise = operations.get(operation) is AluOp and fields[operation] in _BITWISE
+            bits = computes in _INTEGERS or (
+                operations.get(operation) is AluOp and fields[operation] in _BITS
+            )
             parts.append(
-                f"{name}={fields[name]:#010x}" if bitwise else f"{name}={_immediate(fields[name])}"
+                f"{name}={fields[name]:#010x}" if bits else f"{name}={_immediate(fields[name])}"
             )
     for name in _others(opcode):
         if f"{name}.0" in FIELDS[opcode]:
@@ -291,7 +297,8 @@ def _assemble_words(words: list[str]) -> bytes:
                 fields |= {"dram_base": int(base, 16), "dram_index": int(index or 0)}
             else:
                 space, dtype, base, index, strides = _match(_OPERAND, value).groups()
-                fields[f"{name}.index"] = int(index or 0)
+                if index:
+                    fields[f"{name}.index"] = int(index)
                 fields[f"{name}.space"] = _code(Space, space)
                 fields[f"{name}.dtype"] = _code(DType, dtype)
                 fields[f"{name}.base"] = int(base)

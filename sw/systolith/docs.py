@@ -107,7 +107,12 @@ def _opcode(opcode: Opcode, doc: str) -> str:
             f"There are {isa.REDUCE_ACCUMULATORS} accumulators: element i of the innermost "
             f"dimension goes to accumulator i mod {isa.REDUCE_ACCUMULATORS}, and the result is "
             "(acc0 op acc1) op (acc2 op acc3). They start from "
-            + ", ".join(f"`{word:#010x}` ({op.name})" for op, word in isa.REDUCTIONS.items())
+            + ", ".join(
+                " or ".join(f"`{word:#010x}`" for word in dict.fromkeys(words.values()))
+                + f" ({op.name})"
+                for op, words in isa.REDUCTIONS.items()
+            )
+            + f"; where that depends on the type, for {', '.join(t.name for t in formats.WORDS)}"
             + ".\n\n"
         )
     if operation_enums(opcode).get("op1") is isa.RowSums:
@@ -134,8 +139,10 @@ Elementwise instructions walk four nested counts, index 0 outermost. An operand 
 a stride of 0 repeats a word. Words hold FP32 or 32-bit integers. A destination of a narrow type
 rounds to it, as `rounding` says, and keeps the rounded value as FP32; the operands of the tensor
 engine are rounded to their type, to nearest even, as they are read, and of INT8 the low 8 bits of
-the word count. The vector engine moves integers with `BYPASS` and a destination of FP32, which
-leaves words as they are.
+the word count. The vector engine computes in the type of `src0`, in which immediates are, and
+converts to that of `dst`: FP32 to integers toward zero, what is outside the range to the nearest
+end of it, NaN to 0; integers to floats with one rounding, to INT32 and UINT32 modulo 2^32, to INT8
+modulo 2^8. `BYPASS` with a `dst` of the type of `src0` leaves words as they are.
 
 A destination may be a source element for element, that is in place (a sum behind a row is no
 source then). If a destination overlaps a
@@ -145,9 +152,9 @@ last element written stays; a MATMUL with `accumulate` adds to the word each tim
 ### Arithmetic
 
 FP32 operations round to nearest even and keep subnormals. Whatever results in NaN gives
-`{nan:#010x}`; `BYPASS` and the bitwise operations pass words on as they are. ACTIVATE and
-the like multiply `src0` by the scale and add the bias, rounding after each, and then apply the
-function.
+`{nan:#010x}`; `BYPASS`, the bitwise operations and shifts take words as they are. Integers are
+calculated modulo 2^32. ACTIVATE and the like multiply `src0` by the scale and add the bias,
+rounding after each, and then apply the function.
 
 A MATMUL computes, for each element of its tile, the chain `acc = fp32(acc + w*x)` from +0 in the
 order of the partitions, each product exact and each step rounded once. With `accumulate`, one FP32
@@ -169,9 +176,9 @@ of the same strides whose bases differ by 4 modulo 8 never ask for the same bank
 
 Element (i0, i1, i2, i3) of lane l lies in DRAM at byte `dram_base + i0*dram_strides.0 +
 i1*dram_strides.1 + i2*dram_strides.2 + i3*dram_strides.3 + l*lane_stride` modulo 2^48. An element
-of one byte may lie anywhere; bit 0 of the address of a larger one is ignored. FP32 and INT32 are
-moved bit for bit; narrow types are widened by a load, INT8 with its sign, and rounded by a
-store, as its `rounding` says, which takes the low 8 bits for INT8. Elements that
+of one byte may lie anywhere; bit 0 of the address of a larger one is ignored. FP32, INT32 and
+UINT32 are moved bit for bit; narrow types are widened by a load, INT8 with its sign, and rounded
+by a store, as its `rounding` says, which takes the low 8 bits for INT8. Elements that
 coincide are written in the order (i0, i1, i2, i3, l): the last one stays.
 
 With `accumulate` a DMA_LOAD adds to the words of SBUF, in that order, with one FP32 rounding for

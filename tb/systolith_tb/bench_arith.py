@@ -12,7 +12,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge
-from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul
+from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul, MulMode
 from systolith_hdl.emit import Once
 
 from systolith_tb.numerics import CORNERS, canonical, numpy_rng, pack, random_words, unpack
@@ -22,14 +22,18 @@ COPIES = 16
 
 
 class ArithBench(wiring.Component):
-    """`COPIES` adders and multipliers fed with the same vectors.
+    """`COPIES` adders and multipliers, without and with integers, fed with the same vectors.
 
     Members
     -------
     en : In(1)
     a, b : In, one FP32 word for each copy
-    total, product : Out, `FP32_LATENCY` enabled cycles later
+    mode : In(MulMode), of the multipliers with integers
+    total, product, word : Out, `FP32_LATENCY` enabled cycles later
     """
+
+    mode: In(MulMode)
+    word: Out(data.ArrayLayout(unsigned(32), COPIES))
 
     en: In(1)
     a: In(data.ArrayLayout(unsigned(32), COPIES))
@@ -43,6 +47,7 @@ class ArithBench(wiring.Component):
             for cell, output in (
                 (Once(Fp32Add(), "fp32_add"), self.total),
                 (Once(Fp32Mul(), "fp32_mul"), self.product),
+                (words := Once(Fp32Mul(words=True), "word_mul"), self.word),
             ):
                 m.submodules += cell
                 m.d.comb += [
@@ -51,7 +56,18 @@ class ArithBench(wiring.Component):
                     cell.b.eq(self.b[i]),
                     output[i].eq(cell.o),
                 ]
+            m.d.comb += words.mode.eq(self.mode)
         return m
+
+
+def words_of(mode: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What the multiplier with integers makes of words, by its modes."""
+    wide, places = a.astype(np.uint64), np.minimum(b, 32).astype(np.uint64)
+    signed = a.view(np.int32).astype(np.int64) >> places.astype(np.int64)
+    with np.errstate(all="ignore"):
+        product = canonical((a.view(np.float32) * b.view(np.float32)).view(np.uint32))
+    choices = [product, wide * b.astype(np.uint64), wide << places, wide >> places, signed]
+    return np.choose(mode, [(c.astype(np.uint64) & 0xFFFFFFFF).astype(np.uint32) for c in choices])
 
 
 def random_pairs(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,11 +113,17 @@ async def cells(dut) -> None:
     a, b = random_pairs(rng, int(os.environ.get("SYSTOLITH_VECTORS", "100000")))
     pad = -len(a) % COPIES
     a, b = np.pad(a, (0, pad)), np.pad(b, (0, pad))
+    # Products of integers and shifts between those of FP32, and amounts that shift.
+    modes = rng.integers(0, len(MulMode), len(a) // COPIES)
+    mode = np.repeat(modes, COPIES)
+    amounts = (mode > 1) & (rng.random(len(b)) < 0.8)
+    b = np.where(amounts, rng.integers(0, 40, len(b)), b).astype(np.uint32)
 
     Clock(dut.clk, 10, unit="ns").start()
     dut.rst.value = 0
     totals: list[np.ndarray] = []
     products: list[np.ndarray] = []
+    words: list[np.ndarray] = []
     pipeline: deque[bool] = deque([False] * FP32_LATENCY)
     sent, batches = 0, len(a) // COPIES
     while len(totals) < batches:
@@ -112,9 +134,11 @@ async def cells(dut) -> None:
             chunk = slice(sent * COPIES, (sent + 1) * COPIES)
             dut.a.value = pack(a[chunk])
             dut.b.value = pack(b[chunk])
+            dut.mode.value = int(modes[sent])
         if pipeline[0] and enable:
             totals.append(unpack(dut.total, np.uint32, COPIES))
             products.append(unpack(dut.product, np.uint32, COPIES))
+            words.append(unpack(dut.word, np.uint32, COPIES))
         if enable:
             pipeline.popleft()
             pipeline.append(sent < batches)
@@ -125,6 +149,7 @@ async def cells(dut) -> None:
         fa, fb = a.view(np.float32), b.view(np.float32)
         _check("sum, numpy", a, b, total, canonical((fa + fb).view(np.uint32)))
         _check("product, numpy", a, b, product, canonical((fa * fb).view(np.uint32)))
+    _check("word, numpy", a, b, np.concatenate(words), words_of(mode, a, b))
     _check("sum, SoftFloat", a, b, total, softfloat("f32_add", a, b))
     _check("product, SoftFloat", a, b, product, softfloat("f32_mul", a, b))
     cocotb.log.info("compared %d vectors", len(a))

@@ -15,14 +15,25 @@ from systolith.kernel import KernelBuilder, View
 from systolith.program import Program
 from systolith.runtime.driver import Driver
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import FLOATS, INTEGERS, NARROW_FLOATS, DType
-from systolith_hdl.isa import REDUCTIONS, AluOp, Function, Rounding, WaitMode
+from systolith_hdl.formats import FLOATS, INTEGERS, NARROW_FLOATS, WORDS, DType
+from systolith_hdl.isa import (
+    DIVISIONS,
+    OPERATION_TYPES,
+    REDUCTIONS,
+    AluOp,
+    Function,
+    Rounding,
+    WaitMode,
+)
 
 from .device import CocotbBackend, run_driver
 from .stimulus import random_words
 
 CONFIG = get_config("nano")
 N = CONFIG.lanes
+#: operations of the first ALU, and of the second those that every type has
+FIRST = sorted(set(AluOp) - DIVISIONS, key=lambda op: op.value)
+SECOND = sorted(set(AluOp) - set(OPERATION_TYPES), key=lambda op: op.value)
 
 
 def random_kernel(seed: int) -> Program:
@@ -75,10 +86,19 @@ def random_kernel(seed: int) -> Program:
         )  # fmt: skip
         dst, rounding = rounded(results[1])
         nc.vector.tensor_tensor(
-            dst, sums, rng.choice(list(AluOp)), results[0], op0=rng.choice(list(AluOp)),
+            dst, sums, rng.choice(SECOND), results[0], op0=rng.choice(FIRST),
             imm0=rng.uniform(-2, 2), rounding=rounding,
         )  # fmt: skip
         nc.vector.copy(results[3], sums)  # bit for bit, integers or not
+        computes = rng.choice(WORDS)
+        nc.vector.tensor_tensor(
+            results[3].astype(rng.choice(WORDS)), sums.astype(computes), rng.choice(SECOND),
+            results[0].astype(computes), op0=rng.choice(FIRST), imm0=rng.randint(0, 40),
+        )  # fmt: skip
+        nc.vector.scalar_tensor_tensor(
+            results[3].astype(rng.choice(WORDS)), results[3].astype(computes), rng.choice(FIRST),
+            results[1][:1].astype(computes), rng.choice(SECOND), sums.astype(computes),
+        )  # fmt: skip
         dst, rounding = rounded(results[2])
         nc.vector.memset(dst, rng.uniform(-1, 1), rounding=rounding)
         nc.vector.copy_predicated(dst, results[0], results[1], rounding=rounding)

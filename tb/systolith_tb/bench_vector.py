@@ -14,9 +14,18 @@ from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, RisingEdge
 from systolith.golden.checker import operand_counts
 from systolith.golden.core import Core
+from systolith_hdl.arith import CONVERT_LATENCY
+from systolith_hdl.arith.divide import (
+    DIVIDE_CYCLES,
+    DIVIDE_INTEGER_CYCLES,
+    DIVIDE_SUBNORMAL_CYCLES,
+)
 from systolith_hdl.config import get_config
+from systolith_hdl.formats import INTEGERS, WORDS, DType
 from systolith_hdl.isa import (
+    DIVISIONS,
     FIELDS,
+    OPERATION_TYPES,
     SPECS,
     AluOp,
     EngineKind,
@@ -31,7 +40,14 @@ from systolith_hdl.vector.engine import FIXED_CYCLES, REDUCE_CYCLES, fixed_cycle
 from systolith_hdl.vector.lane import LANE_LATENCY
 
 from .memory import MemoryModel
-from .stimulus import CORNERS, operand_fields, random_counter, random_counts, random_words
+from .stimulus import (
+    CORNERS,
+    INTEGER_CORNERS,
+    operand_fields,
+    random_counter,
+    random_counts,
+    random_words,
+)
 
 CONFIG = get_config(os.environ.get("SYSTOLITH_BENCH_CONFIG", "nano"))
 N = CONFIG.lanes
@@ -142,18 +158,21 @@ def random_instruction() -> bytes:
     half, psum_half = CONFIG.sbuf_depth // 2, CONFIG.psum_depth // 2
     sources = {Space.SBUF: (half, 2 * half), Space.PSUM: (psum_half, 2 * psum_half)}
     targets = {Space.SBUF: (0, half), Space.PSUM: (0, psum_half)}
-    for name, regions in (("dst", targets), ("src0", sources), ("src1", sources)):
-        if name not in spec.operands:
-            continue
+    regions = {name: sources for name in spec.operands} | {"dst": targets}
+    for name in spec.operands:
         walked = operand_counts(opcode, name, fields)
-        found = operand_fields(CONFIG, name, walked, regions=regions, nested=name == "dst")
+        found = operand_fields(CONFIG, name, walked, regions=regions[name], nested=name == "dst")
         fields |= {field: value for field, value in found.items() if field in FIELDS[opcode]}
         types = sorted(spec.operands[name][1], key=lambda dtype: dtype.value)
         fields[f"{name}.dtype"] = random.choice([*types, types[0]])
+    computes = fields.get("src0.dtype", DType.FP32)
+    fields |= {f"{name}.dtype": computes for name in spec.alike}
     rng = np.random.default_rng(random.getrandbits(32))
     for name, (_, shape) in FIELDS[opcode].items():
         if name in ("op0", "op1"):
-            fields[name] = random.choice(sorted(legal_operations(opcode, name)))
+            legal = sorted(legal_operations(opcode, name))
+            legal = [code for code in legal if computes in OPERATION_TYPES.get(AluOp(code), WORDS)]
+            fields[name] = random.choice(legal)
         elif name == "rounding":
             fields[name] = random.choice(list(Rounding))
         elif name.startswith("imm"):
@@ -161,6 +180,26 @@ def random_instruction() -> bytes:
         elif name not in fields and name.partition(".")[0] not in ("opcode", "signal", "wait"):
             fields[name] = random_number(shape)
     return encode(opcode, fields)
+
+
+def division(raw: bytes) -> int:
+    """Most cycles that each column takes in the divider; 0 if the instruction does not divide."""
+    _, fields = decode(raw)
+    operation = AluOp(fields.get("op1", 0))
+    if operation not in DIVISIONS:
+        return 0
+    if DType(fields["src0.dtype"]) is not DType.FP32:
+        return DIVIDE_INTEGER_CYCLES
+    return DIVIDE_CYCLES[operation] + DIVIDE_SUBNORMAL_CYCLES
+
+
+def convert_cycles(raw: bytes) -> int:
+    """Cycles that an instruction takes to convert its results, if it does."""
+    _, fields = decode(raw)
+    dst = DType(fields["dst.dtype"])
+    computes = DType(fields["src0.dtype"]) if "src0.dtype" in fields else dst
+    integer = computes in INTEGERS
+    return CONVERT_LATENCY * (integer != (dst in INTEGERS) or dst is DType.INT8)
 
 
 async def random_instructions(dut: Any, count: int, stall: float, idle: float) -> None:
@@ -192,23 +231,27 @@ async def with_stalls(dut: Any) -> None:
 async def every_operation_on_every_pair_of_corners(dut: Any) -> None:
     bench = Bench(dut, 0.0)
     await bench.reset()
-    n = len(CORNERS)
-    a, b = (x.ravel() for x in np.meshgrid(CORNERS, CORNERS))
-    for words in (bench.sbuf.words, bench.golden.sbuf):
-        words[:, : n * n] = a
-        words[:, n * n : 2 * n * n] = b
-    half = n * n // 2
-    for op in AluOp:
-        for start in (0, half):
-            fields = {
-                "counts.0": 1, "counts.1": 1, "counts.2": 1, "counts.3": half, "lanes": N,
-                "src0.base": start, "src0.strides.3": 1,
-                "src1.base": n * n + start, "src1.strides.3": 1,
-                "dst.base": 2 * n * n, "dst.strides.3": 1,
-                "op1": op,
-            }  # fmt: skip
-            await bench.run([encode(Opcode.TENSOR_TENSOR, fields)])
-            bench.compare()
+    for dtype in WORDS:
+        corners = CORNERS if dtype is DType.FP32 else INTEGER_CORNERS
+        n = len(corners)
+        a, b = (x.ravel() for x in np.meshgrid(corners, corners))
+        for words in (bench.sbuf.words, bench.golden.sbuf):
+            words[:, : n * n] = a
+            words[:, n * n : 2 * n * n] = b
+        half = n * n // 2
+        for op in AluOp:
+            if dtype not in OPERATION_TYPES.get(op, WORDS):
+                continue
+            for start in (0, half):
+                fields = {
+                    "counts.0": 1, "counts.1": 1, "counts.2": 1, "counts.3": half, "lanes": N,
+                    "src0.base": start, "src0.strides.3": 1, "src0.dtype": dtype,
+                    "src1.base": n * n + start, "src1.strides.3": 1, "src1.dtype": dtype,
+                    "dst.base": 2 * n * n, "dst.strides.3": 1, "dst.dtype": dtype,
+                    "op1": op,
+                }  # fmt: skip
+                await bench.run([encode(Opcode.TENSOR_TENSOR, fields)])
+                bench.compare()
 
 
 @cocotb.test(timeout_time=20, timeout_unit="ms")
@@ -224,10 +267,14 @@ async def cycles(dut: Any) -> None:
         (took,) = await bench.run([raw])
         opcode = Opcode(word & 0xFF)
         columns = math.prod(counts)
+        took -= convert_cycles(raw)
         fixed = fixed_cycles(opcode, CONFIG)
         rows = columns // counts[3]
         if opcode is Opcode.REDUCE:
             assert took <= columns + FIXED_CYCLES + rows * REDUCE_CYCLES
+            continue
+        if division(raw):
+            assert took <= columns * (1 + division(raw)) + fixed
             continue
         if opcode is Opcode.SCAN:
             columns = LANE_LATENCY * (rows - 1) + counts[3]

@@ -13,6 +13,7 @@ extern "C" void run_cells(uint64_t cycles, const uint32_t* inputs, uint32_t* out
         top.en = inputs[0] & 1;
         top.active = inputs[0] >> 1 & 1;
         top.pair = inputs[0] >> 2 & 3;
+        top.mode = inputs[0] >> 4 & 7;
         top.a = inputs[1];
         top.b = inputs[2];
         top.mac_a = inputs[3];
@@ -26,10 +27,11 @@ extern "C" void run_cells(uint64_t cycles, const uint32_t* inputs, uint32_t* out
         outputs[1] = top.product;
         outputs[2] = top.mac_o;
         outputs[3] = top.pair_o;
+        outputs[4] = top.word;
         top.clk = 1;
         top.eval();
         inputs += 8;
-        outputs += 4;
+        outputs += 5;
     }
     top.final();
 }

@@ -12,7 +12,7 @@ from amaranth.hdl import Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from systolith.runtime.rtl import verilate
-from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul
+from systolith_hdl.arith import FP32_LATENCY, Fp32Add, Fp32Mul, MulMode
 from systolith_hdl.emit import Once, to_verilog
 from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY
 from systolith_hdl.tensor.mac import OPERAND_BITS, Mac, recode
@@ -21,13 +21,14 @@ from systolith_hdl.toolchain import sources_hash
 
 
 class Cells(wiring.Component):
-    """FP32 adder, multiplier and both MACs side by side, placed as the chip does; the MACs behind
+    """FP32 adder, multipliers and both MACs side by side, placed as the chip does; the MACs behind
     their recoding.
 
     Members
     -------
     en, a, b : In, of the adder and the multiplier
-    total, product : Out, FP32_LATENCY enabled cycles after `a` and `b`
+    mode : In(MulMode), with them, of the multiplier with integers
+    total, product, word : Out, FP32_LATENCY enabled cycles after `a` and `b`
     mac_a, mac_w : In, FP32 words of which the MAC sees OPERAND_BITS
     active : In, with `mac_a` and `mac_w`
     acc : In, MUL_LATENCY cycles later
@@ -43,6 +44,8 @@ class Cells(wiring.Component):
     b: In(32)
     total: Out(32)
     product: Out(32)
+    mode: In(MulMode)
+    word: Out(32)
     mac_a: In(32)
     mac_w: In(32)
     active: In(1)
@@ -57,6 +60,8 @@ class Cells(wiring.Component):
         m = Module()
         m.submodules.add = add = Once(Fp32Add(), "fp32_add")
         m.submodules.mul = mul = Once(Fp32Mul(), "fp32_mul")
+        m.submodules.words = words = Once(Fp32Mul(words=True), "word_mul")
+        m.d.comb += [words.mode.eq(self.mode), self.word.eq(words.o)]
         m.submodules.mac = mac = Once(Mac(), "mac_narrow")
         m.d.comb += [
             self.total.eq(add.o),
@@ -75,7 +80,7 @@ class Cells(wiring.Component):
         ):
             recoded = recode_factor(m, word[-OPERAND_BITS:], second[-SECOND_BITS:], pair)
             m.d.comb += factor.as_value().eq(recoded)
-        for cell in (add, mul):
+        for cell in (add, mul, words):
             m.d.comb += [cell.en.eq(self.en), cell.a.eq(self.a), cell.b.eq(self.b)]
         return m
 
@@ -85,12 +90,12 @@ def run_cells(inputs: np.ndarray, *, fast: bool = False) -> np.ndarray:
 
     Parameters
     ----------
-    inputs : uint32 [cycles, (en | active << 1 | pair << 2, a, b, mac_a, mac_w, acc, pair_a,
-        pair_w)]; the last two may be missing
+    inputs : uint32 [cycles, (en | active << 1 | pair << 2 | mode << 4, a, b, mac_a, mac_w, acc,
+        pair_a, pair_w)]; the last two may be missing
 
     Returns
     -------
-    uint32 [cycles, (total, product, mac_o, pair_o)], as they are at the end of each cycle
+    uint32 [cycles, (total, product, mac_o, pair_o, word)], as they are at the end of each cycle
     """
     library = verilate(
         f"cells{'-fast' if fast else ''}",
@@ -102,7 +107,7 @@ def run_cells(inputs: np.ndarray, *, fast: bool = False) -> np.ndarray:
     )
     inputs = np.pad(inputs, ((0, 0), (0, 8 - inputs.shape[1])))
     inputs = np.ascontiguousarray(inputs, np.uint32)
-    outputs = np.zeros((len(inputs), 4), np.uint32)
+    outputs = np.zeros((len(inputs), 5), np.uint32)
     ctypes.CDLL(str(library)).run_cells(
         ctypes.c_uint64(len(inputs)),
         inputs.ctypes.data_as(ctypes.c_void_p),

@@ -50,6 +50,7 @@ from systolith_hdl.isa import (
     encode,
     engine_kind,
     legal_operations,
+    operation_types,
 )
 
 from .stimulus import CORNERS, any_strides, nested_strides, place, random_counts, random_words
@@ -188,6 +189,11 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
             fields[name] = random.choice(types).value
         elif head not in spec.operands and not name.startswith("dram") and name != "lane_stride":
             fields[name] = _any_value(name, opcode)
+    fields |= {f"{name}.dtype": fields["src0.dtype"] for name in spec.alike}
+    for operation, legal in operation_types(opcode).items():
+        if fields["op1"] == operation.value:
+            dtype = random.choice(sorted(legal, key=lambda t: t.value)).value
+            fields |= {f"{name}.dtype": dtype for name in ("src0", *spec.alike)}
     if opcode is Opcode.MATMUL and fields["dst.dtype"] == DType.INT32.value:
         fields["src0.dtype"] = DType.INT8.value
     for name, limit in spec.limits.items():

@@ -28,13 +28,19 @@ LANES = 4
 
 #: name -> component, and what its copies share: everything that the chip places side by side
 COMPONENTS: dict[str, tuple[Callable[[], wiring.Component], tuple[str, ...]]] = {
-    "vector_lane": (VectorLane, ("en", "op0", "op1", "chain", "second", "index", "clear")),
+    "vector_lane": (
+        VectorLane,
+        (
+            *("en", "op0", "op1", "dtype", "chain", "divide", "start", "divides", "second"),
+            *("index", "clear"),
+        ),
+    ),
     "vector_front": (
         FrontLane,
         (
             *("data", "condition", "holds", "otherwise", "index", "bounds", "start", "base"),
             *("step", "increment", "threshold", "initial", "imm0", "predicated", "tensor"),
-            "imm1",
+            *("imm1", "load", "scalar"),
         ),
     ),
     "vector_top": (TopLane, ("smallest", "used", "take", "index", "shift", "value")),

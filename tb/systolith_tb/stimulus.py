@@ -19,6 +19,7 @@ from systolith_hdl.isa import (
     Space,
     encode,
     legal_operations,
+    operation_types,
 )
 
 #: FP32 words at which arithmetic goes wrong first.
@@ -37,9 +38,20 @@ CORNERS = np.array(
     np.uint32,
 )  # fmt: skip
 
+#: Integers at which arithmetic, shifts and conversions go wrong first.
+INTEGER_CORNERS = np.array(
+    [
+        0, 1, 2, 3, 7, 31, 32, 33, 0x7F, 0x80, 0xFF, 0xFFFF, 0x10000, 46341,
+        0x00FFFFFF, 0x01000001, 0x01000003, 0x55555555, 0x7FFFFF80, 0x7FFFFFFF,
+        0x80000000, 0x80000001, 0xFFFFFF80, 0xFFFFFFFE, 0xFFFFFFFF, 0xFEFFFFFF,
+    ],
+    np.uint32,
+)  # fmt: skip
+
 
 def random_words(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """FP32 words: plain numbers, any bits, numbers near each other, and corners."""
+    """FP32 words: plain numbers, any bits, numbers near each other, and corners; integers among
+    them."""
     plain = rng.standard_normal(shape).astype(np.float32).view(np.uint32)
     anything = rng.integers(0, 1 << 32, shape, dtype=np.uint32)
     near = (np.float32(1) + rng.integers(-4, 5, shape) * np.float32(2**-22)).astype(np.float32)
@@ -47,7 +59,13 @@ def random_words(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray
     kind = rng.random(shape)
     words = np.where(kind < 0.5, plain, anything)
     words = np.where(kind > 0.75, near.view(np.uint32), words)
-    return np.where(kind > 0.85, corner, words).astype(np.uint32)
+    words = np.where(kind > 0.85, corner, words)
+    integer = np.where(
+        rng.random(shape) < 0.5,
+        rng.integers(-40, 40, shape).astype(np.uint32),
+        rng.choice(INTEGER_CORNERS, shape),
+    )
+    return np.where(kind > 0.93, integer, words).astype(np.uint32)
 
 
 def random_counter() -> int:
@@ -143,6 +161,12 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
         elif name not in fields:
             low = -(1 << (width - 1)) if Shape.cast(shape).signed else 0
             fields[name] = random.randint(low, low + (1 << width) - 1)
+    if spec.alike and (not mutate or random.random() < 0.8):
+        fields |= {f"{name}.dtype": fields["src0.dtype"] for name in spec.alike}
+    for operation, legal in operation_types(opcode).items():
+        if fields["op1"] == operation.value and (not mutate or random.random() < 0.8):
+            dtype = random.choice(sorted(legal, key=lambda t: t.value))
+            fields |= {f"{name}.dtype": dtype for name in ("src0", *spec.alike)}
     for name, limit in spec.limits.items():
         least, most = limit(fields.__getitem__, config)
         fields[name] = random.randint(least, min(most, least + 4))

@@ -5,4 +5,4 @@ from systolith_tb.runner import run_bench
 
 
 def test_integer() -> None:
-    assert run_bench(IntegerBench(), "integer_bench", "systolith_tb.bench_integer") == 1
+    assert run_bench(IntegerBench(), "integer_bench", "systolith_tb.bench_integer") == 2

@@ -2,15 +2,25 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import softfloatpy as sf
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from systolith.golden import arithmetic
-from systolith_hdl.formats import CANONICAL_NAN, FORMATS, FP8_TYPES, NARROW_FLOATS, DType
-from systolith_hdl.isa import REDUCTIONS, AluOp
+from systolith_hdl.formats import (
+    CANONICAL_NAN,
+    FORMATS,
+    FP8_TYPES,
+    INTEGERS,
+    NARROW_FLOATS,
+    DType,
+)
+from systolith_hdl.formats import WORDS as FORMATS_OF_WORDS
+from systolith_hdl.isa import OPERATION_TYPES, REDUCTIONS, WORD_OPERATIONS, AluOp
+from systolith_tb.stimulus import INTEGER_CORNERS
 
 CORNERS = [
     0x00000000,  # zero
@@ -106,32 +116,174 @@ REFERENCE: dict[AluOp, Callable[[int, int], int]] = {
     AluOp.BIT_AND: lambda a, b: a & b,
     AluOp.BIT_OR: lambda a, b: a | b,
     AluOp.BIT_XOR: lambda a, b: a ^ b,
+    AluOp.SHIFT_LEFT: lambda a, b: a << min(b, 32) & 0xFFFFFFFF,
+    AluOp.SHIFT_RIGHT: lambda a, b: a >> b,
+    AluOp.SHIFT_RIGHT_SIGNED: lambda a, b: integer(a, True) >> b & 0xFFFFFFFF,
+    AluOp.NEG: lambda a, b: CANONICAL_NAN if is_nan(a) else a ^ 1 << 31,
+    AluOp.ABS: lambda a, b: CANONICAL_NAN if is_nan(a) else a & 0x7FFFFFFF,
+    AluOp.SQUARE: lambda a, b: from_soft(sf.f32_mul(soft(a), soft(a))),
+    AluOp.RELU: lambda a, b: CANONICAL_NAN if is_nan(a) else 0 if a >> 31 else a,
+    AluOp.BIT_NOT: lambda a, b: a ^ 0xFFFFFFFF,
+    AluOp.DIVIDE: lambda a, b: from_soft(sf.f32_div(soft(a), soft(b))),
+    AluOp.RECIPROCAL: lambda a, b: from_soft(sf.f32_div(soft(0x3F800000), soft(a))),
+    AluOp.SQRT: lambda a, b: from_soft(sf.f32_sqrt(soft(a))),
+    AluOp.RSQRT: lambda a, b: from_soft(sf.f32_div(soft(0x3F800000), sf.f32_sqrt(soft(a)))),
 }
 
 
+def integer(word: int, signed: bool) -> int:
+    """The number that a word is."""
+    return word - (1 << 32) * (signed and word >> 31)
+
+
+#: the same of integers, as Python has them, before they are cut to 32 bits
+INTEGER_REFERENCE: dict[AluOp, Callable[[int, int], int]] = {
+    AluOp.BYPASS: lambda a, b: a,
+    AluOp.ADD: lambda a, b: a + b,
+    AluOp.SUB: lambda a, b: a - b,
+    AluOp.RSUB: lambda a, b: b - a,
+    AluOp.MUL: lambda a, b: a * b,
+    AluOp.MAX: max,
+    AluOp.MIN: min,
+    AluOp.ABS_MAX: lambda a, b: max(abs(a), abs(b)),
+    AluOp.EQ: lambda a, b: a == b,
+    AluOp.NE: lambda a, b: a != b,
+    AluOp.LT: lambda a, b: a < b,
+    AluOp.LE: lambda a, b: a <= b,
+    AluOp.GT: lambda a, b: a > b,
+    AluOp.GE: lambda a, b: a >= b,
+    AluOp.LOGICAL_AND: lambda a, b: a != 0 and b != 0,
+    AluOp.LOGICAL_OR: lambda a, b: a != 0 or b != 0,
+    AluOp.LOGICAL_XOR: lambda a, b: (a != 0) != (b != 0),
+    AluOp.NEG: lambda a, b: -a,
+    AluOp.ABS: lambda a, b: abs(a),
+    AluOp.SQUARE: lambda a, b: a * a,
+    AluOp.RELU: lambda a, b: max(a, 0),
+    AluOp.DIVIDE: lambda a, b: math.trunc(Fraction(a, b)) if b else -1,
+    AluOp.MOD: lambda a, b: a - b * math.trunc(Fraction(a, b)) if b else a,
+}
+
+
+def has(operation: AluOp, dtype: DType) -> bool:
+    """Whether a type has an operation."""
+    return dtype in OPERATION_TYPES.get(operation, FORMATS_OF_WORDS)
+
+
+def reference(operation: AluOp, dtype: DType) -> Callable[[int, int], int]:
+    """What an operation makes of two words of a type."""
+    if dtype is DType.FP32 or operation in WORD_OPERATIONS:
+        return REFERENCE[operation]
+    signed = dtype is DType.INT32
+
+    def step(a: int, b: int) -> int:
+        result = INTEGER_REFERENCE[operation](integer(a, signed), integer(b, signed))
+        return int(result) & 0xFFFFFFFF
+
+    return step
+
+
 def test_every_operation_has_a_reference() -> None:
-    assert set(REFERENCE) == set(AluOp) == set(arithmetic.ALU)
+    for dtype in FORMATS_OF_WORDS:
+        wanted = {operation for operation in AluOp if has(operation, dtype)}
+        fp32 = dtype is DType.FP32
+        mine = set(REFERENCE if fp32 else INTEGER_REFERENCE)
+        theirs = set(arithmetic.ALU if fp32 else arithmetic.INTEGER_ALU)
+        assert mine | WORD_OPERATIONS == theirs | WORD_OPERATIONS == wanted
 
 
+@pytest.mark.parametrize("dtype", FORMATS_OF_WORDS)
 @pytest.mark.parametrize("operation", list(AluOp))
-def test_alu_corners(operation: AluOp) -> None:
-    a, b = np.meshgrid(words(CORNERS), words(CORNERS))
-    got = arithmetic.alu(operation, a, b)
+def test_alu_corners(operation: AluOp, dtype: DType) -> None:
+    if not has(operation, dtype):
+        return
+    corners = np.concatenate([words(CORNERS), INTEGER_CORNERS])
+    a, b = np.meshgrid(corners, corners)
+    got = arithmetic.alu(operation, a, b, dtype)
     assert got.dtype == np.uint32
-    want = [REFERENCE[operation](int(x), int(y)) for x, y in zip(a.flat, b.flat, strict=True)]
+    step = reference(operation, dtype)
+    want = [step(int(x), int(y)) for x, y in zip(a.flat, b.flat, strict=True)]
     np.testing.assert_array_equal(got.ravel(), words(want))
 
 
-@settings(max_examples=400)
-@given(st.sampled_from(list(AluOp)), st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=40))
-def test_alu(operation: AluOp, pairs: list[tuple[int, int]]) -> None:
+@settings(max_examples=600)
+@given(
+    st.sampled_from(list(AluOp)),
+    st.sampled_from(FORMATS_OF_WORDS),
+    st.lists(st.tuples(WORDS, WORDS | st.integers(0, 40)), min_size=1, max_size=40),
+)
+def test_alu(operation: AluOp, dtype: DType, pairs: list[tuple[int, int]]) -> None:
+    assume(has(operation, dtype))
     a, b = words([p[0] for p in pairs]), words([p[1] for p in pairs])
-    want = words([REFERENCE[operation](x, y) for x, y in pairs])
-    np.testing.assert_array_equal(arithmetic.alu(operation, a, b), want)
+    step = reference(operation, dtype)
+    want = words([step(x, y) for x, y in pairs])
+    np.testing.assert_array_equal(arithmetic.alu(operation, a, b, dtype), want)
+
+
+@settings(max_examples=400)
+@given(
+    st.lists(WORDS, min_size=1, max_size=40),
+    st.sampled_from([DType.INT32, DType.UINT32]),
+    st.sampled_from(list(DType)),
+)
+def test_conversions_of_integers(row: list[int], given_type: DType, dtype: DType) -> None:
+    """To integers modulo their size; to floats one rounding of the integer, as in a list of all
+    numbers."""
+    # Halfway between two narrow numbers, and one beside it, which two roundings would not see.
+    ties = [
+        (1 << top) + (1 << top - 1 - FORMATS[narrow].fraction) + beside
+        for top in (15, 25, 30)
+        for narrow in (DType.FP32, *NARROW_FLOATS)
+        if top > FORMATS[narrow].fraction
+        for beside in (-1, 0, 1)
+    ]
+    source = words([*row, *INTEGER_CORNERS.tolist(), *ties])
+    got = arithmetic.convert(source, given_type, dtype)
+    numbers = [integer(word, given_type is DType.INT32) for word in source.tolist()]
+    if dtype in INTEGERS:
+        bits = FORMATS[dtype].bits
+        wrapped = [n & (1 << bits) - 1 for n in numbers]
+        if dtype is not DType.UINT32:
+            wrapped = [n - (1 << bits) * (n >> bits - 1) for n in wrapped]
+        want = words([n & 0xFFFFFFFF for n in wrapped])
+    elif dtype is DType.FP32:
+        wide = [sf.Int64.from_bytes(n.to_bytes(8, "big", signed=True)) for n in numbers]
+        want = words([from_soft(sf.i64_to_f32(n)) for n in wide])
+    else:
+        bits = nearest_of(np.array(numbers, np.float64), dtype)
+        want = unpacked(bits, dtype)
+    np.testing.assert_array_equal(got, want)
+
+
+@settings(max_examples=400)
+@given(
+    st.lists(WORDS, min_size=1, max_size=40),
+    st.sampled_from([DType.INT32, DType.UINT32, DType.INT8]),
+)
+def test_integers_of_any_float(row: list[int], dtype: DType) -> None:
+    """Toward zero, within the range, NaN to 0."""
+    ends = np.iinfo(FORMATS[dtype].numpy)
+    near = np.array([ends.min - 1, ends.min, ends.max, ends.max + 1, 0.99, -0.99], np.float32)
+    source = words([*row, *near.view(np.uint32), *CORNERS])
+    want = []
+    with np.errstate(invalid="ignore"):
+        values = source.view(np.float32).astype(np.float64)
+    for value in values.tolist():
+        inside = 0 if math.isnan(value) else min(max(value, ends.min), ends.max)
+        want.append(math.trunc(inside) & 0xFFFFFFFF)
+    np.testing.assert_array_equal(arithmetic.convert(source, DType.FP32, dtype), words(want))
 
 
 def nearest(source: np.ndarray, dtype: DType) -> np.ndarray:
-    """Bits of a type for FP32 words, NaNs canonical: the nearer of the two neighbours in a list of
+    """`nearest_of` of FP32 words, NaNs canonical."""
+    with np.errstate(invalid="ignore"):
+        values = source.view(np.float32).astype(np.float64)
+    bits = nearest_of(values, dtype, source >> 31)
+    nan = (source & 0x7FFFFFFF) > 0x7F800000
+    return np.where(nan, FORMATS[dtype].nan, bits).astype(bits.dtype)
+
+
+def nearest_of(values: np.ndarray, dtype: DType, negative: np.ndarray | None = None) -> np.ndarray:
+    """Bits of a type for numbers: the nearer of the two neighbours in a list of
     all numbers, of two as near the one with even bits; what is nearest to the number that would
     follow the largest overflows."""
     form = FORMATS[dtype]
@@ -143,18 +295,16 @@ def nearest(source: np.ndarray, dtype: DType) -> np.ndarray:
     largest = len(numbers) - 1
     numbers = np.append(numbers, 2 * numbers[-1] - numbers[-2])
     with np.errstate(invalid="ignore"):
-        value = np.minimum(np.abs(source.view(np.float32).astype(np.float64)), 1e300)
+        value = np.minimum(np.abs(values), 1e300)
     high = np.clip(np.searchsorted(numbers, value), 1, largest + 1)
     below, above = value - numbers[high - 1], numbers[high] - value
     low_is_even = (high - 1) % 2 == 0
     bits = np.where((below < above) | ((below == above) & low_is_even), high - 1, high)
     overflow = bits > largest
     infinity = ((1 << form.exponent) - 1) << form.fraction
-    negative = (source >> 31).astype(np.int64) * sign
-    bits = np.where(overflow, infinity, bits) + negative
-    nan = (source & 0x7FFFFFFF) > 0x7F800000
-    if not form.infinite:
-        nan |= overflow
+    negative = values < 0 if negative is None else negative
+    bits = np.where(overflow, infinity, bits) + negative.astype(np.int64) * sign
+    nan = overflow & (not form.infinite)
     return np.where(nan, form.nan, bits).astype(f"u{form.bytes}")
 
 
@@ -231,6 +381,7 @@ def test_integers_move_as_they_are() -> None:
     source = words(CORNERS + [i % 2**32 for i in range(-300, 300)])
     for function in (arithmetic.pack, arithmetic.unpack):
         np.testing.assert_array_equal(function(source, DType.INT32), source)
+        np.testing.assert_array_equal(function(source, DType.UINT32), source)
     bits = arithmetic.pack(source, DType.INT8)
     np.testing.assert_array_equal(bits.view(np.int8), source.view(np.int32).astype(np.int8))
     every = np.arange(-128, 128, dtype=np.int8)
@@ -278,15 +429,16 @@ def test_a_tile_of_int8_is_exact(k: int, seed: int) -> None:
 @settings(max_examples=300)
 @given(
     operation=st.sampled_from(sorted(REDUCTIONS, key=lambda op: op.value)),
+    dtype=st.sampled_from(FORMATS_OF_WORDS),
     row=st.lists(WORDS, min_size=1, max_size=23),
 )
-def test_reduce(operation: AluOp, row: list[int]) -> None:
-    step = REFERENCE[operation]
-    acc = [REDUCTIONS[operation]] * 4
+def test_reduce(operation: AluOp, dtype: DType, row: list[int]) -> None:
+    step = reference(operation, dtype)
+    acc = [REDUCTIONS[operation][dtype]] * 4
     for i, word in enumerate(row):
         acc[i % 4] = step(acc[i % 4], word)
     want = step(step(acc[0], acc[1]), step(acc[2], acc[3]))
-    got = arithmetic.reduce_last(operation, words([row, row]))
+    got = arithmetic.reduce_last(operation, words([row, row]), dtype)
     np.testing.assert_array_equal(got, words([want, want]))
 
 

@@ -58,7 +58,7 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     "strides length": (lambda k: k.a.view((2, 2), (1,)), "differ in length"),
     "lanes": (lambda k: k.a.view(4, lanes=5), "lanes must be 1 to 4, not 5"),
     "no lanes": (lambda k: k.a.view(4, lanes=0), "lanes must be 1 to 4, not 0"),
-    "view type": (lambda k: k.a.view().astype("int8"), "FP32, BF16, FP16, .* INT32, INT8"),
+    "view type": (lambda k: k.a.view().astype("int8"), "FP32, BF16, FP16, .* INT32, INT8, UINT32"),
     "index": (lambda k: k.a.view((4, 8))[4], "index 4 is outside a dimension of 4"),
     "reshape": (lambda k: k.a.view((4, 4), (8, 1)).reshape(16), "cannot reshape"),
     "broadcast": (lambda k: k.a.view((4, 4)).broadcast_to(4, 5), "cannot broadcast"),
@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "reduction": (
         lambda k: k.nc.vector.reduce(k.a.view(1), k.b.view(8), AluOp.SUB),
-        "op1 must be one of ADD, MUL, MAX, MIN, ABS_MAX, not SUB",
+        "op1 must be one of ADD, MUL, MAX, MIN, ABS_MAX, BIT_AND, BIT_OR, BIT_XOR, not SUB",
     ),
     "reduction shape": (
         lambda k: k.nc.vector.reduce(k.a.view((4,)), k.b.view((4, 8)), AluOp.ADD),
@@ -146,8 +146,8 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
         "stationary operand must be FP32 or .* or INT8, not INT32",
     ),
     "integer arithmetic": (
-        lambda k: _add(k, k.a.view(8).astype(DType.INT32), k.b.view(8), k.p.view(8)),
-        "dst must be FP32 .*, not INT32",
+        lambda k: _add(k, k.a.view(8), k.b.view(8).astype(DType.INT32), k.p.view(8)),
+        "src0 is INT32 and src1 FP32, but the vector engine computes in one type",
     ),
     "sums in place of a row": (
         lambda k: k.nc.scalar.activate(k.a.view(8), k.b.view(8), Function.EXP, sums="behind"),
@@ -197,9 +197,33 @@ REFUSED: dict[str, tuple[Callable[[Kit], object], str]] = {
         ),
         "src must be FP32 .*, not INT32",
     ),
-    "integers rounded": (
-        lambda k: k.nc.vector.copy(k.a.view().astype(DType.BF16), k.b.view().astype(DType.INT32)),
-        "src0 must be FP32 .*, not INT32",
+    "division first": (
+        lambda k: k.nc.vector.tensor_scalar(k.a.view(), k.b.view(), AluOp.DIVIDE, 2.0),
+        "op0 must not be DIVIDE, which only the second operation can be",
+    ),
+    "root of an integer": (
+        lambda k: k.nc.vector.tensor_scalar(
+            k.a.view(), k.b.view().astype(DType.INT32), AluOp.BYPASS, 0, AluOp.SQRT
+        ),
+        "op1 = SQRT needs sources of FP32, not INT32",
+    ),
+    "wide scalar": (
+        lambda k: k.nc.vector.scalar_tensor_tensor(
+            k.a.view(), k.b.view(), AluOp.MUL, k.b.view(), AluOp.ADD, k.b.view()
+        ),
+        "the scalar must be one column, not",
+    ),
+    "fraction of an integer": (
+        lambda k: k.nc.vector.tensor_scalar(
+            k.a.view(), k.b.view().astype(DType.INT32), AluOp.ADD, 0.5
+        ),
+        "imm0 must be an integer for words of INT32, not 0.5",
+    ),
+    "choice of another type": (
+        lambda k: k.nc.vector.copy_predicated(
+            k.a.view(), k.b.view(), k.b.view().astype(DType.INT32)
+        ),
+        "mask is FP32 and src INT32",
     ),
     "integer immediate": (
         lambda k: k.nc.vector.memset(k.a.view().astype(DType.INT32), 1 << 32),
@@ -483,7 +507,7 @@ def test_pairs_refused() -> None:
 
 
 def test_integers() -> None:
-    """INT8 operands, INT32 sums; what moves words writes FP32, which leaves them alone."""
+    """INT8 operands, INT32 sums; the vector engine computes in the type of the sources."""
     kit = Kit()
     sums = kit.p.view().astype(DType.INT32)
     kit.nc.dma.load(kit.b.view(), kit.i, lane_stride=128)
@@ -502,9 +526,39 @@ def test_integers() -> None:
     assert decoded[0]["src0.dtype"] == DType.BF16.value
     assert decoded[1]["src0.dtype"] == DType.INT8.value
     assert decoded[1]["dst.dtype"] == DType.INT32.value
-    vector = [decode(program.streams["vector"][at : at + 64]) for at in range(0, 256, 64)]
-    assert all(fields["dst.dtype"] == DType.FP32.value for _, fields in vector)
-    assert vector[1][1]["imm0"] == 0xFFFFFFFE
+    vector = [decode(program.streams["vector"][at : at + 64])[1] for at in range(0, 256, 64)]
+    types = [(DType(f["dst.dtype"]), DType(f.get("src0.dtype", 0))) for f in vector]
+    # A choice only moves words, so it works in the type of the mask.
+    assert types == [
+        (DType.INT32, DType.INT32),
+        (DType.INT8, DType.FP32),
+        (DType.FP32, DType.FP32),
+        (DType.INT32, DType.INT32),
+    ]
+    assert vector[1]["imm0"] == 0xFFFFFFFE and vector[3]["imm0"] == 0xFF
+
+
+def test_integer_arithmetic() -> None:
+    """Immediates are of the type computed in, and every type may be the result's."""
+    kit = Kit()
+    v, a, b = kit.nc.vector, kit.a.view(), kit.b.view()
+    i, u, small = (b.astype(t) for t in (DType.INT32, DType.UINT32, DType.INT8))
+    v.tensor_scalar(i, i, AluOp.ADD, -3, AluOp.SHIFT_LEFT, 4)
+    v.tensor_scalar(a, u, AluOp.MUL, 3_000_000_000, AluOp.MIN, 7.0)
+    v.tensor_scalar(i, i, AluOp.NEG)
+    v.tensor_tensor(a.astype(DType.BF16), i, AluOp.SUB, small, rounding="stochastic")
+    v.tensor_scalar(a, a, AluOp.SHIFT_RIGHT, 16)
+    v.reduce(a[:1].astype(DType.UINT32), u, AluOp.BIT_OR)
+    v.memset(i, -5)
+    v.memset(u, 0xFFFFFFFF)
+    v.scalar_tensor_tensor(a, i, AluOp.MUL, i[:1], AluOp.DIVIDE, i)
+    fields = [f for _, f in instructions(kit, "vector")[:9]]
+    assert fields[8]["scalar.dtype"] == 5 and fields[8]["scalar.base"] == kit.b.base
+    words = [(f.get("imm0"), f.get("imm1")) for f in fields]
+    assert words[:3] == [(0xFFFFFFFD, 4), (3_000_000_000, 7), (0, 0)]
+    assert words[4] == (16, 0) and [w for w, _ in words[6:8]] == [0xFFFFFFFB, 0xFFFFFFFF]
+    types = [(f.get("src0.dtype", 0), f.get("src1.dtype", 0), f["dst.dtype"]) for f in fields]
+    assert types[3] == (5, 5, 1) and types[1] == (7, 0, 0) and types[5] == (7, 0, 7)
 
 
 def test_accumulating_into_a_column_repeatedly() -> None:

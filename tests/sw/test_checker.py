@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systolith.golden.checker import Fault, check, operand_counts
 from systolith_hdl.config import PRESETS
-from systolith_hdl.formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, DType
+from systolith_hdl.formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, WORDS, DType
 from systolith_hdl.isa import (
     COMPARISONS,
+    DIVISIONS,
     FIELDS,
     LOADS,
     MAX_KEPT,
+    OPERATION_TYPES,
     PAIRS,
     SCAN_OPERATIONS,
     SCAN_ROWS,
@@ -108,17 +110,17 @@ def test_every_reserved_bit(opcode: Opcode) -> None:
 def test_causes() -> None:
     c, op = cause, Opcode
     assert c(op.LOOP, count=0) is FaultCause.BAD_COUNT
-    assert c(op.TENSOR_TENSOR, op0=20) is FaultCause.ILLEGAL_OPERATION
+    assert c(op.TENSOR_TENSOR, op0=len(AluOp)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.TENSOR_TENSOR, op1=63) is FaultCause.ILLEGAL_OPERATION
     assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION
     assert c(op.ACTIVATE, op0=len(Function)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.ACTIVATE, op1=len(RowSums)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.NOP, wait__1__mode=3) is FaultCause.ILLEGAL_OPERATION
-    assert c(op.TENSOR_TENSOR, dst__dtype=5) is FaultCause.BAD_TYPE
+    assert c(op.TENSOR_TENSOR, dst__dtype=8) is FaultCause.BAD_TYPE
     assert c(op.TENSOR_TENSOR, src1__dtype=1) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, src0__dtype=0) is FaultCause.BAD_TYPE
     assert c(op.MATMUL, src0__dtype=15) is FaultCause.BAD_TYPE
-    assert c(op.DMA_LOAD, dram_dtype=7) is FaultCause.BAD_TYPE
+    assert c(op.DMA_LOAD, dram_dtype=8) is FaultCause.BAD_TYPE
     for dtype in FLOATS:
         assert c(op.MEMSET, dst__dtype=dtype.value) is None
         assert c(op.DMA_STORE, dram_dtype=dtype.value) is None
@@ -134,8 +136,33 @@ def test_causes() -> None:
         assert c(op.DMA_LOAD, dram_dtype=dtype.value) is None
         assert c(op.DMA_STORE, dram_dtype=dtype.value) is None
         assert c(op.DMA_STORE, local__dtype=dtype.value) is FaultCause.BAD_TYPE
-        assert c(op.TENSOR_SCALAR, dst__dtype=dtype.value) is FaultCause.BAD_TYPE
-        assert c(op.TENSOR_SCALAR, src0__dtype=dtype.value) is FaultCause.BAD_TYPE
+        assert c(op.ACTIVATE, dst__dtype=dtype.value) is FaultCause.BAD_TYPE
+        assert c(op.ACTIVATE, src0__dtype=dtype.value) is FaultCause.BAD_TYPE
+    # The vector engine computes in the type of its sources, which is one, and writes any.
+    for first in DType:
+        for other in DType:
+            legal = None if first in WORDS else FaultCause.BAD_TYPE
+            assert c(op.TENSOR_SCALAR, src0__dtype=first.value, dst__dtype=other.value) is legal
+            if other is not first:
+                legal = FaultCause.BAD_TYPE
+            for opcode in (op.TENSOR_TENSOR, op.COPY_PREDICATED):
+                found = c(opcode, src0__dtype=first.value, src1__dtype=other.value)
+                assert found is legal
+        assert c(op.MEMSET, dst__dtype=first.value) is None
+    fields = legal_fields(op.SCALAR_TENSOR_TENSOR)
+    for name in ("src1", "scalar"):
+        raw = encode(op.SCALAR_TENSOR_TENSOR, fields | {f"{name}.dtype": DType.INT32.value})
+        assert check(raw, EngineKind.VECTOR, NANO) == Fault(FaultCause.BAD_TYPE)
+    assert c(op.SCALAR_TENSOR_TENSOR, scalar__base=2048) is FaultCause.OUT_OF_BOUNDS
+    assert c(op.SCALAR_TENSOR_TENSOR, scalar__space=2) is FaultCause.BAD_SPACE
+    # The divider is that of the second ALU, and has operations of one kind of type.
+    for division in DIVISIONS:
+        assert c(op.TENSOR_SCALAR, op0=division.value) is FaultCause.ILLEGAL_OPERATION
+        assert c(op.REDUCE, op1=division.value) is FaultCause.ILLEGAL_OPERATION
+        for dtype in WORDS:
+            legal = dtype in OPERATION_TYPES.get(division, WORDS)
+            found = c(op.TENSOR_SCALAR, op1=division.value, src0__dtype=dtype.value)
+            assert found is (None if legal else FaultCause.BAD_TYPE)
     for opcode in (op.AFFINE_SELECT, op.SELECT):
         for operation in AluOp:
             legal = None if operation in COMPARISONS else FaultCause.ILLEGAL_OPERATION

@@ -522,7 +522,7 @@ def test_unsupported_primitive_names_everything(device):
     [
         (lambda x: x[None] * jnp.ones((2, 1, 1)), "two dimensions"),
         (lambda x: jnp.einsum("bi,bi->b", x, x), "batched"),
-        (lambda x: x.astype(jnp.int32), "int32"),
+        (lambda x: x.astype(jnp.int16), "int16"),
         (lambda x: x.astype(jnp.float8_e4m3b11fnuz), "float8_e4m3b11fnuz"),
         (lambda x: jnp.dot(x, x.T, precision="BF16_BF16_F32"), "precision"),
         (lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * 2, x), "supported"),

@@ -174,12 +174,40 @@ def test_training_of_an_embedding(device, rng) -> None:
     assert values_[-1] < values_[0]
 
 
-@pytest.mark.parametrize("index", [-1, 9, 2**31 - 1])
+@pytest.mark.parametrize("shape", [(10, 8), (12,)])
+def test_negative_indices(device, rng, shape: tuple[int, ...]) -> None:
+    """As in numpy they count from the end."""
+    table = values(rng, shape, np.float32)
+    index = np.array([-1, 3, -shape[0], 0, -2], np.int32)
+    updates = values(rng, (5, *shape[1:]), np.float32)
+    same(systolith.jit(lambda t, i: t[i], device=device)(table, index), table[index])
+    got = systolith.jit(lambda t, i, u: t.at[i].add(u), device=device)(table, index, updates)
+    same(got, added(table, index % shape[0], updates))
+
+
+#: of a table and indices
+COMPUTED: dict[str, Any] = {
+    "arithmetic": lambda t, i: t[i * 2 + 1],
+    "other rows": lambda t, i: t[jnp.where(i < 0, i + 5, i)],
+    "choice": lambda t, i: jnp.where(i < 2, i + 9, i),
+    "sign": lambda t, i: jnp.where((i < 2)[:, None], t[:4], 0.0),
+}
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_indices_are_computed(device, rng, case: str) -> None:
+    fn = COMPUTED[case]
+    table, index = values(rng, (9, 6), np.float32), np.array([0, -1, 2, 3], np.int32)
+    same(systolith.jit(fn, device=device)(table, index), fn(jnp.asarray(table), jnp.asarray(index)))
+
+
+@pytest.mark.parametrize("index", [-10, 9, 2**31 - 1])
 def test_an_index_outside_is_a_fault(device, rng, index: int) -> None:
+    row = index + 9 if index < 0 else index
     table, wrong = values(rng, (9, 6), np.float32), np.array([3, index, 2], np.int32)
     with pytest.raises(DeviceFault, match="OUT_OF_BOUNDS") as caught:
         systolith.jit(lambda t, i: t[i], device=device)(table, wrong)
-    assert "GATHER" in str(caught.value) and f"address {index % 2**32} " in str(caught.value)
+    assert "GATHER" in str(caught.value) and f"address {row % 2**32} " in str(caught.value)
     # The device goes on.
     same(kernels.embedding.on(device)(table, wrong[:1]), table[3:4])
 
@@ -191,13 +219,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "set": (lambda t, i: t.at[i].set(0.0), "the primitive 'scatter' is not supported"),
     "dynamic": (lambda t, i: t[i[0]], "the primitive 'dynamic_slice' is not supported"),
     "matrix of indices": (lambda t, i: t[i.reshape(2, 2)], "at most two dimensions"),
-    "arithmetic": (lambda t, i: t[i + 1], "the primitive 'add' is not supported for them: add int"),
-    "other rows": (lambda t, i: t[jnp.where(i < 0, i + 5, i)], "'select_n' is not supported for"),
-    "choice": (lambda t, i: jnp.where(i < 0, i + 9, i), "'select_n' is not supported for them"),
-    "sign": (
-        lambda t, i: jnp.where((i < 0)[:, None], t[:4], 0.0),
-        "'lt' is not supported for them",
-    ),
     "columns added": (lambda t, i: t.at[:, i].add(1.0), "only rows that a vector of int32 picks"),
 }
 

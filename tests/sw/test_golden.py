@@ -71,6 +71,8 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
         for name, (spaces, types) in spec.operands.items():
             fields[f"{name}.space"] = rng.choice(sorted(s.value for s in spaces))
             fields[f"{name}.dtype"] = rng.choice(sorted(t.value for t in types))
+            if name in spec.alike:
+                fields[f"{name}.dtype"] = fields["src0.dtype"]
             fields[f"{name}.base"] = rng.randrange(WINDOW)
             for i in range(4):
                 if f"{name}.strides.{i}" in FIELDS[opcode]:
@@ -234,8 +236,13 @@ class Naive:
             return one(memory(name)[lane, at(name, index)])
 
         def alu(op: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return arithmetic.alu(AluOp(op), a, b)
+            return arithmetic.alu(AluOp(op), a, b, computes)
 
+        # What the vector engine computes in.
+        written = DType(f.get("dst.dtype", 0))
+        computes = DType.INT32 if written in INTEGERS else DType.FP32
+        if "src0.dtype" in f:
+            computes = DType(f["src0.dtype"])
         writes: list[tuple[int, tuple[int, ...], np.ndarray]] = []
         steps = [(lane, index) for index in indices for lane in range(lanes)]
         match opcode:
@@ -281,10 +288,15 @@ class Naive:
                 for lane, index in steps:
                     a = alu(f["op0"], word("src0", lane, index), one(f["imm0"]))
                     writes.append((lane, index, alu(f["op1"], a, one(f["imm1"]))))
+            case Opcode.SCALAR_TENSOR_TENSOR:
+                for lane, index in steps:
+                    scalar = word("scalar", lane, (0, 0, 0, 0))
+                    a = alu(f["op0"], word("src0", lane, index), scalar)
+                    writes.append((lane, index, alu(f["op1"], a, word("src1", lane, index))))
             case Opcode.REDUCE:
                 for outer in itertools.product(*(range(n) for n in counts[:3])):
                     for lane in range(lanes):
-                        acc = [one(REDUCTIONS[AluOp(f["op1"])])] * REDUCE_ACCUMULATORS
+                        acc = [one(REDUCTIONS[AluOp(f["op1"])][computes])] * REDUCE_ACCUMULATORS
                         for i in range(counts[3]):
                             a = alu(f["op0"], word("src0", lane, (*outer, i)), one(f["imm0"]))
                             acc[i % 4] = alu(f["op1"], acc[i % 4], a)
@@ -294,7 +306,8 @@ class Naive:
                 writes = [(lane, index, one(f["imm0"])) for lane, index in steps]
             case Opcode.COPY_PREDICATED:
                 for lane, index in steps:
-                    if word("src0", lane, index)[0] & 0x7FFFFFFF:
+                    sign = 0 if computes is DType.FP32 else 1 << 31
+                    if word("src0", lane, index)[0] & (0x7FFFFFFF | sign):
                         writes.append((lane, index, word("src1", lane, index)))
             case Opcode.IOTA:
                 for lane, index in steps:
@@ -437,7 +450,7 @@ class Naive:
         for lane, index, value in writes:
             behind = row_sums(opcode, f) is RowSums.BEHIND and index[3] == counts[3]
             if not behind:  # a sum behind its row is not rounded
-                value = arithmetic.round_to(value, DType(f["dst.dtype"]))
+                value = arithmetic.convert(value, computes, written)
             memory("dst")[lane, at("dst", index)] = value[0]
 
 

@@ -1,4 +1,4 @@
-"""INT8 products and INT32 sums from `jit` to the gates, bit for bit numpy's."""
+"""Integers from `jit` to the gates, bit for bit those of numpy and JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def test_accumulation_wraps(start, near, seed):
     y_dram = nc.dram.tensor("y", initial.shape, DType.INT32, kind="output")
     sums, words = nc.psum.tile(5).view().astype(DType.INT32), nc.sbuf.tile(5).view()
     nc.dma.load(words, s_dram, lane_stride=20)
-    nc.vector.copy(sums, words)
+    nc.vector.copy(sums, words.astype(DType.INT32))
     for k in range(0, 3 * n, n):
         stationary, moving = nc.sbuf.tile(n).view(), nc.sbuf.tile(5).view()
         nc.dma.load(stationary, w_dram, k * n, lane_stride=n)
@@ -301,24 +301,104 @@ def test_casts_between_integers(device, rng):
         same(mine, want)
 
 
+# --- arithmetic -----------------------------------------------------------------------------
+
+ARITHMETIC = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: (a - b, 7 - a),
+    "mul": lambda a, b: (a * b, a * 100),
+    "min and max": lambda a, b: (jnp.minimum(a, b), jnp.maximum(a, b), jnp.clip(a, 1, 50)),
+    "bits": lambda a, b: (a & b, a | b, a ^ b, ~a),
+    "compares": lambda a, b: (a == b, a != b, a < b, a <= b, a > b, a >= 7),
+    "one operand": lambda a, b: (-a, jnp.abs(a), jnp.sign(a), jnp.square(a), a**3),
+    "div": lambda a, b: (jax.lax.div(a, b), jax.lax.div(a, b.dtype.type(7))),
+    "rem": lambda a, b: (jax.lax.rem(a, b), jax.lax.rem(b.dtype.type(100), b)),
+    "floor": lambda a, b: (a // b, a % b),
+    "shifts": lambda a, b: (
+        jax.lax.shift_left(a, b & 7),
+        jax.lax.shift_right_arithmetic(a, b & 7),
+    ),
+    "choice": lambda a, b: jnp.where(a > b, a + 1, b * 2),
+    "chain": lambda a, b: ((a ^ (a >> 3)) * 27 + b) ^ (b << 2),
+    "sums": lambda a, b: (jnp.sum(a, 1, dtype=a.dtype), jnp.sum(a.T, 1, dtype=a.dtype)),
+    "extremes": lambda a, b: (jnp.max(a, 0), jnp.min(a, 1), jnp.max(b)),
+    "products": lambda a, b: jnp.prod(a, 1, dtype=a.dtype),
+    "bits of all": lambda a, b: (
+        jnp.bitwise_and.reduce(a, axis=1),
+        jnp.bitwise_or.reduce(a, axis=0),
+        jnp.bitwise_xor.reduce(a, axis=1),
+    ),
+    "counts": lambda a, b: jnp.sum((a > b).astype(jnp.int32)),
+    "broadcasts": lambda a, b: a + b[0] * jnp.arange(a.shape[1], dtype=a.dtype),
+    "conversions": lambda a, b: (
+        a.astype(jnp.int32), a.astype(jnp.uint32), a.astype(jnp.int8), a.astype(bool),
+        a.astype(jnp.float32) * 0.5, (a > b).astype(a.dtype) + a,
+    ),
+}  # fmt: skip
+
+
+def any_integers(rng, kind, *shape):
+    """The whole range, small numbers often, never 0."""
+    info = np.iinfo(kind)
+    anything = rng.integers(info.min, info.max, shape, endpoint=True)
+    small = rng.integers(max(-5, info.min), 9, shape)
+    found = np.where(rng.random(shape) < 0.3, small, anything)
+    return np.where(found == 0, 3, found).astype(kind)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint32, np.int8])
+@pytest.mark.parametrize("fn", ARITHMETIC.values(), ids=ARITHMETIC.keys())
+def test_arithmetic(device, rng, fn, kind):
+    a, b = any_integers(rng, kind, 7, 10), any_integers(rng, kind, 7, 10)
+    got, want = systolith.jit(fn, device=device)(a, b), jax.jit(fn)(a, b)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        same(mine, np.asarray(theirs))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint32])
+def test_logical_shift(device, rng, kind):
+    a, b = any_integers(rng, kind, 5, 8), rng.integers(0, 40, (5, 8)).astype(kind)
+    fn = systolith.jit(jax.lax.shift_right_logical, device=device)
+    same(
+        fn(a, b), np.where(b < 32, a.view(np.uint32) >> (b & 31).astype(np.uint32), 0).astype(kind)
+    )
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint32])
+@pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float16])
+def test_conversions_to_narrow_floats_round_once(device, rng, kind, narrow):
+    """Halfway between two numbers and one beside it: with two roundings both would go the same
+    way."""
+    bits = 8 if narrow == jnp.bfloat16 else 11
+    top = 30 if narrow == jnp.bfloat16 else 15
+    tie = (1 << top) + (1 << top - bits)
+    a = np.array([[tie - 1, tie, tie + 1, 3, tie + (1 << top - bits + 1)]], kind)
+    got = systolith.jit(lambda a: a.astype(narrow), device=device)(a)
+    below, above = 1 << top, (1 << top) + (1 << top - bits + 1)
+    want = [below, below, above, 3, above + (1 << top - bits + 1)]
+    assert np.asarray(got).astype(np.float64)[0].tolist() == want
+
+
+def test_conversions_of_floats(device):
+    """Toward zero, within the range of the type, NaN to 0: as JAX has it here."""
+    x = np.array([[1.5, -2.7, 3e9, -3e9, np.nan, np.inf, -np.inf, 0.5, 127.9, 2**31]], np.float32)
+    for kind in (jnp.int32, jnp.uint32, jnp.int8):
+        fn = lambda x, kind=kind: (x.astype(kind), (x > 0).astype(kind), -x.astype(kind))  # noqa: E731
+        for mine, theirs in zip(systolith.jit(fn, device=device)(x), jax.jit(fn)(x), strict=True):
+            same(mine, np.asarray(theirs))
+
+
 # --- refusals -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "fn,words",
     [
-        (lambda a, i, x: a + a, "'add' is not supported for them.*int8\\[3,3\\]"),
-        (lambda a, i, x: i * 2, "'mul' is not supported for them.*int32"),
-        (lambda a, i, x: i > 0, "'gt' is not supported for them"),
-        (lambda a, i, x: jnp.sum(a, dtype=jnp.int32), "'reduce_sum' is not supported for them"),
+        (lambda a, i, x: jax.lax.population_count(i), "'population_count' is not supported"),
+        (lambda a, i, x: jax.lax.rem(x, x), "'rem' is supported for integers only.*float32"),
+        (lambda a, i, x: jax.lax.shift_right_logical(a, a), "zeros cannot come in.*int8\\[3,3\\]"),
         (lambda a, i, x: i @ i, "must be int8.*preferred_element_type=jnp.int32"),
         (lambda a, i, x: a.astype(jnp.int32) @ jnp.full((3, 3), 1000), "must be int8"),
-        (lambda a, i, x: a.astype(jnp.float32), "only as operands of matrix products.*int8 -> fl"),
-        (lambda a, i, x: x @ a.astype(jnp.float8_e5m2).astype(jnp.float32), "only as operands"),
-        (lambda a, i, x: i.astype(jnp.float32), "does not convert between integers and other"),
-        (lambda a, i, x: x.astype(jnp.int8), "does not convert between integers and other"),
-        (lambda a, i, x: (x > 0).astype(jnp.int32), "does not convert between integers"),
-        (lambda a, i, x: a.astype(bool), "does not convert between integers"),
         (lambda a, i, x: jnp.argmax(x), "argmax"),
     ],
 )
@@ -348,12 +428,15 @@ def test_same_bits_on_the_gates(rng):
         narrow = a @ b
         return (
             wide(a, b), narrow, wide(narrow.T, a), i.T, i[1:, ::2].reshape(-1), i.astype(jnp.int8),
-            a.T.astype(jnp.int32), x @ b,
+            a.T.astype(jnp.int32), x @ b, (i * 3 - 7) >> 2, jax.lax.div(i, i >> 9 | 1),
+            i.astype(jnp.float32), x.astype(jnp.int32), jnp.max(i, 1),
         )  # fmt: skip
 
     narrow = product(a, b).astype(np.int8)
     wants = [product(a, b), narrow, product(narrow.T, a), i.T, i[1:, ::2].reshape(-1),
-             i.astype(np.int8), a.T.astype(np.int32), chain(x.astype(BF16), b, 4)]  # fmt: skip
+             i.astype(np.int8), a.T.astype(np.int32), chain(x.astype(BF16), b, 4),
+             (i * 3 - 7) >> 2, np.asarray(jax.lax.div(i, i >> 9 | 1)),
+             i.astype(np.float32), x.astype(np.int32), i.max(1)]  # fmt: skip
     for kind in ("golden", "rtl"):
         with systolith.Device(kind, config="nano") as device:
             for mine, want in zip(systolith.jit(fn, device=device)(a, b, i, x), wants, strict=True):

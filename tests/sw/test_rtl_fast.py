@@ -19,9 +19,9 @@ from systolith.runtime.driver import Driver
 from systolith.runtime.rtl import FastRtlBackend, RtlBackend
 from systolith.runtime.verilog import FAST_CELLS, with_fast_cells
 from systolith.train import digits
-from systolith_hdl.arith import FP32_LATENCY
+from systolith_hdl.arith import FP32_LATENCY, MulMode
 from systolith_hdl.config import get_config
-from systolith_hdl.formats import CANONICAL_NAN, FLOATS, NARROW_FLOATS, DType
+from systolith_hdl.formats import CANONICAL_NAN, FLOATS, NARROW_FLOATS, WORDS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function
 from systolith_hdl.tensor import PAIR_MUL_LATENCY
 from systolith_hdl.toolchain import ToolError
@@ -45,8 +45,7 @@ def signed(words: list[int]) -> list[int]:
 
 
 def vectors(rng: np.random.Generator) -> np.ndarray:
-    """[CYCLES, (en | active << 1 | pair << 2, a, b, mac_a, mac_w, acc, pair_a, pair_w)]: corners
-    first, then random."""
+    """Inputs of `run_cells` [CYCLES, 8]: corners first, then random."""
 
     def words(count: int) -> np.ndarray:
         return rng.integers(0, 1 << 32, count, dtype=np.uint32)
@@ -101,6 +100,10 @@ def vectors(rng: np.random.Generator) -> np.ndarray:
     for bit, factor in ((1, mac_a), (2, mac_w)):
         factor[pair & bit != 0] = rng.choice(fp8, np.count_nonzero(pair & bit))
     control |= pair << 2
+    # Products and shifts of integers, many of them by what is left in the word.
+    mode = rng.integers(0, len(MulMode), CYCLES, dtype=np.uint32)
+    control |= mode << 4
+    b = np.where((mode > 1) & (rng.random(CYCLES) < 0.8), b % 40, b)
     # Running sums near a pair, or all but its negative. It comes three cycles after its factors.
     x, w, y, v = (words.view(np.float32) for words in (mac_a, mac_w, pair_a, pair_w))
     cancel = (-(x * w + y * v)).view(np.uint32)[:-PAIR_MUL_LATENCY]
@@ -113,11 +116,14 @@ def vectors(rng: np.random.Generator) -> np.ndarray:
     return np.ascontiguousarray(inputs.astype(np.uint32))
 
 
+NAMES = ("fp32_add", "fp32_mul", "mac_narrow", "mac_fp8x2", "word_mul")
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_cells_equal_the_gates_in_every_cycle() -> None:
     inputs = vectors(np.random.default_rng(seed_of_run()))
     gates, fast = run_cells(inputs, fast=False), run_cells(inputs, fast=True)
-    for index, name in enumerate(("fp32_add", "fp32_mul", "mac_narrow", "mac_fp8x2")):
+    for index, name in enumerate(NAMES):
         wrong = np.flatnonzero(gates[:, index] != fast[:, index])
         assert not len(wrong), (
             f"{name}: {len(wrong)} differ, the first in cycle {wrong[0]}: gates "
@@ -178,7 +184,15 @@ def random_kernel(seed: int) -> Program:
         )
     total = nc.sbuf.tile(1).view()
     nc.vector.reduce(total, tiles[1], rng.choice(list(REDUCTIONS)))
-    nc.vector.tensor_tensor(tiles[3], tiles[3], AluOp.ADD, sums)
+    computes = rng.choice(WORDS)
+    nc.vector.tensor_tensor(
+        tiles[3].astype(rng.choice(WORDS)),
+        tiles[3].astype(computes),
+        rng.choice([AluOp.ADD, AluOp.MUL, AluOp.SHIFT_RIGHT_SIGNED]),
+        sums.astype(computes),
+        op0=rng.choice([AluOp.SHIFT_LEFT, AluOp.MUL, AluOp.MAX]),
+        imm0=rng.randint(-3, 9),
+    )
     for tensor, tile in zip(outputs, tiles, strict=True):
         nc.dma.store(tile, tensor, 0, (4,), f * 4)
     return nc.finish()

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
-from amaranth.lib import wiring
+from amaranth.lib import enum, wiring
 from amaranth.lib.wiring import In, Out
 
 from .rounding import (
@@ -322,33 +322,59 @@ class Fp32Add(Adder):
         super().__init__(FP32)
 
 
+class MulMode(enum.Enum, shape=3):
+    """What a multiplier of `words` makes of its operands."""
+
+    #: FP32: a * b
+    FP32 = 0
+    #: integers: the low 32 bits of a * b
+    INTEGER = 1
+    #: integers: a shifted left by b places, zeros coming in, also where b is 32 or more
+    SHIFT_LEFT = 2
+    #: integers: a shifted right by b places, zeros coming in
+    SHIFT_RIGHT = 3
+    #: integers: a shifted right by b places, copies of its top bit coming in
+    SHIFT_RIGHT_SIGNED = 4
+
+
 class Fp32Mul(wiring.Component):
-    """``o = a * b`` in FP32, rounded to nearest even.
+    """``o = a * b`` in FP32, rounded to nearest even, or, with the same multiplier, of integers.
 
     Subnormals are kept, overflow gives infinity, every NaN result is 0x7FC00000. Latency
     `FP32_LATENCY` enabled cycles; one result per enabled cycle.
+
+    Parameters
+    ----------
+    words : whether it also multiplies and shifts integers; if not, `mode` is missing
 
     Members
     -------
     en : In(1), low freezes every stage
     a, b : In(32), sampled in each enabled cycle
+    mode : In(MulMode), likewise
     o : Out(32), registered
+
+    A shift is a product by a power of two: to the left the low word of ``a * 2**n``, to the right
+    the high word of ``a * 2**(32 - n)``. Where ones come in, ``~a`` is shifted.
     """
 
-    en: In(1)
-    a: In(32)
-    b: In(32)
-    o: Out(32)
+    def __init__(self, *, words: bool = False) -> None:
+        self._words = words
+        mode = {"mode": In(MulMode)} if words else {}
+        super().__init__({"en": In(1), "a": In(32), "b": In(32), **mode, "o": Out(32)})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        words = self._words
+
+        fp32 = self.mode == MulMode.FP32 if words else Const(1)
 
         # Stage 1: normalise. Two subnormals multiply to less than a quarter of the smallest
         # subnormal, which rounds to zero, so one shifter is enough.
         swap = Signal()
         x, y = Signal(31), Signal(31)
         m.d.comb += [
-            swap.eq(self.a[23:31] == 0),
+            swap.eq(fp32 & (self.a[23:31] == 0)),
             x.eq(Mux(swap, self.b, self.a)[:31]),
             y.eq(Mux(swap, self.a, self.b)[:31]),
         ]
@@ -361,17 +387,48 @@ class Fp32Mul(wiring.Component):
         ]
         infinite = (x[23:31] == 0xFF) | (y[23:31] == 0xFF)
         zero = (x[23:31] == 0) | (y == 0)
+        factors: list[Value] = [Cat(x[:23], 1), Cat(y[:23], ~y_subnormal)]
+        places: Value = zeros
+        if words:
+            mode = self.mode
+            right, ones, shifts = Signal(), Signal(), Signal()
+            m.d.comb += [
+                right.eq((mode == MulMode.SHIFT_RIGHT) | (mode == MulMode.SHIFT_RIGHT_SIGNED)),
+                shifts.eq((mode == MulMode.SHIFT_LEFT) | right),
+                ones.eq((mode == MulMode.SHIFT_RIGHT_SIGNED) & self.a[31]),
+            ]
+            whole = [
+                Cat(factor, Mux(fp32, Cat(top, Const(0, 8)), word[23:]))
+                for factor, top, word in (
+                    (x[:23], Const(1, 1), self.a),
+                    (y[:23], ~y_subnormal, self.b),
+                )
+            ]
+            # The power of two comes from the shifter that normalises: 2**n, or 2**(31 - n) for the
+            # word from bit 31 on.
+            factors = [
+                whole[0] ^ _spread(ones, 32),
+                Mux(shifts, ~self.b[5:].any(), whole[1]),
+            ]
+            places = Mux(fp32, zeros, Mux(shifts, self.b[:5] ^ _spread(right, 5), 0))
+            fp32_1, right_1, ones_1 = (Signal(reset_less=True) for _ in range(3))
+            fp32_2, ones_2 = (Signal(reset_less=True) for _ in range(2))
+        width = len(factors[0])
         sum_1 = Signal(signed(EXP_BITS + 1), reset_less=True)
-        x_1, y_1 = Signal(24, reset_less=True), Signal(24, reset_less=True)
+        x_1, y_1 = Signal(width, reset_less=True), Signal(width, reset_less=True)
         sign_1 = Signal(reset_less=True)
         nan_1 = Signal(reset_less=True)
         infinite_1 = Signal(reset_less=True)
         zero_1 = Signal(reset_less=True)
 
         # Stage 2: multiply. Bits below the 28 that rounding looks at only count as sticky.
-        product = Signal(48)
+        product = Signal(2 * width)
         m.d.comb += product.eq(x_1 * y_1)
-        raw_2 = Signal(RAW_BITS, reset_less=True)
+        result: Value = Mux(zero_1, 0, Cat(product[:21] != 0, product[21:48]))
+        if words:
+            result = Mux(fp32_1, result, Mux(right_1, product[31:63], product[:32]))
+        result_2 = Signal(32 if words else RAW_BITS, reset_less=True)
+        raw_2 = result_2[:RAW_BITS]
         exponent_2 = Signal(EXP_BITS, reset_less=True)
         shift_2 = Signal(5, reset_less=True)
         sign_2 = Signal(reset_less=True)
@@ -387,28 +444,30 @@ class Fp32Mul(wiring.Component):
             raw.eq(Mux(up, down << 1, down)),
         ]
 
+        packed: Value = pack_fp32(
+            m, sign=sign_2, exponent=(exponent_2 - up)[:EXP_BITS], raw=raw, nan=nan_2
+        )
+        if words:
+            packed = Mux(fp32_2, packed, result_2 ^ _spread(ones_2, 32))
+            with m.If(self.en):
+                m.d.sync += [
+                    *(fp32_1.eq(fp32), right_1.eq(right), ones_1.eq(ones)),
+                    *(fp32_2.eq(fp32_1), ones_2.eq(ones_1)),
+                ]
         with m.If(self.en):
             m.d.sync += [
-                x_1.eq(Cat(x[:23], 1)),
-                y_1.eq(Cat(y[:23], ~y_subnormal) << zeros),
+                x_1.eq(factors[0]),
+                y_1.eq((factors[1] << places)[:width]),
                 sum_1.eq(x[23:31] + Cat(y[23] | y_subnormal, y[24:31]) - zeros - 127),
                 sign_1.eq(self.a[31] ^ self.b[31]),
                 nan_1.eq(is_nan(self.a) | is_nan(self.b) | (infinite & zero)),
                 infinite_1.eq(infinite),
                 zero_1.eq(zero),
-                raw_2.eq(Mux(zero_1, 0, Cat(product[:21] != 0, product[21:]))),
+                result_2.eq(result),
                 exponent_2.eq(Mux(infinite_1, RAW_INF, Mux(sum_1 < 0, 0, sum_1[:EXP_BITS]))),
                 shift_2.eq(Mux(~infinite_1 & (sum_1 < 0), saturate5((-sum_1)[: EXP_BITS + 1]), 0)),
                 sign_2.eq(sign_1),
                 nan_2.eq(nan_1),
-                self.o.eq(
-                    pack_fp32(
-                        m,
-                        sign=sign_2,
-                        exponent=(exponent_2 - up)[:EXP_BITS],
-                        raw=raw,
-                        nan=nan_2,
-                    )
-                ),
+                self.o.eq(packed),
             ]
         return m

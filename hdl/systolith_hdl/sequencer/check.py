@@ -21,18 +21,22 @@ from ..isa import (
     IndexedBody,
     Opcode,
     Operand,
+    ScalarTensorTensorBody,
     Space,
     TensorBody,
     WaitMode,
     field_of,
     legal_operations,
     operation_enums,
+    operation_types,
 )
 
 _BODY = 128
 #: Every body has its counts first and its local operands in these slots after them.
 _OPERAND_SLOTS = {"dst": 0, "local": 0, "src0": 1, "src1": 2}
 _SLOTS = 3
+#: An operand of one column, without strides, is last in the body of some vector instructions.
+_SCALAR_SLOT = 3
 #: The DMA queues' check has the vector of indices in place of an operand that they do not have.
 _INDEX_SLOT = 1
 
@@ -46,6 +50,10 @@ class Fault(data.Struct):
 
 def _one_of(value: Value, codes: object) -> Value:
     return Cat(value == code for code in sorted(codes)).any()  # type: ignore[call-overload]
+
+
+def _slot(operand: str) -> int:
+    return _SCALAR_SLOT if operand == "scalar" else _OPERAND_SLOTS[operand]
 
 
 class Check(wiring.Component):
@@ -65,6 +73,7 @@ class Check(wiring.Component):
     def __init__(self, config: CoreConfig, kind: EngineKind) -> None:
         self._config = config
         self._kind = kind
+        self._slots = _SLOTS + (kind is EngineKind.VECTOR)
         super().__init__(
             {
                 "instruction": In(stream.Signature(unsigned(INSTRUCTION_BITS))),
@@ -85,7 +94,7 @@ class Check(wiring.Component):
         operands = self._operands(word)
 
         cause = Signal(FaultCause)
-        slots = Signal(_SLOTS)
+        slots = Signal(self._slots)
         with m.Switch(word[:8]):
             for opcode, spec in SPECS.items():
                 if spec.kind not in (None, self._kind) or not spec.exists(config):
@@ -99,7 +108,7 @@ class Check(wiring.Component):
                         bad_operation.append(~_one_of(code, legal_operations(opcode, name)))
                     bad_type, bad_space = [], []
                     for name, (spaces, types) in spec.operands.items():
-                        operand = operands[_OPERAND_SLOTS[name]]
+                        operand = operands[_slot(name)]
                         bad_type.append(
                             ~_one_of(operand.dtype.as_value(), {t.value for t in types})
                         )
@@ -110,6 +119,14 @@ class Check(wiring.Component):
                         dma = data.View(DmaBody, word[_BODY:])
                         allowed = {t.value for t in DMA_TYPES}
                         bad_type.append(~_one_of(dma.dram_dtype.as_value(), allowed))
+                    for name in sorted(spec.alike):
+                        operand = operands[_slot(name)]
+                        src0 = operands[_OPERAND_SLOTS["src0"]]
+                        bad_type.append(operand.dtype.as_value() != src0.dtype.as_value())
+                    for operation, types in operation_types(opcode).items():
+                        src0 = operands[_slot("src0")]
+                        legal = _one_of(src0.dtype.as_value(), {t.value for t in types})
+                        bad_type.append((header.op1 == operation) & ~legal)
                     if opcode is Opcode.MATMUL:
                         # Only sums of integers are integers.
                         dst, src0 = (operands[_OPERAND_SLOTS[name]] for name in ("dst", "src0"))
@@ -147,21 +164,26 @@ class Check(wiring.Component):
                     for found, failed in reversed(checks):
                         with m.If(failed):
                             m.d.comb += cause.eq(found)
-                    used = sum(1 << _OPERAND_SLOTS[name] for name in spec.operands)
+                    used = sum(1 << _slot(name) for name in spec.operands)
                     used |= spec.indexed << _INDEX_SLOT
                     m.d.comb += slots.eq(used)
             with m.Default():
                 m.d.comb += cause.eq(FaultCause.ILLEGAL_OPCODE)
         return cause, slots
 
-    @staticmethod
-    def _operands(word: Value) -> list[data.View]:
+    def _operands(self, word: Value) -> list[data.View]:
         size = Shape.cast(Operand).width
         first = _BODY + 64
-        return [
+        found = [
             data.View(Operand, word[first + slot * size : first + (slot + 1) * size])
             for slot in range(_SLOTS)
         ]
+        if self._slots > _SCALAR_SLOT:
+            scalar = data.View(ScalarTensorTensorBody, word[_BODY:]).scalar
+            strides = Const(0, size - len(scalar.as_value()))
+            whole = Cat(scalar.base, strides, scalar.space, scalar.dtype, scalar.reserved)
+            found.append(data.View(Operand, whole))
+        return found
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -171,7 +193,7 @@ class Check(wiring.Component):
         cause, slots = self._legality(m, word)
         counts = list(data.View(TensorBody, word[_BODY:]).counts)
 
-        slot = Signal(range(_SLOTS))
+        slot = Signal(range(self._slots))
         first = Signal()  # cycle of an operand
         todo = Signal(4)  # dimensions to multiply
         multiplied = Signal()  # `product` is to be added
@@ -189,12 +211,12 @@ class Check(wiring.Component):
             vector = data.View(IndexedBody, word[_BODY:]).index
             m.d.comb += [operand.eq(0), operand.base.eq(vector.base), operand.strides[0].eq(1)]
         limit = Mux(operand.space == Space.SBUF, config.sbuf_depth, config.psum_depth)
-        after = Signal(_SLOTS)  # operands still to check once this one is
-        here = Const(1, _SLOTS) << slot
+        after = Signal(self._slots)  # operands still to check once this one is
+        here = Const(1, self._slots) << slot
         m.d.comb += after.eq(slots & ~here & ~(here - 1))
 
         def goto_first(mask: Value) -> None:
-            for index in reversed(range(_SLOTS)):
+            for index in reversed(range(self._slots)):
                 with m.If(mask[index]):
                     m.d.sync += slot.eq(index)
 
@@ -211,7 +233,7 @@ class Check(wiring.Component):
                 with m.Case(opcode.value):
                     m.d.comb += other.eq(1)
                     for name, walks in spec.inner.items():
-                        with m.If(slot == _OPERAND_SLOTS[name]):
+                        with m.If(slot == _slot(name)):
                             m.d.comb += inner.eq(walks(field))
         long = Cat(*(count != 1 for count in counts[:3]), (counts[3] != 1) | other)
         stride = Signal(signed(16))

@@ -1,25 +1,32 @@
-"""ALU of one lane: the operations of `isa.AluOp` on FP32 words."""
+"""ALU of one lane: the operations of `isa.AluOp` on words of FP32, INT32 or UINT32."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
-from amaranth.lib import wiring
+from amaranth.lib import enum, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul
+from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul, MulMode
 from ..arith.fp32 import is_nan
 from ..emit import Once
-from ..formats import CANONICAL_NAN
+from ..formats import DType
 from ..isa import AluOp
 
 #: Cycles from operands to result.
 ALU_LATENCY = FP32_LATENCY
 
 _SIGN = 1 << 31
-_ONE = 0x3F800000
 
 
-def _order(word: Value) -> Value:
-    """Maps FP32 words to unsigned numbers of the same order, -0 below +0."""
-    return Mux(word[31], ~word, Cat(word[:31], Const(1, 1)))
+class _Logic(enum.Enum, shape=3):
+    """What the result is made of, bit by bit."""
+
+    ZERO = 0
+    A = 1
+    B = 2
+    NOT_A = 3
+    NOT_B = 4
+    AND = 5
+    OR = 6
+    XOR = 7
 
 
 class Alu(wiring.Component):
@@ -29,87 +36,175 @@ class Alu(wiring.Component):
     -------
     en : In(1), low freezes the pipeline
     op : In(6), an `AluOp`, travels with its operands
+    dtype : In(DType), FP32, INT32 or UINT32, steady while operands are in the pipeline
     a, b : In(32)
     o : Out(32), ALU_LATENCY = 3 enabled cycles later
 
     Throughput: one operation per cycle.
+
+    FP32 has its adder and its multiplier; the latter also multiplies and shifts integers. One
+    integer adder adds and subtracts integers and, by the sign of a difference, compares words of
+    every type.
     """
 
     en: In(1)
     op: In(6)
+    dtype: In(DType)
     a: In(32)
     b: In(32)
     o: Out(32)
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        a, b, op = self.a, self.b, self.op
+        op = self.op
+        fp32, unsigned = self.dtype == DType.FP32, self.dtype == DType.UINT32
 
-        m.submodules.add = add = Once(Fp32Add(), "fp32_add")
-        m.submodules.mul = mul = Once(Fp32Mul(), "fp32_mul")
+        def is_one_of(*operations: AluOp) -> Value:
+            return Cat(op == each for each in operations).any()
+
+        # Operations of one operand are such of two: -a is -0 - a (of integers 0 - a), |a| is the
+        # larger of the absolute values of a and 0, RELU is the larger of a and 0.
+        a, b = self.a, Signal(32)
+        alone = is_one_of(AluOp.NEG, AluOp.ABS, AluOp.RELU)
+        m.d.comb += b.eq(
+            Mux(alone, Cat(Const(0, 31), fp32 & (op == AluOp.NEG)), self.b),
+        )
+        add, subtract = op == AluOp.ADD, op == AluOp.SUB
+        reverse = is_one_of(AluOp.RSUB, AluOp.NEG)
+        absolute = is_one_of(AluOp.ABS, AluOp.ABS_MAX)
+
+        m.submodules.add = adder = Once(Fp32Add(), "fp32_add")
+        m.submodules.mul = mul = Once(Fp32Mul(words=True), "word_mul")
         m.d.comb += [
-            add.en.eq(self.en),
-            add.a.eq(a ^ Mux(op == AluOp.RSUB, _SIGN, 0)),
-            add.b.eq(b ^ Mux(op == AluOp.SUB, _SIGN, 0)),
+            adder.en.eq(self.en),
+            adder.a.eq(a ^ Mux(reverse, _SIGN, 0)),
+            adder.b.eq(b ^ Mux(subtract, _SIGN, 0)),
             mul.en.eq(self.en),
             mul.a.eq(a),
-            mul.b.eq(b),
+            mul.b.eq(Mux(op == AluOp.SQUARE, a, self.b)),
         ]
-
-        # Everything that needs no arithmetic is worked out at once and delayed.
-        unordered = is_nan(a) | is_nan(b)
-        a_zero, b_zero = ~a[:31].any(), ~b[:31].any()
-        equal = ((a == b) | (a_zero & b_zero)) & ~unordered
-        below = _order(a) < _order(b)  # -0 below +0: for MAX and MIN
-        less = below & ~(a_zero & b_zero) & ~unordered
-        nan = Const(CANONICAL_NAN, 32)
-
-        def flag(condition: Value) -> Value:
-            return Mux(condition, _ONE, 0)
-
-        simple = Signal(32)
         with m.Switch(op):
-            with m.Case(AluOp.MAX.value):
-                m.d.comb += simple.eq(Mux(unordered, nan, Mux(below, b, a)))
-            with m.Case(AluOp.MIN.value):
-                m.d.comb += simple.eq(Mux(unordered, nan, Mux(below, a, b)))
-            with m.Case(AluOp.ABS_MAX.value):
-                larger = Mux(a[:31] < b[:31], b[:31], a[:31])
-                m.d.comb += simple.eq(Mux(unordered, nan, larger))
-            with m.Case(AluOp.EQ.value):
-                m.d.comb += simple.eq(flag(equal))
-            with m.Case(AluOp.NE.value):
-                m.d.comb += simple.eq(flag(~equal))
-            with m.Case(AluOp.LT.value):
-                m.d.comb += simple.eq(flag(less))
-            with m.Case(AluOp.LE.value):
-                m.d.comb += simple.eq(flag(less | equal))
-            with m.Case(AluOp.GT.value):
-                m.d.comb += simple.eq(flag(~less & ~equal & ~unordered))
-            with m.Case(AluOp.GE.value):
-                m.d.comb += simple.eq(flag(~less & ~unordered))
-            with m.Case(AluOp.LOGICAL_AND.value):
-                m.d.comb += simple.eq(flag(~a_zero & ~b_zero))
-            with m.Case(AluOp.LOGICAL_OR.value):
-                m.d.comb += simple.eq(flag(~a_zero | ~b_zero))
-            with m.Case(AluOp.LOGICAL_XOR.value):
-                m.d.comb += simple.eq(flag(a_zero ^ b_zero))
-            with m.Case(AluOp.BIT_AND.value):
-                m.d.comb += simple.eq(a & b)
-            with m.Case(AluOp.BIT_OR.value):
-                m.d.comb += simple.eq(a | b)
-            with m.Case(AluOp.BIT_XOR.value):
-                m.d.comb += simple.eq(a ^ b)
+            with m.Case(AluOp.SHIFT_LEFT):
+                m.d.comb += mul.mode.eq(MulMode.SHIFT_LEFT)
+            with m.Case(AluOp.SHIFT_RIGHT):
+                m.d.comb += mul.mode.eq(MulMode.SHIFT_RIGHT)
+            with m.Case(AluOp.SHIFT_RIGHT_SIGNED):
+                m.d.comb += mul.mode.eq(MulMode.SHIFT_RIGHT_SIGNED)
             with m.Default():
-                m.d.comb += simple.eq(a)
+                m.d.comb += mul.mode.eq(Mux(fp32, MulMode.FP32, MulMode.INTEGER))
 
-        is_add = (op == AluOp.ADD) | (op == AluOp.SUB) | (op == AluOp.RSUB)
-        is_mul = op == AluOp.MUL
+        # Keys: unsigned numbers in the order of the words, of FP32 -0 below +0; for ABS_MAX in the
+        # order of the magnitudes, that of a negative integer one too low. Keys of integers differ
+        # from them in the top bit alone, so their sums and differences do, too, or not at all.
+        turned = Mux(fp32, ~absolute, absolute & ~unsigned)
+        top = Mux(unsigned, 1, ~absolute)
+
+        def key(word: Value) -> Value:
+            return Cat(
+                word[:31] ^ (word[31] & turned).replicate(31),
+                (word[31] ^ ~unsigned) & top,
+            )
+
+        total = Signal(33)
+        tie = ~(absolute & ~fp32 & ~unsigned & b[31] & ~a[31])  # equal keys are not below
+        m.d.comb += total.eq(
+            (key(a) ^ reverse.replicate(32))
+            + (key(b) ^ (~add & ~reverse).replicate(32))
+            + Mux(add, 0, tie)
+        )
+        below = ~total[32]
+
+        # Everything but FP32 sums and products is worked out at once and delayed.
+        unordered = fp32 & (is_nan(a) | is_nan(b))
+        a_zero = ~a[:31].any() & (fp32 | ~a[31])
+        b_zero = ~b[:31].any() & (fp32 | ~b[31])
+        equal = ((a == b) | (a_zero & b_zero)) & ~unordered
+        less = below & ~(a_zero & b_zero) & ~unordered
+        flag = Signal()
+        nan = Signal()
+        logic = Signal(_Logic)
+        negate = Signal()  # the result is the complement of an integer still to be negated
+        is_sum = ~fp32 & (add | subtract | reverse)
+        m.d.comb += logic.eq(_Logic.A)
+        with m.Switch(op):
+            with m.Case(AluOp.MAX, AluOp.RELU):
+                m.d.comb += [nan.eq(unordered), logic.eq(Mux(below, _Logic.B, _Logic.A))]
+            with m.Case(AluOp.MIN):
+                m.d.comb += [nan.eq(unordered), logic.eq(Mux(below, _Logic.A, _Logic.B))]
+            with m.Case(AluOp.ABS_MAX, AluOp.ABS):
+                m.d.comb += [
+                    nan.eq(unordered),
+                    negate.eq((self.dtype == DType.INT32) & Mux(below, b[31], a[31])),
+                    logic.eq(
+                        Mux(
+                            below,
+                            Mux(negate, _Logic.NOT_B, _Logic.B),
+                            Mux(negate, _Logic.NOT_A, _Logic.A),
+                        )
+                    ),
+                ]
+            for operation, condition in {
+                AluOp.EQ: equal,
+                AluOp.NE: ~equal,
+                AluOp.LT: less,
+                AluOp.LE: less | equal,
+                AluOp.GT: ~less & ~equal & ~unordered,
+                AluOp.GE: ~less & ~unordered,
+                AluOp.LOGICAL_AND: ~a_zero & ~b_zero,
+                AluOp.LOGICAL_OR: ~a_zero | ~b_zero,
+                AluOp.LOGICAL_XOR: a_zero ^ b_zero,
+            }.items():
+                with m.Case(operation):
+                    m.d.comb += [flag.eq(condition), logic.eq(_Logic.ZERO)]
+            for operation, function in {
+                AluOp.BIT_AND: _Logic.AND,
+                AluOp.BIT_OR: _Logic.OR,
+                AluOp.BIT_XOR: _Logic.XOR,
+                AluOp.BIT_NOT: _Logic.NOT_A,
+            }.items():
+                with m.Case(operation):
+                    m.d.comb += logic.eq(function)
+        with m.If(nan | is_sum):
+            m.d.comb += logic.eq(_Logic.ZERO)
+
+        bits = Signal(32)
+        with m.Switch(logic):
+            for function, value in {
+                _Logic.A: a,
+                _Logic.B: b,
+                _Logic.NOT_A: ~a,
+                _Logic.NOT_B: ~b,
+                _Logic.AND: a & b,
+                _Logic.OR: a | b,
+                _Logic.XOR: a ^ b,
+            }.items():
+                with m.Case(function):
+                    m.d.comb += bits.eq(value)
+        # 1, 1.0 (0x3F800000) and NaN (0x7FC00000).
+        one = flag & fp32
+        constant = Cat(flag & ~fp32, Const(0, 21), nan, (one | nan).replicate(7), nan, Const(0, 1))
+        simple = Signal(32)
+        m.d.comb += simple.eq(
+            Cat(bits[:31], bits[31] & ~(fp32 & absolute))
+            | (total[:32] & is_sum.replicate(32))
+            | constant
+        )
+
+        is_add = fp32 & (add | subtract | reverse)
+        is_mul = is_one_of(
+            AluOp.MUL, AluOp.SQUARE, AluOp.SHIFT_LEFT, AluOp.SHIFT_RIGHT, AluOp.SHIFT_RIGHT_SIGNED
+        )
+        carry: Value = negate
         for stage in range(ALU_LATENCY):
             moved = Signal.like(simple, name=f"simple{stage}")
             kinds = Signal(2, name=f"kind{stage}")
             with m.If(self.en):
-                m.d.sync += [moved.eq(simple), kinds.eq(Cat(is_add, is_mul))]
+                # The second stage has time to finish a negation.
+                value = (simple + carry)[:32] if stage == 1 else simple
+                m.d.sync += [moved.eq(value), kinds.eq(Cat(is_add, is_mul))]
+                if stage == 0:
+                    carry = Signal(name="carry")
+                    m.d.sync += carry.eq(negate)
             simple, is_add, is_mul = moved, kinds[0], kinds[1]
-        m.d.comb += self.o.eq(Mux(is_add, add.o, Mux(is_mul, mul.o, simple)))
+        m.d.comb += self.o.eq(Mux(is_add, adder.o, Mux(is_mul, mul.o, simple)))
         return m

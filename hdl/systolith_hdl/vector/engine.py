@@ -8,12 +8,20 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 from ..access import Pattern, elementwise_ports, pattern, place_streamers
-from ..arith import DITHER_LATENCY, Dither, RoundNarrow, engine_key
+from ..arith import (
+    CONVERT_LATENCY,
+    DITHER_LATENCY,
+    ConvertWord,
+    Dither,
+    RoundNarrow,
+    engine_key,
+)
 from ..arith.dither import RANDOM_STREAM
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
-from ..formats import DType
+from ..formats import INTEGERS, NARROW_FLOATS, DType
 from ..isa import (
+    DIVISIONS,
     INSTRUCTION_BITS,
     SPECS,
     AluOp,
@@ -51,11 +59,13 @@ _RANDOM = frozenset({Opcode.RANDOM, Opcode.DROPOUT})
 
 def fixed_cycles(opcode: Opcode, config: CoreConfig) -> int:
     """Cycles an instruction takes from being taken to `done`, beyond one per column, when no memory
-    port stalls; at most."""
+    port stalls, nothing is divided and no result converted; at most."""
     if opcode in (Opcode.IOTA, Opcode.AFFINE_SELECT):
         return LANE_LATENCY + 1 + max(4, affine_setup(config))
     if opcode is Opcode.RANGE_SELECT:
         return FIXED_CYCLES + 2  # its bounds come first
+    if opcode is Opcode.SCALAR_TENSOR_TENSOR:
+        return FIXED_CYCLES + 1  # its scalars do
     if opcode in _RANDOM:
         return LANE_LATENCY + 1 + DITHER_LATENCY
     return FIXED_CYCLES
@@ -81,6 +91,7 @@ class Form:
 FORMS: dict[Opcode, Form] = {
     Opcode.TENSOR_TENSOR: Form(operations=True),
     Opcode.TENSOR_SCALAR: Form(operations=True),
+    Opcode.SCALAR_TENSOR_TENSOR: Form(operations=True),
     Opcode.REDUCE: Form(operations=True),
     Opcode.MEMSET: Form(condition=Condition.NEVER, stepped=True),
     # The data pass through the ALUs, the mask comes along as b.
@@ -97,6 +108,8 @@ FORMS: dict[Opcode, Form] = {
     Opcode.DROPOUT: Form(condition=Condition.RANDOM),
 }
 assert FORMS.keys() == {o for o, spec in SPECS.items() if spec.kind is EngineKind.VECTOR}
+
+_DIVISIONS = sorted(DIVISIONS, key=lambda op: op.value)
 
 #: op0 -> for which a comparison with zero holds: below, zero, above, NaN
 _HOLDS = {
@@ -122,7 +135,9 @@ class VectorEngine(wiring.Component):
     """Executes the instructions of `EngineKind.VECTOR` on N lanes.
 
     A column goes from the readers of src0 and src1, or from `Affine`, through `FrontLane`, the two
-    ALUs of `VectorLane` and the rounding to the writer of dst.
+    ALUs of `VectorLane`, the conversion between integers and floats, if there is one, and the
+    rounding to the writer of dst. The scalars of SCALAR_TENSOR_TENSOR come first, through the port
+    of src1.
 
     Parameters
     ----------
@@ -140,7 +155,9 @@ class VectorEngine(wiring.Component):
     takes ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most, SCAN of c columns in each step
     ``LANE_LATENCY * (n / c - 1) + c + FIXED_CYCLES``, TOP ``n + r + FIXED_CYCLES``, r being the
     columns written, TRANSPOSE of b blocks of c columns that become l
-    ``c + (b - 1) * max(c, l) + l + 1 + FIXED_CYCLES``. The next is taken in the cycle of `done`.
+    ``c + (b - 1) * max(c, l) + l + 1 + FIXED_CYCLES``. What makes integers of FP32, FP32 of
+    integers, or INT8 takes CONVERT_LATENCY more; with one of `isa.DIVISIONS` each column takes up
+    to DIVIDE_CYCLES or DIVIDE_INTEGER_CYCLES more. The next is taken in the cycle of `done`.
     """
 
     def __init__(self, config: CoreConfig, *, number: int) -> None:
@@ -198,6 +215,27 @@ class VectorEngine(wiring.Component):
                 streamer.start.payload.eq(self._walk(m, incoming.payload, name)),
                 streamer.start.valid.eq(take & started),
             ]
+        # The column of scalars is read before those of src1.
+        has_scalar = Signal()
+        scalars = data.View(SPECS[Opcode.SCALAR_TENSOR_TENSOR].layout, incoming.payload).body.scalar
+        follows = Signal()  # src1 is still to be started
+        m.d.comb += has_scalar.eq(new.header.opcode == Opcode.SCALAR_TENSOR_TENSOR)
+        with m.If(take):
+            m.d.sync += follows.eq(has_scalar)
+            with m.If(has_scalar):
+                m.d.comb += [
+                    src1.start.payload.base.eq(scalars.base),
+                    src1.start.payload.space.eq(scalars.space),
+                    *(count.eq(1) for count in src1.start.payload.counts),
+                ]
+        with m.Elif(follows):
+            two = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word).body
+            m.d.comb += [
+                src1.start.payload.eq(pattern(two.src1, two.counts)),
+                src1.start.valid.eq(1),
+            ]
+            with m.If(src1.start.ready):
+                m.d.sync += follows.eq(0)
         stepped = frozenset(opcode for opcode, form in FORMS.items() if form.stepped)
         numbered = is_opcode(
             new.header.opcode, frozenset({Opcode.IOTA, Opcode.AFFINE_SELECT}), config
@@ -221,6 +259,7 @@ class VectorEngine(wiring.Component):
         code = running.header.opcode
         is_range = Signal()
         is_predicated = Signal()
+        is_scalar = Signal()
         is_tensor_tensor = Signal()
         is_scan = Signal()
         is_top = Signal()
@@ -230,7 +269,8 @@ class VectorEngine(wiring.Component):
         m.d.comb += [
             is_range.eq(code == Opcode.RANGE_SELECT),
             is_predicated.eq(code == Opcode.COPY_PREDICATED),
-            is_tensor_tensor.eq(code == Opcode.TENSOR_TENSOR),
+            is_scalar.eq(code == Opcode.SCALAR_TENSOR_TENSOR),
+            is_tensor_tensor.eq((code == Opcode.TENSOR_TENSOR) | is_scalar),
             is_scan.eq(code == Opcode.SCAN),
             is_top.eq(code == Opcode.TOP),
             is_transpose.eq(code == Opcode.TRANSPOSE),
@@ -264,6 +304,22 @@ class VectorEngine(wiring.Component):
         with m.If(code == Opcode.DROPOUT):
             m.d.comb += op0.eq(AluOp.MUL.value)
 
+        # -- Types: of the ALUs, and whether the result needs a conversion.
+        computes = Signal(DType)
+        converts = Signal()
+        given = Signal(DType)
+        writes_integer = Cat(new.body.dst.dtype == each for each in INTEGERS).any()
+        m.d.comb += given.eq(new.body.src0.dtype)
+        with m.If(is_opcode(new.header.opcode, frozenset(FORMS) - _reading("src0"), config)):
+            m.d.comb += given.eq(Mux(writes_integer, DType.INT32, DType.FP32))
+        with m.If(take):
+            m.d.sync += [
+                computes.eq(given),
+                converts.eq(
+                    ((given != DType.FP32) ^ writes_integer) | (new.body.dst.dtype == DType.INT8)
+                ),
+            ]
+
         # -- Random words, one column after the other: for the results, or for what enters.
         new_random = data.View(SPECS[Opcode.DROPOUT].layout, incoming.payload).body
         draws = is_opcode(new.header.opcode, _RANDOM, config)
@@ -271,17 +327,36 @@ class VectorEngine(wiring.Component):
         m.d.comb += is_random.eq(is_opcode(code, _RANDOM, config))
         m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
         stochastic = Signal()
-        wanted = (new.header.rounding == Rounding.STOCHASTIC) & (new.body.dst.dtype != DType.FP32)
+        wanted = (new.header.rounding == Rounding.STOCHASTIC) & Cat(
+            new.body.dst.dtype == each for each in NARROW_FLOATS
+        ).any()
         with m.If(take):
             m.d.sync += stochastic.eq(wanted)
         m.submodules.steering = steering = Steering()
         m.submodules.scan = scan = Scan()
-        out_valid = steering.result
+        enable = Signal()
+        # The element at the second ALU waits until its quotient is there, and all others with it.
+        divides = Signal()
+        divide = Signal()
+        started = Signal()
+        busy = Signal()
+        m.d.comb += divide.eq(divides & steering.arrived & (~started | busy))
+        m.d.sync += started.eq(divide)
+        with m.If(take):
+            m.d.sync += divides.eq(Cat(new.header.op1 == each.value for each in _DIVISIONS).any())
+        converted: Value = steering.result & converts
+        for stage in range(CONVERT_LATENCY):
+            moved = Signal(name=f"converted{stage}")
+            with m.If(enable):
+                m.d.sync += moved.eq(converted)
+            converted = moved
+        out_valid = Signal()
         written = Signal()
         offer = Signal()
         m.d.comb += [
+            out_valid.eq(Mux(converts, converted, steering.result)),
             # What holds the lanes holds their result, too: it leaves once.
-            offer.eq(out_valid & (dither.valid | ~stochastic) & ~scan.hold),
+            offer.eq(out_valid & (dither.valid | ~stochastic) & ~scan.hold & ~divide),
             written.eq(offer & dst.columns.ready),
             dither.start.eq(take & (wanted | draws)),
             dither.seed.eq(self.issue.seed),
@@ -290,11 +365,12 @@ class VectorEngine(wiring.Component):
         ]
 
         # -- Columns enter the lanes.
-        enable = Signal()
         enter = Signal()
-        bounds = Signal(2)  # that of RANGE_SELECT which comes next, one-hot; 0: both are there
+        # Which bound of RANGE_SELECT comes next, one-hot; 0: both are there. The scalars of
+        # SCALAR_TENSOR_TENSOR, one column, come as the second bound does.
+        bounds = Signal(2)
         with m.If(take):
-            m.d.sync += bounds.eq(new.header.opcode == Opcode.RANGE_SELECT)
+            m.d.sync += bounds.eq(Cat(new.header.opcode == Opcode.RANGE_SELECT, has_scalar))
         with m.Elif(src1.columns.valid):
             m.d.sync += bounds.eq(bounds << 1)
         m.submodules.top = top = Top(config)
@@ -312,7 +388,7 @@ class VectorEngine(wiring.Component):
         )
         m.d.comb += [
             # An idle engine stands still: nothing is in its pipelines.
-            enable.eq(active & (~out_valid | written) & ~scan.hold),
+            enable.eq(active & (~out_valid | written) & ~scan.hold & ~divide),
             enter.eq(offered & enable & ~steering.closed & scan.turn),
             src0.columns.ready.eq(
                 (enter & reads0)
@@ -364,13 +440,19 @@ class VectorEngine(wiring.Component):
             shared=(
                 "data", "condition", "holds", "otherwise", "index", "bounds", "start", "base",
                 "step", "increment", "threshold", "initial", "imm0", "predicated", "tensor",
-                "imm1",
+                "imm1", "load", "scalar",
             ),
         )  # fmt: skip
         m.submodules.lanes = cells = side_by_side(
             VectorLane(), "vector_lane", lanes,
-            shared=("en", "op0", "op1", "chain", "second", "index", "clear"),
+            shared=(
+                "en", "op0", "op1", "dtype", "chain", "divide", "start", "divides", "second",
+                "index", "clear",
+            ),
         )  # fmt: skip
+        m.submodules.conversion = conversion = side_by_side(
+            ConvertWord(), "convert_word", lanes, shared=("en", "given", "dtype")
+        )
         m.submodules.rounding = rounding = side_by_side(
             RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
         )
@@ -392,6 +474,8 @@ class VectorEngine(wiring.Component):
             front.base.eq(affine.base),
             front.step.eq(affine.step),
             front.increment.eq(affine.increment),
+            front.load.eq(src1.columns.valid & is_scalar & bounds.any()),
+            front.scalar.eq(is_scalar),
             front.initial.eq(is_scan & running.header.accumulate),
             front.imm0.eq(imm0),
             front.predicated.eq(is_predicated),
@@ -400,10 +484,18 @@ class VectorEngine(wiring.Component):
             cells.en.eq(enable),
             cells.op0.eq(op0),
             cells.op1.eq(op1),
+            cells.dtype.eq(computes),
+            cells.divide.eq(divide),
+            cells.start.eq(divide & ~started),
+            cells.divides.eq(divides),
+            busy.eq(Cat(cells.busy).any()),
             cells.chain.eq(is_scan & ~scan.first),
             cells.second.eq(steering.second),
             cells.index.eq(steering.index),
             cells.clear.eq(steering.clear),
+            conversion.en.eq(enable & converts),
+            conversion.given.eq(computes),
+            conversion.dtype.eq(running.body.dst.dtype),
             rounding.dtype.eq(running.body.dst.dtype),
             rounding.stochastic.eq(stochastic),
         ]
@@ -425,11 +517,18 @@ class VectorEngine(wiring.Component):
                 cells.a[lane].eq(front.a[lane]),
                 cells.y[lane].eq(front.y[lane]),
                 cells.b[lane].eq(front.b[lane]),
-                rounding.word[lane].eq(cells.o[lane]),
+                conversion.word[lane].eq(cells.o[lane]),
+                rounding.word[lane].eq(Mux(converts, conversion.o[lane], cells.o[lane])),
                 rounding.random[lane].eq(random[lane]),
                 column.data[lane].eq(rounding.o[lane]),
             ]
-        nonzero = Cat(cells.nonzero)
+        nonzero: Value = Cat(cells.nonzero)
+        for stage in range(CONVERT_LATENCY):
+            moved = Signal(lanes, name=f"nonzero{stage}")
+            with m.If(enable):
+                m.d.sync += moved.eq(nonzero)
+            nonzero = moved
+        nonzero = Mux(converts, nonzero, Cat(cells.nonzero))
         everywhere = (~is_predicated).replicate(lanes)
         written_lanes = Mux(is_transpose, running.body.counts[3], running.header.lanes)[:8]
         m.d.comb += [

@@ -63,9 +63,10 @@ class FrontLane(wiring.Component):
     bounds : In(2), bit 0 takes src1 as the lower bound of the index, bit 1 as the upper one
     start : In(1), the affine number becomes `base` : In(32)
     step : In(1), where `chosen` : In(1), the affine number grows by `increment` : In(32)
+    load : In(1), the affine number becomes src1: the lane's scalar
     threshold : In(32)
     src0, src1, found, random : In(32)
-    initial : In(1), `y` is src1; else `imm0` : In(32)
+    initial : In(1), `y` is src1; else, with `scalar` : In(1), the scalar; else `imm0` : In(32)
     predicated : In(1), `b` is src0; else, with `tensor` : In(1), src1; else `imm1` : In(32)
     a, y, b : Out(32), operands of the element, in the same cycle
 
@@ -83,12 +84,14 @@ class FrontLane(wiring.Component):
     step: In(1)
     chosen: In(1)
     increment: In(32)
+    load: In(1)
     src0: In(32)
     src1: In(32)
     found: In(32)
     random: In(32)
     threshold: In(32)
     initial: In(1)
+    scalar: In(1)
     imm0: In(32)
     predicated: In(1)
     tensor: In(1)
@@ -103,6 +106,8 @@ class FrontLane(wiring.Component):
         number = Signal(32, reset_less=True)
         with m.If(self.start):
             m.d.sync += number.eq(self.base)
+        with m.Elif(self.load):
+            m.d.sync += number.eq(self.src1)
         with m.Elif(self.step):
             m.d.sync += number.eq(number + Mux(self.chosen, self.increment, 0))
 
@@ -152,7 +157,7 @@ class FrontLane(wiring.Component):
                 m.d.comb += word.eq(Cat(self.random[9:], Const(ONE >> 23, 9)))
         m.d.comb += [
             self.a.eq(Mux(met, word, self.otherwise)),
-            self.y.eq(Mux(self.initial, self.src1, self.imm0)),
+            self.y.eq(Mux(self.initial, self.src1, Mux(self.scalar, number, self.imm0))),
         ]
 
         with m.If(self.predicated):

@@ -4,8 +4,10 @@ from amaranth.hdl import Array, Const, Module, Mux, Signal
 from amaranth.lib import enum, wiring
 from amaranth.lib.wiring import In, Out
 
+from ..arith.divide import Divide
 from ..emit import Once
-from ..isa import REDUCE_ACCUMULATORS, REDUCTIONS
+from ..formats import DType
+from ..isa import REDUCE_ACCUMULATORS, REDUCTIONS, AluOp
 from .alu import ALU_LATENCY, Alu
 
 #: Cycles from operands to result when nothing is reduced.
@@ -32,8 +34,14 @@ class VectorLane(wiring.Component):
     -------
     en : In(1), low freezes the lane
     op0, op1 : In, of the running instruction, steady while it runs
+    dtype : In(DType) in which both ALUs work, steady while it runs
     a, y, b : In(32), operands of the element entering: x = a op0 y, result = x op1 b
     chain : In(1), y is the result that leaves the lane now
+    divide : In(1), the divider works on the element at the second ALU: `en` is low; `start`, high
+        in its first cycle, gives it its operands. Its result takes the place of x, and op1 that of
+        BYPASS, in an enabled cycle with `divides`
+    divides : In(1), op1 is one of `isa.DIVISIONS`, steady while the instruction runs
+    busy : Out(1), the divider has no result yet
     second : In(Second) and index : In(2), steer the second ALU in the cycle the element reaches it
     clear : In(1), sets all accumulators to the identity of op1
     o : Out(32), LANE_LATENCY = 6 enabled cycles after a and b
@@ -46,10 +54,15 @@ class VectorLane(wiring.Component):
     en: In(1)
     op0: In(6)
     op1: In(6)
+    dtype: In(DType)
     a: In(32)
     y: In(32)
     b: In(32)
     chain: In(1)
+    divide: In(1)
+    start: In(1)
+    divides: In(1)
+    busy: Out(1)
     second: In(Second)
     index: In(2)
     clear: In(1)
@@ -64,12 +77,14 @@ class VectorLane(wiring.Component):
 
         m.d.comb += [
             first.en.eq(self.en),
+            first.dtype.eq(self.dtype),
+            second.dtype.eq(self.dtype),
             first.op.eq(self.op0),
             first.a.eq(self.a),
             first.b.eq(Mux(self.chain, second.o, self.y)),
         ]
         b = self.b
-        nonzero = self.b[:31].any()
+        nonzero = self.b[:31].any() | (self.b[31] & (self.dtype != DType.FP32))
         for stage in range(ALU_LATENCY):
             moved = Signal(32, name=f"b{stage}")
             with m.If(self.en):
@@ -84,15 +99,34 @@ class VectorLane(wiring.Component):
         accumulators = Array(Signal(32, name=f"accumulator{i}") for i in range(REDUCE_ACCUMULATORS))
         identity = Signal(32)
         with m.Switch(self.op1):
-            for op, start in REDUCTIONS.items():
-                with m.Case(op.value):
-                    m.d.comb += identity.eq(start)
+            for op, starts in REDUCTIONS.items():
+                with m.Case(op.value), m.Switch(self.dtype):
+                    for dtype, start in starts.items():
+                        with m.Case(dtype):
+                            m.d.comb += identity.eq(start)
+
+        m.submodules.divider = divider = Divide()
+        m.d.comb += [
+            divider.step.eq(self.divide),
+            divider.start.eq(self.start),
+            divider.op.eq(self.op1),
+            divider.dtype.eq(self.dtype),
+            divider.a.eq(first.o),
+            divider.b.eq(b),
+            self.busy.eq(divider.busy),
+        ]
 
         accumulator = accumulators[self.index]
-        m.d.comb += [second.en.eq(self.en), second.op.eq(self.op1)]
+        m.d.comb += [
+            second.en.eq(self.en),
+            second.op.eq(Mux(self.divides, AluOp.BYPASS.value, self.op1)),
+        ]
         with m.Switch(self.second):
             with m.Case(Second.OPERAND):
-                m.d.comb += [second.a.eq(first.o), second.b.eq(b)]
+                m.d.comb += [
+                    second.a.eq(Mux(self.divides, divider.o, first.o)),
+                    second.b.eq(b),
+                ]
             with m.Case(Second.ACCUMULATE):
                 m.d.comb += [second.a.eq(accumulator), second.b.eq(first.o)]
             with m.Case(Second.COMBINE):

@@ -26,6 +26,7 @@ class Steering(wiring.Component):
     begin : In(1), an instruction begins
     closed : Out(1), a group is being finished: nothing may enter
     second, index, clear : Out, of the lanes
+    arrived : Out(1), an element that is not reduced is at the second ALU
     result : Out(1), a result is at the lanes' output
     """
 
@@ -38,6 +39,7 @@ class Steering(wiring.Component):
     second: Out(Second)
     index: Out(2)
     clear: Out(1)
+    arrived: Out(1)
     result: Out(1)
 
     def elaborate(self, platform: object) -> Module:
@@ -60,7 +62,7 @@ class Steering(wiring.Component):
             with m.If(self.enable):
                 m.d.sync += moved.eq(result)
             result = moved
-        m.d.comb += self.result.eq(result)
+        m.d.comb += [self.arrived.eq(entered), self.result.eq(result)]
 
         element = Signal(16)
         drain = Signal(range(16))

@@ -24,7 +24,7 @@ from .fuse import eliminate_dead, fuse
 from .ir import Graph, verify_ir
 from .layout import assign_forms
 from .schedule import schedule
-from .trace import refuse_casts, trace
+from .trace import trace
 
 __all__ = ["Binding", "Compiled", "argument_name", "compile_step"]
 
@@ -117,7 +117,6 @@ def compile_step(
     graph = trace(closed, [binding.name for binding in inputs], MATMUL_TYPES[matmul])
     passed(graph, "trace")
     eliminate_dead(graph)
-    refuse_casts(graph)
     passed(graph, "dead code")
     fuse(graph)
     passed(graph, "fuse")

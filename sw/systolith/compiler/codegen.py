@@ -472,7 +472,7 @@ class Generator:
             count = min(_MAX_COUNT, old.columns - start)
             lanes = self._lanes(home.value.shape, form)
             dst = tile.view((count,), offset=start, lanes=lanes).astype(home.value.dtype)
-            self._move(dst, old.view((count,), offset=start, lanes=lanes))
+            self._move(dst, _words(old.view((count,), offset=start, lanes=lanes), home.value))
         home.tiles[form] = tile
         self._pinned.discard(old)
         self._nc.psum.free(old)
@@ -657,7 +657,7 @@ class Generator:
         for piece in self._walk(space, form):
             dst = self._view(result, space, space, form, piece).astype(op.result.dtype)
             views = [
-                self._view(tile, use.shape, space, form, piece)
+                _words(self._view(tile, use.shape, space, form, piece), use.value)
                 for tile, use in zip(tiles, op.operands, strict=True)
             ]
             if op.kind == "select":
@@ -756,7 +756,7 @@ class Generator:
             ).astype(op.result.dtype)
             self._nc.vector.reduce(
                 dst,
-                self._view(tile, shape, shape, form, piece),
+                _words(self._view(tile, shape, shape, form, piece), op.operands[0].value),
                 op.attrs["op1"],
                 op.attrs["op0"],
                 op.attrs["imm0"],
@@ -765,7 +765,7 @@ class Generator:
             self._work["vector"] += count * free
 
     def _alias(self, op: Op) -> None:
-        """reshape, slice and cast: other strides or types over the same bytes in DRAM."""
+        """reshape and slice: other strides over the same bytes in DRAM."""
         use = op.operands[0]
         home = self._home(use.value)
         result = self._home(op.result)
@@ -777,14 +777,6 @@ class Generator:
                 None,
             ) or self._to_dram(home, transposed=use.transposed)
             strides = (op.result.shape[1], 1)
-            result.dram.append(_DramCopy(copy.tensor, copy.offset, strides))
-            return
-        if op.kind == "cast":
-            # Loaded from a copy of its own type a number has the bits of all wider ones.
-            copies = [copy for copy in home.dram if copy.tensor.dtype is use.value.dtype]
-            copy = copies[0] if copies else self._to_dram(home)
-            row, col = copy.strides
-            strides = (col, row) if use.transposed else (row, col)
             result.dram.append(_DramCopy(copy.tensor, copy.offset, strides))
             return
         if op.kind == "result":
@@ -1016,6 +1008,7 @@ class Generator:
                     done = result.view((count,), offset=block * free + start + at, lanes=m)
                     done = done.astype(op.result.dtype)
                     sums = psum.view((count,), offset=at, lanes=m)
+                    sums = sums.astype(DType.INT32) if integer else sums
                     if last and ((len(sizes) - number) % 2 or integer):
                         self._nc.vector.copy(done, sums, rounding=self._rounds(op.result))
                     elif last:
@@ -1082,6 +1075,11 @@ def _ending(length: int, lanes: int) -> list[int]:
         last = parts.pop()
         parts += [last - last // 2, last // 2]
     return parts
+
+
+def _words(view: View, value: Value) -> View:
+    """A view of a value as a source: integers as such, every float as FP32."""
+    return view.astype(value.dtype) if value.dtype in INTEGERS else view
 
 
 def _dram_type(dtype: np.dtype) -> DType:

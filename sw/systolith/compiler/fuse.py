@@ -7,7 +7,7 @@ import math
 from systolith_hdl.formats import INTEGERS, DType
 from systolith_hdl.isa import AluOp
 
-from .ir import Graph, Op, Use, Value
+from .ir import Graph, Op, Use, Value, word_type
 from .trace import MIRRORED, NO_BIAS
 
 
@@ -53,9 +53,9 @@ def affine(op: Op) -> tuple[float, float, Use, Use | None] | None:
     """(scale, bias, a, b) if ``a * scale + bias`` or ``a * scale + b`` is what the operation does.
 
     The scalar engine can then do it as well as the vector engine, with the same roundings. It
-    cannot move integers, whose words are NaNs to it.
+    has no integers.
     """
-    if op.result.dtype in INTEGERS:
+    if {op.result.dtype, *(use.value.dtype for use in op.operands)} & {*INTEGERS}:
         return None
     if op.kind == "ts":
         found = _affine(op)
@@ -124,6 +124,8 @@ def _rounds_dot(op: Op, producer: Op) -> bool:
     """Whether `op` does no more than round the matrix product that `producer` makes."""
     return (
         producer.kind == "dot"
+        and producer.result.dtype is DType.FP32
+        and op.result.dtype not in INTEGERS
         and op.kind == "ts"
         and op.attrs["op0"] is op.attrs["op1"] is AluOp.BYPASS
         and op.result.dtype is not DType.FP32
@@ -146,16 +148,15 @@ def fuse(graph: Graph) -> None:
                 producer = makers.get(value)
                 if producer is None or producer in gone or uses[value] != 1:
                     continue
-                # A rounded intermediate has to be rounded.
-                if value.dtype is not DType.FP32:
-                    continue
                 if _rounds_dot(op, producer):
                     # The product is rounded as it leaves PSUM.
                     producer.result = op.result
                     gone.add(op)
                     changed = True
                     break
-                if _merge(op, index, producer):
+                # A rounded or converted intermediate has to be.
+                words = {word_type(use.value.dtype) for use in (*op.operands, *producer.operands)}
+                if words == {value.dtype} and _merge(op, index, producer):
                     gone.add(producer)
                     changed = True
                     break

@@ -3,8 +3,8 @@
 Every value is ``[R, C]``; scalars are ``[1, 1]`` and vectors ``[1, C]``. There is no transpose
 and no broadcast operation: an operand is a `Use`, which says whether the value is read
 transposed, and elementwise operations broadcast dimensions of size 1. Booleans are 1.0 or 0.0.
-Integers are only moved and multiplied: a value of type INT8 is kept in words of which the low 8
-bits count.
+An elementwise operation or a reduction computes in the type of its operands' words, FP32, INT32 (of
+INT8, too) or UINT32, and its result may have any type; `act` and `actb` compute in FP32.
 
 After the layout pass every operation also has a `Form`: the layout in which it walks its
 iteration space and leaves its result.
@@ -26,11 +26,6 @@ dot        types, parts                ``a @ b``, each operand rounded to its ty
 reshape                                elements of ``a`` in row-major order in another shape
 slice      start, step                 ``a[start[0]::step[0], start[1]::step[1]]``, cut to the
                                        result's shape
-cast                                   elements of ``a`` in another type: between integers, modulo
-                                       their size; from INT8 to a float only until the passes
-                                       begin, see `trace.refuse_casts`
-wrap       step, rows                  a step from an index that may be negative to one that is not;
-                                       only until the passes begin, see `trace.refuse_casts`
 fill       value                       every element is ``value``
 kernel     call                        the first result of a kernel function, see `kernel.function`
 result     index                       another result of the kernel that made the operand
@@ -89,7 +84,7 @@ def product_order(parts: tuple[int, int], depth: int, lanes: int) -> list[tuple[
 
 
 #: kinds that are other strides or types over the same bytes in DRAM: no engine, no form
-ALIASES = ("reshape", "slice", "cast", "result")
+ALIASES = ("reshape", "slice", "result")
 #: kinds that read their operands from DRAM and leave their result there
 IN_DRAM = (*ALIASES, "kernel")
 
@@ -238,6 +233,13 @@ class Graph:
         return "\n".join(lines)
 
 
+def word_type(dtype: DType) -> DType:
+    """What the words of a value are, in which the vector engine computes."""
+    if dtype is DType.UINT32:
+        return dtype
+    return DType.INT32 if dtype in INTEGERS else DType.FP32
+
+
 def broadcast(*shapes: Shape) -> Shape:
     """The numpy broadcast of shapes; raises ValueError."""
     rows, cols = np.broadcast_shapes(*shapes)
@@ -364,20 +366,19 @@ def _integers_legal(op: Op) -> bool:
         ]
         same = all((t is DType.INT8) == (g in INTEGERS) for t, g in zip(types, given, strict=True))
         return same and (made not in INTEGERS or set(types) == {DType.INT8})
-    if op.kind == "cast":
-        return made in INTEGERS and given[0] in INTEGERS
-    if op.kind in ("kernel", "result", "wrap"):
+    if op.kind in ("kernel", "result", "fill"):
         return True
+    if op.kind in ALIASES:
+        return given == [made]
+    if op.kind in ("act", "actb"):
+        return not {made, *given} & {*INTEGERS}
     if op.kind == "select":
+        # Words are moved; a number is one of FP32.
         given = given[1:]
-        moves = op.attrs["on_false"] is op.attrs["on_true"] is None
-    else:
-        moves = op.kind in ALIASES or (
-            op.kind == "ts" and op.attrs["op0"] is op.attrs["op1"] is AluOp.BYPASS
+        return made not in INTEGERS or (
+            op.attrs["on_false"] is op.attrs["on_true"] is None and set(given) == {made}
         )
-    if not {made, *given} & {*INTEGERS}:
-        return True
-    return moves and set(given) == {made}
+    return len({word_type(dtype) for dtype in given}) == 1
 
 
 def _parts(value: Any) -> bool:
@@ -420,15 +421,6 @@ RULES: dict[str, Rule] = {
     ),
     "reshape": Rule((1,), {}, _shape_reshape),
     "slice": Rule((1,), {"start": _pair, "step": _pair}, _shape_slice),
-    "cast": Rule((1,), {}, _shape_elementwise),
-    "wrap": Rule(
-        (1,),
-        {
-            "step": lambda value: value in ("lt", "add", "index"),
-            "rows": lambda value: type(value) is int,
-        },
-        _shape_elementwise,
-    ),
     "fill": Rule((0,), {"value": _number}, lambda op: op.result.shape),
     "kernel": Rule(
         range(1 << 16), {"call": lambda value: isinstance(value, Call)}, lambda op: op.result.shape

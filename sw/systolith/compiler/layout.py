@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FP8_TYPES
+from systolith_hdl.isa import DIVISIONS
 
 from .ir import Form, Graph, Op, Value, op_forms, operand_form, product_order
 
@@ -18,6 +19,8 @@ from .ir import Form, Graph, Op, Value, op_forms, operand_form, product_order
 TRANSFER = 80
 #: cycles an instruction takes beside its columns
 INSTRUCTION = 12
+#: cycles of a column that goes through the divider, about
+DIVISION = 38
 
 _ELEMENTWISE = ("tt", "ts", "act", "actb", "select")
 
@@ -61,7 +64,8 @@ def op_cycles(op: Op, config: CoreConfig) -> float:
         m, f = (rows, cols) if op.form is Form.ROWS else (cols, rows)
         return len(contraction_steps(op, config)) * -(-m // lanes) * (max(f, lanes) + 4)
     shape = op.operands[0].shape if op.kind == "reduce" else op.result.shape
-    return INSTRUCTION + columns(shape, op.form, lanes)
+    each = DIVISION if op.attrs.get("op1") in DIVISIONS else 1
+    return INSTRUCTION + each * columns(shape, op.form, lanes)
 
 
 def assign_forms(graph: Graph, config: CoreConfig) -> int:

@@ -19,7 +19,7 @@ import jax.extend.core
 import jax.extend.source_info_util
 import numpy as np
 from systolith_hdl.formats import FORMATS, INTEGERS, DType
-from systolith_hdl.isa import AluOp, Function
+from systolith_hdl.isa import DIVISIONS, AluOp, Function
 
 from ..errors import CompileError, UnsupportedError
 from ..kernel.call import Call
@@ -49,13 +49,16 @@ MIRRORED = {
     AluOp.LOGICAL_AND: AluOp.LOGICAL_AND,
     AluOp.LOGICAL_OR: AluOp.LOGICAL_OR,
     AluOp.LOGICAL_XOR: AluOp.LOGICAL_XOR,
+    AluOp.BIT_AND: AluOp.BIT_AND,
+    AluOp.BIT_OR: AluOp.BIT_OR,
+    AluOp.BIT_XOR: AluOp.BIT_XOR,
 }
 
 #: K over which a product of float32 operands is summed in PSUM; the vector engine adds up the rest
 SPLIT_DEPTH = 128
 
-#: what integers may go through
-INTEGER_PRIMITIVES = frozenset(
+#: primitives whose handlers take integers among others; `_INTEGER_HANDLERS` have those for integers
+ANY_TYPE_PRIMITIVES = frozenset(
     {
         "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dot_general", "expand_dims",
         "gather", "optimization_barrier", "pvary", "reshape", "scatter-add", "select_n", "slice",
@@ -109,6 +112,8 @@ def _known(value: Any) -> Any:
 
 Handler = Callable[..., "Ref | Sequence[Ref]"]
 _HANDLERS: dict[str, Handler] = {}
+#: primitive -> what takes its place if operands or results are integers
+_INTEGER_HANDLERS: dict[str, Handler] = {}
 
 
 _H = TypeVar("_H", bound=Handler)
@@ -129,7 +134,10 @@ class _Refuse(Exception):
 
 def uniform(array: np.ndarray) -> float | None:
     """The number all elements of a known array are, or None if they differ."""
-    flat = np.asarray(array).astype(np.float32).ravel()
+    flat = np.asarray(array).ravel()
+    if flat.size and array_type(flat.dtype) in INTEGERS:
+        return float(flat[0]) if (flat == flat[0]).all() else None  # exact
+    flat = flat.astype(np.float32)
     if flat.size and (flat.view(np.uint32) == flat.view(np.uint32)[0]).all():
         return float(flat[0])
     return None
@@ -152,8 +160,6 @@ class Tracer:
         self._constants: dict[tuple[Shape, DType, bytes], Use] = {}
         #: value that is exactly an INT8 value in a wider type -> that
         self._widened: dict[Value, Use] = {}
-        #: results of "wrap" -> (step, index, rows)
-        self._wraps: dict[Value, tuple[str, Value, int]] = {}
         self._next = 0
 
     # --- values --------------------------------------------------------------------------
@@ -243,9 +249,9 @@ class Tracer:
         return self.emit("ts", [use], shape, dtype, nearest=nearest, **attrs)
 
     def cast(self, use: Use, dtype: DType) -> Use:
-        """Integers in another type. Floats made of INT8 must be operands of matrix products, which
-        take the integers themselves (see `int8_behind`)."""
-        result = self.emit("cast", [Use(use.value)], use.value.shape, dtype).value
+        """A copy converted to another type. As operands of matrix products, floats and integers
+        made of INT8 are the INT8 numbers themselves (see `int8_behind`)."""
+        result = self._moved(Use(use.value), use.value.shape, dtype).value
         # All numbers of INT8 are those of a float with its sign and 7 more bits.
         if use.value.dtype is DType.INT8 and (dtype in INTEGERS or FORMATS[dtype].fraction >= 7):
             self._widened[result] = Use(use.value)
@@ -256,36 +262,9 @@ class Tracer:
         found = self._widened.get(use.value)
         return Use(found.value, use.transposed) if found else use
 
-    # JAX makes ``select_n(i < 0, i, i + rows)`` of an index i. The chip takes indices from 0 on,
-    # and has no arithmetic for others; so the steps are only noted, for what picks rows by them.
-
-    def wrap(self, step: str, index: Use, rows: int) -> Use:
-        """One of the steps: "lt", "add" or "index"."""
-        dtype = DType.FP32 if step == "lt" else DType.INT32
-        value = self.emit(
-            "wrap", [Use(index.value)], index.value.shape, dtype, step=step, rows=rows
-        ).value
-        self._wraps[value] = step, index.value, rows
-        return Use(value, index.transposed)
-
-    def wrapped(self, mask: Ref, on_false: Ref, on_true: Ref) -> Use | None:
-        """What chooses between the steps, if that is what it does."""
-        if not (isinstance(mask, Use) and isinstance(on_false, Use) and isinstance(on_true, Use)):
-            return None
-        low, high = self._wraps.get(mask.value), self._wraps.get(on_true.value)
-        same = mask.transposed == on_false.transposed == on_true.transposed
-        if low is None or high is None or not same:
-            return None
-        if (low[0], high[0]) != ("lt", "add") or not low[1] is high[1] is on_false.value:
-            return None
-        return self.wrap("index", on_false, high[2])
-
-    def index(self, ref: Ref, count: int, rows: int) -> Use:
-        """A vector of indices [count, 1] of a table, as it was before the steps."""
+    def index(self, ref: Ref, count: int) -> Use:
+        """A vector of indices from an array [count, 1]."""
         if isinstance(ref, Use):
-            step, value, wanted = self._wraps.get(ref.value, ("", ref.value, 0))
-            if step == "index" and wanted == rows:
-                ref = Use(value, ref.transposed)
             return self.array(ref.t, canonical((count,)), DType.INT32)
         return self.array(ref.reshape(count), canonical((count,)), DType.INT32)
 
@@ -317,6 +296,35 @@ class Tracer:
         left, right = self.use(a), self.use(b)
         shape = broadcast(left.shape, right.shape)
         return self.emit("tt", [left, right], shape, op0=AluOp.BYPASS, imm0=0.0, op1=op)
+
+    def number(self, ref: Ref, dtype: DType) -> Use:
+        """An integer operand; known ones become constants of type `dtype`."""
+        if isinstance(ref, Use):
+            return ref
+        value = uniform(ref)
+        if value is not None:
+            return self.emit("fill", [], (1, 1), dtype, value=value)
+        return self._constant(np.asarray(ref).astype(FORMATS[dtype].numpy), dtype)
+
+    def integers(self, op: AluOp, a: Ref, b: Ref, made: DType, given: DType) -> Use:
+        """``a op b`` of integers of type `given`, at least one of them not known; `made` is the
+        type of the result."""
+        if not isinstance(a, Use) and op in MIRRORED:
+            return self.integers(MIRRORED[op], b, a, made, given)
+        left = self.number(a, given)
+        value = None if isinstance(b, Use) else uniform(b)
+        if value is not None:
+            return self.alone(op, left, made, value)
+        right = self.number(b, given)
+        shape = broadcast(left.shape, right.shape)
+        return self.emit("tt", [left, right], shape, made, op0=AluOp.BYPASS, imm0=0.0, op1=op)
+
+    def alone(self, op: AluOp, a: Use, made: DType, value: float = 0.0) -> Use:
+        """``a op value`` of integers. What only the second ALU has goes there."""
+        attrs: dict[str, Any] = {"op0": op, "imm0": value, "op1": AluOp.BYPASS, "imm1": 0.0}
+        if op in DIVISIONS:
+            attrs = {"op0": AluOp.BYPASS, "imm0": 0.0, "op1": op, "imm1": value}
+        return self.emit("ts", [a], a.shape, made, **attrs)
 
     def _fail(self) -> Use:
         raise CompileError("internal error: an operation on numbers was not folded")
@@ -368,13 +376,15 @@ class Tracer:
         low = self.emit("tt", [rest, middle], x.shape, DType.BF16, nearest=True, **minus)
         return tuple(part.t if use.transposed else part for part in (high, middle, low))
 
-    def reduce(self, op: AluOp, use: Use, axis: int) -> Use:
+    def reduce(self, op: AluOp, use: Use, axis: int, dtype: DType = DType.FP32) -> Use:
         """Reduction of `use` along one axis, kept as size 1."""
         rows, cols = use.shape
         if use.shape[axis] == 1:
             return use
         shape = (rows, 1) if axis == 1 else (1, cols)
-        return self.emit("reduce", [use], shape, op0=AluOp.BYPASS, imm0=0.0, op1=op, axis=axis)
+        return self.emit(
+            "reduce", [use], shape, dtype, op0=AluOp.BYPASS, imm0=0.0, op1=op, axis=axis
+        )
 
     # --- equations -----------------------------------------------------------------------
 
@@ -448,7 +458,7 @@ class Tracer:
             return UnsupportedError(f"{reason}: {name} {types} -> {made}{where}")
 
         handler = _HANDLERS.get(name)
-        if handler is None:
+        if handler is None and name not in _INTEGER_HANDLERS:
             raise refuse(f"the primitive {name!r} is not supported")
         for aval in (*avals, *outs):
             if len(aval.shape) > 2:
@@ -461,18 +471,15 @@ class Tracer:
                     f"{np.dtype(aval.dtype).name} is not a type the chip computes with "
                     f"({ARRAY_TYPE_NAMES})"
                 )
-        if name in ("lt", "add"):
-            step = _index_step(self, name, *operands)
-            if step is not None:
-                return [step]
-        if name not in INTEGER_PRIMITIVES:
+        if name not in ANY_TYPE_PRIMITIVES:
             given = [v.aval for v, ref in zip(eqn.invars, operands, strict=True)
                      if isinstance(ref, Use)]  # fmt: skip
             if any(array_type(aval.dtype) in INTEGERS for aval in (*given, *outs)):
-                raise refuse(
-                    f"integers are only moved and, as int8, multiplied as matrices, or pick rows, "
-                    f"so the primitive {name!r} is not supported for them"
-                )
+                handler = _INTEGER_HANDLERS.get(name)
+                if handler is None:
+                    raise refuse(f"the primitive {name!r} is not supported for integers")
+        if handler is None:
+            raise refuse(f"the primitive {name!r} is supported for integers only")
         first = len(self.graph.ops)
         try:
             results = handler(self, eqn, *operands)
@@ -709,9 +716,6 @@ def _select_n(t: Tracer, eqn: Any, mask: Ref, *cases: Ref) -> Ref:
         number = uniform(mask)
         if number is not None:
             return cases[int(number)]
-    index = t.wrapped(mask, *cases)
-    if index is not None:
-        return index
     kept = array_type(eqn.outvars[0].aval.dtype)
     return t.select(mask, *cases, kept if kept in INTEGERS else DType.FP32)
 
@@ -720,10 +724,10 @@ def _select_n(t: Tracer, eqn: Any, mask: Ref, *cases: Ref) -> Ref:
 def _convert_element_type(t: Tracer, eqn: Any, a: Ref) -> Ref:
     new, old = (np.dtype(v.aval.dtype).name for v in (eqn.outvars[0], eqn.invars[0]))
     kept, given = ARRAY_TYPES[new], ARRAY_TYPES.get(old)
-    if kept is not given and {kept, given} & {*INTEGERS}:
-        if given not in INTEGERS or new == "bool" or (kept not in INTEGERS and old != "int8"):
-            raise _Refuse("the chip does not convert between integers and other types")
-        return t.cast(t.use(a), kept)
+    if {kept, given} & {*INTEGERS}:
+        if new == "bool":
+            return t.alone(AluOp.NE, t.use(a), DType.FP32)
+        return a if kept is given else t.cast(t.use(a), kept)
     if new == "bool" and old != "bool":
         return t.binary(AluOp.NE, a, t.scalar(0.0))
     return a
@@ -843,6 +847,131 @@ for _name, _op in {
     _register_reduction(_name, _op)
 
 
+# --- integers -------------------------------------------------------------------------------
+
+
+def _types(eqn: Any) -> tuple[DType, DType]:
+    """Types of the last operand and of the result."""
+    given, made = eqn.invars[-1].aval.dtype, eqn.outvars[0].aval.dtype
+    return ARRAY_TYPES[np.dtype(given).name], ARRAY_TYPES[np.dtype(made).name]
+
+
+def _register_integer(name: str, op: AluOp) -> None:
+    def handler(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Use:
+        given, made = _types(eqn)
+        return t.integers(op, a, b, made, given)
+
+    _INTEGER_HANDLERS[name] = handler
+
+
+for _name, _op in {
+    "add": AluOp.ADD,
+    "add_any": AluOp.ADD,
+    "sub": AluOp.SUB,
+    "mul": AluOp.MUL,
+    "div": AluOp.DIVIDE,
+    "rem": AluOp.MOD,
+    "max": AluOp.MAX,
+    "min": AluOp.MIN,
+    "eq": AluOp.EQ,
+    "ne": AluOp.NE,
+    "lt": AluOp.LT,
+    "le": AluOp.LE,
+    "gt": AluOp.GT,
+    "ge": AluOp.GE,
+    "and": AluOp.BIT_AND,
+    "or": AluOp.BIT_OR,
+    "xor": AluOp.BIT_XOR,
+    "shift_left": AluOp.SHIFT_LEFT,
+    "shift_right_arithmetic": AluOp.SHIFT_RIGHT_SIGNED,
+}.items():
+    _register_integer(_name, _op)
+
+
+def _shift_right_logical(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Use:
+    given, made = _types(eqn)
+    if given is DType.INT8:
+        raise _Refuse("zeros cannot come in from the left of int8, which lies in 32 bits")
+    return t.integers(AluOp.SHIFT_RIGHT, a, b, made, given)
+
+
+_INTEGER_HANDLERS["shift_right_logical"] = _shift_right_logical
+
+
+def _register_alone(name: str, op: AluOp) -> None:
+    _INTEGER_HANDLERS[name] = lambda t, eqn, a: t.alone(op, a, _types(eqn)[1])
+
+
+for _name, _op in {
+    "neg": AluOp.NEG,
+    "abs": AluOp.ABS,
+    "not": AluOp.BIT_NOT,
+    "square": AluOp.SQUARE,
+}.items():
+    _register_alone(_name, _op)
+
+
+def _integer_sign(t: Tracer, eqn: Any, a: Use) -> Use:
+    _, made = _types(eqn)
+    clipped = t.alone(AluOp.MIN, a, made, 1.0)
+    return clipped if made is DType.UINT32 else t.alone(AluOp.MAX, clipped, made, -1.0)
+
+
+def _integer_clamp(t: Tracer, eqn: Any, low: Ref, a: Ref, high: Ref) -> Use:
+    given, made = _types(eqn)
+    if isinstance(low, Use) or isinstance(a, Use):
+        least: Ref = t.integers(AluOp.MAX, a, low, made, given)
+    else:
+        least = np.maximum(a, low)
+    return t.integers(AluOp.MIN, least, high, made, given)
+
+
+def _integer_power(t: Tracer, eqn: Any, a: Use) -> Ref:
+    _, made = _types(eqn)
+    exponent = eqn.params["y"]
+    if exponent < 0:
+        raise _Refuse("a negative power of integers")
+    result: Use | None = None
+    square = a
+    while exponent:
+        if exponent & 1:
+            result = square if result is None else t.integers(AluOp.MUL, result, square, made, made)
+        exponent >>= 1
+        if exponent:
+            square = t.alone(AluOp.SQUARE, square, made)
+    return result if result is not None else np.ones((), FORMATS[made].numpy)
+
+
+_INTEGER_HANDLERS["sign"] = _integer_sign
+_INTEGER_HANDLERS["clamp"] = _integer_clamp
+_INTEGER_HANDLERS["integer_pow"] = _integer_power
+
+
+def _register_integer_reduction(name: str, op: AluOp) -> None:
+    def handler(t: Tracer, eqn: Any, a: Ref) -> Use:
+        given, made = _types(eqn)
+        shape = eqn.invars[0].aval.shape
+        use = t.full(t.number(a, given), canonical(shape))
+        axes = [axis + 2 - len(shape) for axis in eqn.params["axes"]]
+        for axis in sorted(axes, reverse=True):
+            use = t.reduce(op, use, axis, made)
+        return use.t if len(shape) == 2 and axes == [1] else use
+
+    _INTEGER_HANDLERS[name] = handler
+
+
+for _name, _op in {
+    "reduce_sum": AluOp.ADD,
+    "reduce_max": AluOp.MAX,
+    "reduce_min": AluOp.MIN,
+    "reduce_prod": AluOp.MUL,
+    "reduce_and": AluOp.BIT_AND,
+    "reduce_or": AluOp.BIT_OR,
+    "reduce_xor": AluOp.BIT_XOR,
+}.items():
+    _register_integer_reduction(_name, _op)
+
+
 def _small(ref: Ref, integers: bool) -> Ref:
     """A known int32 operand of a product: as int8 if its numbers are, for a result of integers; as
     float32 for another."""
@@ -936,7 +1065,9 @@ def _dot_general(t: Tracer, eqn: Any, a: Ref, b: Ref) -> Ref:
         DType.INT8 if use.value.dtype is DType.INT8 else array_type(v.aval.dtype)
         for use, v in zip((left, right), eqn.invars, strict=True)
     ]
-    if any(use.value.dtype is DType.INT32 for use in (left, right)):
+    if result_type is DType.UINT32 or any(
+        use.value.dtype in (DType.INT32, DType.UINT32) for use in (left, right)
+    ):
         raise _Refuse(
             "the operands of a product of integers must be int8, or int8 made wider; for int32 "
             "results of int8 operands use preferred_element_type=jnp.int32"
@@ -996,16 +1127,6 @@ def _kernel(t: Tracer, eqn: Any, *operands: Ref) -> Sequence[Ref]:
     ]
 
 
-def _index_step(t: Tracer, name: str, a: Ref, b: Ref) -> Use | None:
-    """``i < 0`` or ``i + rows`` of int32 i, which may be part of what JAX makes of an index."""
-    if not isinstance(a, Use) or a.value.dtype is not DType.INT32 or isinstance(b, Use):
-        return None
-    numbers = np.unique(b)
-    if numbers.size != 1 or (numbers[0] != 0 if name == "lt" else numbers[0] < 1):
-        return None
-    return t.wrap(name, a, int(numbers[0]))
-
-
 def _picks_rows(eqn: Any, inserted: Any, mapped: Any, window: Any, mode: Any) -> None:
     """Refuses a gather or scatter that is not of whole rows along axis 0 by a vector."""
     table, index = (var.aval for var in eqn.invars[:2])
@@ -1061,7 +1182,7 @@ def _gather(t: Tracer, eqn: Any, table: Ref, start: Ref) -> Ref:
         numbers.offset_dims,
         eqn.params["mode"],
     )
-    uses = [_packed(t, table, aval), t.index(start, index.shape[0], aval.shape[0])]
+    uses = [_packed(t, table, aval), t.index(start, index.shape[0])]
     made = _as_table(eqn.outvars[0].aval.shape)
     return _rows_call(t, eqn, embedding, {}, uses, (_as_table(aval.shape), index.shape[:1], made))
 
@@ -1079,7 +1200,7 @@ def _scatter_add(t: Tracer, eqn: Any, table: Ref, start: Ref, updates: Ref) -> R
     )
     if added.shape[1:] != aval.shape[1:] or added.dtype != aval.dtype:
         raise _Refuse("only whole rows of the same type are added")
-    picked = t.index(start, index.shape[0], aval.shape[0])
+    picked = t.index(start, index.shape[0])
     more = _packed(t, updates, added)
     shape, rows = _as_table(aval.shape), _as_table(added.shape)
     if isinstance(table, np.ndarray) and not np.asarray(table).astype(np.float32).any():
@@ -1089,27 +1210,6 @@ def _scatter_add(t: Tracer, eqn: Any, table: Ref, start: Ref, updates: Ref) -> R
         )
     uses = [_packed(t, table, aval), picked, more]
     return _rows_call(t, eqn, scatter_add, {}, uses, (shape, index.shape[:1], rows, shape))
-
-
-def refuse_casts(graph: Graph) -> None:
-    """Raises UnsupportedError if floats are made of integers other than for matrix products, or
-    integers computed with other than to pick rows."""
-    for op in graph.ops:
-        if op.kind == "wrap":
-            made = FORMATS[op.result.dtype].numpy.name
-            raise UnsupportedError(
-                "integers are only moved and, as int8, multiplied as matrices, or pick rows, so "
-                f"the primitive {op.label!r} is not supported for them: {op.label} int32"
-                f"{list(op.operands[0].shape)} -> {made}{_source_line(op.source)}"
-            )
-        if op.kind == "cast" and op.result.dtype not in INTEGERS:
-            given, made = (
-                FORMATS[value.dtype].numpy.name for value in (op.operands[0].value, op.result)
-            )
-            raise UnsupportedError(
-                f"{given} arrays become floats only as operands of matrix products, in types that "
-                f"hold every {given}: {op.label} {given} -> {made}{_source_line(op.source)}"
-            )
 
 
 def trace(closed: Any, names: Sequence[str], matmul: DType = DType.BF16) -> Graph:

@@ -1,9 +1,9 @@
-"""FP32 arithmetic as the core does it, on numpy arrays of 32-bit words.
+"""Arithmetic as the core does it, on numpy arrays of 32-bit words.
 
 Every function takes and returns ``uint32`` arrays that hold the bits of FP32 values, or of 32-bit
-two's complement integers where it says so. Rounding is to nearest even, subnormals are kept,
-overflow gives infinity, and whatever is NaN comes out as `CANONICAL_NAN`. Only BYPASS and the
-bitwise operations pass words on as they are.
+integers where it says so. Rounding is to nearest even, subnormals are kept, overflow gives
+infinity, and whatever is NaN comes out as `CANONICAL_NAN`. Only BYPASS and the operations on words
+pass a NaN on as it is. Integers are calculated modulo 2**32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from systolith_hdl.formats import CANONICAL_NAN, FORMATS, DType
+from systolith_hdl.formats import CANONICAL_NAN, FORMATS, INTEGERS, WORDS, DType
 from systolith_hdl.isa import REDUCE_ACCUMULATORS, REDUCTIONS, AluOp
 
 Words = np.ndarray[Any, np.dtype[np.uint32]]
@@ -100,19 +100,50 @@ def operand(words: Words, dtype: DType) -> Words:
 
 
 @_quiet
-def to_int32(words: Words) -> Words:
-    """Integers of FP32 numbers, rounded toward zero; the nearest end of the range for what is
-    outside of it, 0 for NaN."""
+def to_integer(words: Words, dtype: DType) -> Words:
+    """Integers of FP32 numbers, rounded toward zero; the nearest end of the type's range for what
+    is outside of it, 0 for NaN."""
+    ends = np.iinfo(FORMATS[dtype].numpy)
     values = np.trunc(floats(words).astype(np.float64))
-    inside = np.clip(np.where(np.isnan(values), 0.0, values), -(2.0**31), 2.0**31 - 1)
-    return inside.astype(np.int32).view(np.uint32)
+    inside = np.clip(np.where(np.isnan(values), 0.0, values), float(ends.min), float(ends.max))
+    return inside.astype(np.int64).astype(np.uint32)
+
+
+def to_int32(words: Words) -> Words:
+    """`to_integer` of INT32."""
+    return to_integer(words, DType.INT32)
+
+
+def from_integer(words: Words, given: DType, *, odd: bool = False) -> Words:
+    """FP32 of integers, to nearest even. With `odd` to odd: toward zero, and where that is not
+    exact the last bit is set. Rounded further to a narrow type, to nearest, that gives what one
+    rounding of the integer gives (docs/numerics.md)."""
+    values = words.view(FORMATS[given].numpy).astype(np.float64)  # exact
+    nearest = values.astype(np.float32)
+    if not odd:
+        return nearest.view(np.uint32)
+    far = np.abs(nearest.astype(np.float64)) > np.abs(values)
+    toward_zero = nearest.view(np.uint32) - far.astype(np.uint32)
+    inexact = nearest.astype(np.float64) != values
+    return toward_zero | inexact.astype(np.uint32)
+
+
+def convert(words: Words, given: DType, dtype: DType, random: Words | None = None) -> Words:
+    """Words of type `given`, one of `WORDS`, as the vector engine writes them in type `dtype`."""
+    if given is DType.FP32:
+        return to_integer(words, dtype) if dtype in INTEGERS else round_to(words, dtype, random)
+    if dtype is DType.INT8:
+        return words.astype(np.int8).astype(np.int32).view(np.uint32)
+    if dtype in INTEGERS:
+        return words
+    return round_to(from_integer(words, given, odd=dtype is not DType.FP32), dtype, random)
 
 
 @_quiet
 def pack(words: Words, dtype: DType, random: Words | None = None) -> np.ndarray:
     """Rounds FP32 to a narrow float, as `round_to` does; returns its bits, every NaN the canonical
-    one of the type. FP32 and INT32 return the words as they are, INT8 their low 8 bits."""
-    if dtype in (DType.FP32, DType.INT32):
+    one of the type. FP32, INT32 and UINT32 return the words as they are, INT8 their low 8 bits."""
+    if dtype in WORDS:
         return words
     if dtype is DType.INT8:
         return words.astype(np.uint8)
@@ -128,7 +159,7 @@ def pack(words: Words, dtype: DType, random: Words | None = None) -> np.ndarray:
 def unpack(bits: np.ndarray, dtype: DType) -> Words:
     """Words of packed elements: exact. A NaN of FP16 or FP8 becomes the canonical one, FP32 and
     BF16 keep their bits. Integers stay integers."""
-    if dtype in (DType.FP32, DType.INT32):
+    if dtype in WORDS:
         return bits
     if dtype is DType.INT8:
         return bits.view(np.int8).astype(np.int32).view(np.uint32)
@@ -187,14 +218,87 @@ def truth(condition: np.ndarray) -> Words:
     return np.where(condition, _ONE, _ZERO)
 
 
-def nonzero(words: Words) -> np.ndarray:
-    """Which words are neither +0 nor -0; NaN is not zero."""
-    return (words & _ABS) != 0
+def nonzero(words: Words, dtype: DType = DType.FP32) -> np.ndarray:
+    """Which words of a type are not zero: of FP32 neither +0 nor -0; NaN is not zero."""
+    return (words & _ABS if dtype is DType.FP32 else words) != 0
 
 
-#: what `a op b` is, for every operation
-ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
+def _shift(shift: Callable[..., Words]) -> Callable[[Words, Words], Words]:
+    """A shift of words, which numpy leaves undefined from 32 places on."""
+    # Two of 31 places at most, together any number from 0 to 32 and more.
+    return lambda a, b: shift(shift(a, np.minimum(b, 31)), np.minimum(np.maximum(b, 31) - 31, 1))
+
+
+def _signed_right(a: Words, b: Words) -> Words:
+    return (a.view(np.int32) >> b.astype(np.int32)).view(np.uint32)
+
+
+@_quiet
+def divide(a: Words, b: Words) -> Words:
+    return canonical(floats(a) / floats(b))
+
+
+@_quiet
+def square_root(a: Words) -> Words:
+    return canonical(np.sqrt(floats(a)))
+
+
+def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Integers, toward zero; all bits set where b is 0."""
+    wide_a, wide_b = a.astype(np.int64), b.astype(np.int64)
+    size = np.abs(wide_a) // np.where(b == 0, 1, np.abs(wide_b))
+    result = np.where((wide_a < 0) == (wide_b < 0), size, -size)
+    return np.where(b == 0, -1, result).astype(np.uint32)
+
+
+def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What the quotient leaves; a where b is 0."""
+    left = a.astype(np.uint32) - _quotient(a, b) * b.astype(np.uint32)
+    return np.where(b == 0, a.astype(np.uint32), left)
+
+
+#: operations on words, whatever they hold
+_WORD_ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
     AluOp.BYPASS: lambda a, b: a,
+    AluOp.BIT_AND: lambda a, b: a & b,
+    AluOp.BIT_OR: lambda a, b: a | b,
+    AluOp.BIT_XOR: lambda a, b: a ^ b,
+    AluOp.BIT_NOT: lambda a, b: ~a,
+    AluOp.SHIFT_LEFT: _shift(np.left_shift),
+    AluOp.SHIFT_RIGHT: _shift(np.right_shift),
+    AluOp.SHIFT_RIGHT_SIGNED: _shift(_signed_right),
+}
+
+#: what `a op b` is of integers, on arrays of their own type; compares give bools
+INTEGER_ALU: dict[AluOp, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    AluOp.ADD: np.add,
+    AluOp.SUB: np.subtract,
+    AluOp.RSUB: lambda a, b: b - a,
+    AluOp.MUL: np.multiply,
+    AluOp.MAX: np.maximum,
+    AluOp.MIN: np.minimum,
+    # As unsigned numbers: the absolute value of -2**31 is 2**31.
+    AluOp.ABS_MAX: lambda a, b: np.maximum(np.abs(a).view(np.uint32), np.abs(b).view(np.uint32)),
+    AluOp.EQ: np.equal,
+    AluOp.NE: np.not_equal,
+    AluOp.LT: np.less,
+    AluOp.LE: np.less_equal,
+    AluOp.GT: np.greater,
+    AluOp.GE: np.greater_equal,
+    AluOp.LOGICAL_AND: np.logical_and,
+    AluOp.LOGICAL_OR: np.logical_or,
+    AluOp.LOGICAL_XOR: np.logical_xor,
+    AluOp.NEG: lambda a, b: 0 - a,
+    AluOp.ABS: lambda a, b: np.abs(a),
+    AluOp.SQUARE: lambda a, b: a * a,
+    AluOp.RELU: lambda a, b: np.maximum(a, 0),
+    AluOp.DIVIDE: _quotient,
+    AluOp.MOD: _remainder,
+}
+
+#: what `a op b` is of FP32
+ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
+    **_WORD_ALU,
     AluOp.ADD: add,
     AluOp.SUB: sub,
     AluOp.RSUB: lambda a, b: sub(b, a),
@@ -211,9 +315,29 @@ ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
     AluOp.LOGICAL_AND: lambda a, b: truth(nonzero(a) & nonzero(b)),
     AluOp.LOGICAL_OR: lambda a, b: truth(nonzero(a) | nonzero(b)),
     AluOp.LOGICAL_XOR: lambda a, b: truth(nonzero(a) ^ nonzero(b)),
-    AluOp.BIT_AND: lambda a, b: a & b,
-    AluOp.BIT_OR: lambda a, b: a | b,
-    AluOp.BIT_XOR: lambda a, b: a ^ b,
+    AluOp.NEG: lambda a, b: canonical(-floats(a)),
+    AluOp.ABS: lambda a, b: canonical(np.abs(floats(a))),
+    AluOp.SQUARE: lambda a, b: mul(a, a),
+    AluOp.RELU: lambda a, b: maximum(a, np.zeros_like(a)),
+    AluOp.DIVIDE: divide,
+    AluOp.RECIPROCAL: lambda a, b: divide(np.full_like(a, _ONE), a),
+    AluOp.SQRT: lambda a, b: square_root(a),
+    AluOp.RSQRT: lambda a, b: divide(np.full_like(a, _ONE), square_root(a)),
+}
+
+#: reductions of words, in any order
+_WORD_REDUCTIONS = {
+    AluOp.BIT_AND: np.bitwise_and,
+    AluOp.BIT_OR: np.bitwise_or,
+    AluOp.BIT_XOR: np.bitwise_xor,
+}
+#: reductions of integers, in any order
+_INTEGER_REDUCTIONS: dict[AluOp, Callable[..., np.ndarray]] = {
+    AluOp.ADD: np.add.reduce,
+    AluOp.MUL: np.multiply.reduce,
+    AluOp.MAX: np.max,
+    AluOp.MIN: np.min,
+    AluOp.ABS_MAX: lambda a, axis: np.abs(a).view(np.uint32).max(axis=axis),
 }
 
 
@@ -225,26 +349,37 @@ _EXTREMES: dict[AluOp, tuple[Callable[..., np.ndarray], Callable[[Words], Words]
 }
 
 
-def alu(operation: AluOp, a: Words, b: Words) -> Words:
-    """`a operation b`, element by element; the arrays broadcast."""
+def alu(operation: AluOp, a: Words, b: Words, dtype: DType = DType.FP32) -> Words:
+    """`a operation b` of words of a type, one of `WORDS`, element by element; the arrays
+    broadcast."""
     with np.errstate(all="ignore"):
-        return ALU[operation](a, b)
+        if dtype is DType.FP32 or operation in _WORD_ALU:
+            return ALU[operation](a, b)
+        kind = FORMATS[dtype].numpy
+        result = INTEGER_ALU[operation](a.view(kind), b.view(kind))
+        return result.astype(np.uint32) if result.dtype == np.bool_ else result.view(np.uint32)
 
 
 @_quiet
-def reduce_last(operation: AluOp, words: Words) -> Words:
-    """Reduces the last axis the way REDUCE does; the axis is dropped.
+def reduce_last(operation: AluOp, words: Words, dtype: DType = DType.FP32) -> Words:
+    """Reduces the last axis of words of a type the way REDUCE does; the axis is dropped.
 
     Element i goes to accumulator i mod 4, in order; the result is
     (acc0 op acc1) op (acc2 op acc3).
     """
+    if operation in _WORD_REDUCTIONS:
+        return _WORD_REDUCTIONS[operation].reduce(words, axis=-1)
+    if dtype is not DType.FP32:
+        numbers = np.ascontiguousarray(words).view(FORMATS[dtype].numpy)
+        # numpy would sum in 64 bits; nothing is lost by that.
+        return _INTEGER_REDUCTIONS[operation](numbers, axis=-1).astype(np.uint32)
     if operation in _EXTREMES:
         # The order of values is total and a NaN stays, so the grouping does not matter.
         choose, prepare = _EXTREMES[operation]
         nan = is_nan(words).any(axis=-1)
         return np.where(nan, _NAN, _from_key(choose(_key(prepare(words)), axis=-1)))
     combine: np.ufunc = np.add if operation is AluOp.ADD else np.multiply
-    start = np.uint32(REDUCTIONS[operation]).view(np.float32)
+    start = np.uint32(REDUCTIONS[operation][dtype]).view(np.float32)
     accumulators = []
     for i in range(REDUCE_ACCUMULATORS):
         part = floats(words)[..., i::REDUCE_ACCUMULATORS]

@@ -23,6 +23,7 @@ from systolith_hdl.isa import (
     WaitMode,
     decode,
     legal_operations,
+    operation_types,
 )
 
 from . import exchange
@@ -103,15 +104,17 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
        ``fp8_rate`` is 1
     2. RESERVED_BITS: a bit that no field of the opcode's format holds is set
     3. ILLEGAL_OPERATION: op0, op1 or a wait mode has a code the opcode does not accept
-    4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or a
-       MATMUL's dst is INT32 and its src0 is not INT8
+    4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or
+       that of an operand that must have the type of src0 is another, or op1 is an operation that
+       this type does not have, or a MATMUL's dst is INT32 and its src0 is not INT8
     5. BAD_SPACE: the same for the operand's memory
     6. BAD_COUNT: a count is 0, ``lanes`` or ``columns`` is not 1..N, or a field is outside of the
        limits of the opcode
     7. BAD_SEMAPHORE: a wait (mode not NONE) or a signal (amount not 0) names a semaphore that
        does not exist, or the signal's chip is not 0
-    8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, local, index; of each the lowest
-       address is below 0 (address = that), or the highest is past the memory (address = that)
+    8. OUT_OF_BOUNDS: operands in the order dst, src0, src1, scalar, local, index; of each the
+       lowest address is below 0 (address = that), or the highest is past the memory (address =
+       that)
 
     DRAM addresses are not checked here: the bus answers those with an error. Neither are the values
     of indices, which are read only when the instruction executes.
@@ -136,6 +139,11 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     operands = _OPERANDS[opcode]
     for name, (_, dtypes) in operands.items():
         if fields[f"{name}.dtype"] not in dtypes:
+            return Fault(FaultCause.BAD_TYPE)
+    if any(fields[f"{name}.dtype"] != fields["src0.dtype"] for name in spec.alike):
+        return Fault(FaultCause.BAD_TYPE)
+    for operation, legal in operation_types(opcode).items():
+        if fields["op1"] == operation.value and DType(fields["src0.dtype"]) not in legal:
             return Fault(FaultCause.BAD_TYPE)
     if (
         opcode is Opcode.MATMUL

@@ -42,6 +42,7 @@ from .marks import PASSES
 _LANEWISE = frozenset(
     {
         Opcode.TENSOR_TENSOR,
+        Opcode.SCALAR_TENSOR_TENSOR,
         Opcode.TENSOR_SCALAR,
         Opcode.DROPOUT,
     }

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from systolith_hdl.arith.dither import RANDOM_STREAM
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
-from systolith_hdl.formats import FORMATS, NARROW_FLOATS, DType
+from systolith_hdl.formats import FORMATS, INTEGERS, NARROW_FLOATS, DType
 from systolith_hdl.isa import (
     CONTROL,
     INDEX_BITS,
@@ -152,6 +152,11 @@ def _repeats(counts: Sequence[int], strides: Sequence[int], width: int = 1) -> b
             return True
         reach += stride * (count - 1)
     return False
+
+
+def _computes(fields: dict[str, int]) -> DType:
+    """The type in which an instruction of the vector engine computes."""
+    return DType(fields["src0.dtype"])
 
 
 class _Pattern:
@@ -480,23 +485,26 @@ class Core:
         )
         return words.reshape(lanes, *counts)
 
-    def _writer(self, opcode: Opcode, fields: dict[str, int]) -> Callable[..., None]:
-        """Writes words to dst in its type; `behind`, if any, is one more element of each row, and
-        stays FP32."""
+    def _writer(
+        self, opcode: Opcode, fields: dict[str, int], given: DType = DType.FP32
+    ) -> Callable[..., None]:
+        """Writes words of type `given` to dst in its type; `behind`, if any, is one more element of
+        each row, and stays as it is."""
         pattern = self._pattern(opcode, "dst", fields)
         dtype = DType(fields["dst.dtype"])
         lanes = operand_lanes(opcode, "dst", fields, self.config.lanes)
         shape = lanes, operand_counts(opcode, "dst", fields)
-        stochastic = Rounding(fields.get("rounding", 0)) is Rounding.STOCHASTIC
+        rounding = Rounding(fields.get("rounding", 0))
+        stochastic = rounding is Rounding.STOCHASTIC and dtype in NARROW_FLOATS
 
         def write(
             words: Words, where: np.ndarray | None = None, behind: Words | None = None
         ) -> None:
-            if dtype is not DType.FP32:
+            if dtype is not given:
                 random = self._random(*shape) if stochastic else None
                 if random is not None and behind is not None:
                     random = random[..., :-1]
-                words = arithmetic.round_to(words, dtype, random)
+                words = arithmetic.convert(words, given, dtype, random)
             if behind is not None:
                 words = np.concatenate([words, behind], axis=-1)
             pattern.write(words, where)
@@ -573,38 +581,52 @@ class Core:
         immediate = np.full(1, fields["imm0"], np.uint32)
         if operation is AluOp.BYPASS:
             return source.read
-        return lambda: arithmetic.alu(operation, source.read(), immediate)
+        dtype = _computes(fields)
+        return lambda: arithmetic.alu(operation, source.read(), immediate, dtype)
 
     def _tensor_tensor(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         first = self._first_stage(opcode, fields)
         second = self._pattern(opcode, "src1", fields)
-        operation = AluOp(fields["op1"])
-        write = self._writer(opcode, fields)
-        return lambda: write(arithmetic.alu(operation, first(), second.read()))
+        operation, dtype = AluOp(fields["op1"]), _computes(fields)
+        write = self._writer(opcode, fields, dtype)
+        return lambda: write(arithmetic.alu(operation, first(), second.read(), dtype))
+
+    def _scalar_tensor_tensor(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        sources = [self._pattern(opcode, name, fields) for name in ("src0", "scalar", "src1")]
+        op0, op1, dtype = AluOp(fields["op0"]), AluOp(fields["op1"]), _computes(fields)
+        write = self._writer(opcode, fields, dtype)
+
+        def run() -> None:
+            x, s, y = (source.read() for source in sources)
+            write(arithmetic.alu(op1, arithmetic.alu(op0, x, s, dtype), y, dtype))
+
+        return run
 
     def _tensor_scalar(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         first = self._first_stage(opcode, fields)
-        operation = AluOp(fields["op1"])
+        operation, dtype = AluOp(fields["op1"]), _computes(fields)
         immediate = np.full(1, fields["imm1"], np.uint32)
-        write = self._writer(opcode, fields)
-        return lambda: write(arithmetic.alu(operation, first(), immediate))
+        write = self._writer(opcode, fields, dtype)
+        return lambda: write(arithmetic.alu(operation, first(), immediate, dtype))
 
     def _reduce(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         first = self._first_stage(opcode, fields)
-        operation = AluOp(fields["op1"])
-        write = self._writer(opcode, fields)
-        return lambda: write(arithmetic.reduce_last(operation, first())[..., None])
+        operation, dtype = AluOp(fields["op1"]), _computes(fields)
+        write = self._writer(opcode, fields, dtype)
+        return lambda: write(arithmetic.reduce_last(operation, first(), dtype)[..., None])
 
     def _memset(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         value = np.full(1, fields["imm0"], np.uint32)
-        write = self._writer(opcode, fields)
+        integer = DType(fields["dst.dtype"]) in INTEGERS
+        write = self._writer(opcode, fields, DType.INT32 if integer else DType.FP32)
         return lambda: write(value)
 
     def _copy_predicated(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         mask = self._pattern(opcode, "src0", fields)
         source = self._pattern(opcode, "src1", fields)
-        write = self._writer(opcode, fields)
-        return lambda: write(source.read(), arithmetic.nonzero(mask.read()))
+        dtype = _computes(fields)
+        write = self._writer(opcode, fields, dtype)
+        return lambda: write(source.read(), arithmetic.nonzero(mask.read(), dtype))
 
     def _iota(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         numbers = choose.affine(fields, operand_counts(opcode, "dst", fields))
@@ -833,6 +855,7 @@ _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Faul
     Opcode.LOAD_STATIONARY_PAIR: Core._load_stationary,
     Opcode.MATMUL_PAIR: Core._matmul,
     Opcode.TENSOR_TENSOR: Core._tensor_tensor,
+    Opcode.SCALAR_TENSOR_TENSOR: Core._scalar_tensor_tensor,
     Opcode.TENSOR_SCALAR: Core._tensor_scalar,
     Opcode.REDUCE: Core._reduce,
     Opcode.MEMSET: Core._memset,

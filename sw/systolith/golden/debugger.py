@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from systolith_hdl.formats import FORMATS, INTEGERS
+from systolith_hdl.formats import FORMATS, INTEGERS, DType
 from systolith_hdl.isa import SPECS, Opcode, Space, decode
 
 from systolith.assembly import disassemble_instruction
@@ -51,9 +51,11 @@ class Moment:
         return (self._core.psum if space is Space.PSUM else self._core.sbuf).copy()
 
     def view(self, view: View) -> np.ndarray:
-        """What a view reads: float32 [lanes, *shape], of integer types int32."""
+        """What a view reads: float32 [lanes, *shape], of integer types int32 or uint32."""
         memory = self._core.psum if view.space is Space.PSUM else self._core.sbuf
         found = memory[: view.lanes, view.addresses()]
+        if view.dtype is DType.UINT32:
+            return found
         return found.view(np.int32 if view.dtype in INTEGERS else np.float32)
 
     def tile(self, tile: Tile) -> np.ndarray:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from systolith_hdl.formats import DType
 from systolith_hdl.isa import AluOp, Opcode, RowSums
 
 from . import choose, exchange
@@ -26,8 +27,8 @@ def _reduce(fields: dict[str, int], marks: Marks, words: Marks) -> np.ndarray:
 
 
 def _copy_predicated(fields: dict[str, int], marks: Marks, words: Marks) -> np.ndarray:
-    chosen = np.where(nonzero(words["src0"]), marks["src1"], marks["dst"])
-    return np.maximum(marks["src0"], chosen)
+    chosen = nonzero(words["src0"], DType(fields["src0.dtype"]))
+    return np.maximum(marks["src0"], np.where(chosen, marks["src1"], marks["dst"]))
 
 
 def _affine_select(fields: dict[str, int], marks: Marks, words: Marks) -> np.ndarray:

@@ -18,15 +18,19 @@ from systolith_hdl.formats import (
     FP8_TYPES,
     INTEGERS,
     NARROW_FLOATS,
+    WORDS,
     DType,
     dtype_of,
 )
 from systolith_hdl.isa import (
+    BIT_OPERANDS,
     COMPARISONS,
+    DIVISIONS,
     DRAM_WRITERS,
     LOOP_DEPTH,
     MAX_KEPT,
     MAX_WAITS,
+    OPERATION_TYPES,
     REDUCTIONS,
     SCAN_OPERATIONS,
     SCAN_ROWS,
@@ -67,11 +71,9 @@ from .tensors import (
 _Enum = TypeVar("_Enum", bound=enum.Enum)
 
 MAX_SEMAPHORE = (1 << 16) - 1
+#: types of views that are operands of the vector engine
+_VECTOR = (*FLOATS, *INTEGERS)
 _MAX_RUNS = 128  #: intervals kept of one DRAM access
-
-_BITWISE = frozenset({AluOp.BIT_AND, AluOp.BIT_OR, AluOp.BIT_XOR})
-#: operations on words, whatever they hold
-_WORDS = frozenset({AluOp.BYPASS, *_BITWISE})
 
 
 def _member(value: Any, kind: type[_Enum], what: str) -> _Enum:
@@ -411,9 +413,21 @@ class _Elementwise(_Engine):
             refuse(f"{what} must be one of {names}, not {operation.name}")
         return operation.value
 
-    def _immediate(self, what: str, value: Any, word: bool = False) -> int:
-        """The word of an immediate: that of a float, or, with `word`, an int itself."""
-        if word and isinstance(value, int | np.integer):
+    def _immediate(
+        self,
+        what: str,
+        value: Any,
+        operation: AluOp = AluOp.BYPASS,
+        dtype: DType = DType.FP32,
+    ) -> int:
+        """The word of an immediate: an integer where the type is one, else a float; the second
+        operand of a bitwise operation or a shift may always be an int."""
+        integer = isinstance(value, int | np.integer)
+        if dtype is not DType.FP32 and not integer:
+            if not (isinstance(value, float | np.floating) and float(value).is_integer()):
+                refuse(f"{what} must be an integer for words of {dtype.name}, not {value!r}")
+            value, integer = int(value), True
+        if integer and (dtype is not DType.FP32 or operation in BIT_OPERANDS):
             if not -(1 << 31) <= value < 1 << 32:
                 refuse(f"{what} = {value} does not fit 32 bits")
             return int(value) & 0xFFFFFFFF
@@ -459,6 +473,7 @@ class _Elementwise(_Engine):
         fields: dict[str, Any],
         rounding: Rounding | str,
         shape: tuple[int, ...] | None = None,
+        computes: DType | None = None,
         words: bool = False,
         sums: View | None = None,
         apart: Mapping[str, tuple[str, View, DType]] | None = None,
@@ -467,14 +482,16 @@ class _Elementwise(_Engine):
         """Checks operands and appends the instruction.
 
         `sources` maps the operand's field to (name in messages, view); `shape` is the iteration
-        space, that of `dst` unless given. With `words` the instruction does no arithmetic, so it
-        moves integers, too. `sums` are the last elements of dst's rows where these are no results.
-        `apart` are sources of a type, FP32 or INT32, walked in their own shape. One that goes
-        `across` lanes may have others in its sources than in `dst`.
+        space, that of `dst` unless given. With `computes`, the type of the words of all sources,
+        the result is converted to the type of `dst`; without, the words are FP32. With `words` the
+        instruction does no arithmetic, so it moves integers, too. `sums` are the last elements of
+        dst's rows where these are no results. `apart` are sources of a type, FP32 or INT32, walked
+        in their own shape. One that goes `across` lanes may have others in its sources than in
+        `dst`.
         """
-        types = (*FLOATS, *INTEGERS) if words else FLOATS
+        types = _VECTOR if words or computes is not None else FLOATS
         self._operand("dst", dst, self._BOTH, types)
-        rounds = dst.dtype not in (DType.FP32, *INTEGERS)
+        rounds = words and dst.dtype in NARROW_FLOATS
         for what, view in sources.values():
             # A view that rounds as a destination holds FP32 words all the same.
             self._operand(what, view, self._BOTH, FLOATS if rounds else types)
@@ -482,15 +499,17 @@ class _Elementwise(_Engine):
                 refuse(f"dst has {dst.lanes} lanes and {what} has {view.lanes}")
         self._distinct(dst)
         shape = dst.shape if shape is None else shape
+        # Words that only move are like others.
+        written = DType.FP32 if words and dst.dtype in INTEGERS else dst.dtype
         encoded = {
             "lanes": dst.lanes,
             **_rounding(rounding, dst.dtype, "dst"),
             **self._counts(shape),
-            **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), _word_type(dst)),
+            **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), written),
         }
         for name, (what, view) in sources.items():
             strides = self._pad(what, view, shape)
-            encoded.update(self._encode_operand(name, view, strides, DType.FP32))
+            encoded.update(self._encode_operand(name, view, strides, computes or DType.FP32))
         for name, (what, view, dtype) in (apart or {}).items():
             self._operand(what, view, self._BOTH, FLOATS if dtype is DType.FP32 else (dtype,))
             if view.lanes != dst.lanes:
@@ -512,13 +531,52 @@ class _Elementwise(_Engine):
         raise NotImplementedError
 
 
+def _word_type(view: View) -> DType:
+    """The type of a view's words: every float is kept as FP32, INT8 as INT32."""
+    if view.dtype in INTEGERS:
+        return DType.UINT32 if view.dtype is DType.UINT32 else DType.INT32
+    return DType.FP32
+
+
 class _Vector(_Elementwise):
-    """Instructions of the vector engine. `rounding`, a `Rounding` or its name in lower case, says
-    how the result becomes the narrow type of dst."""
+    """Instructions of the vector engine. They compute in the type of the sources: FP32, of which
+    narrow floats are kept, INT32, of which INT8 is, or UINT32. The result is converted to the type
+    of dst; `rounding`, a `Rounding` or its name in lower case, says how it becomes a narrow
+    float. Immediates are numbers of the type computed in."""
 
     @property
     def _stream(self) -> int:
         return self._builder._vector
+
+    def _operations(
+        self, computes: DType, op0: AluOp, op1: AluOp, second: Any = None
+    ) -> dict[str, int]:
+        """The fields of both operations; `second` are those that op1 may be, all by default."""
+        fields = {
+            "op0": self._operation("op0", op0, AluOp),
+            "op1": self._operation("op1", op1, AluOp, second),
+        }
+        if op0 in DIVISIONS:
+            refuse(f"op0 must not be {op0.name}, which only the second operation can be")
+        types = OPERATION_TYPES.get(op1)
+        if types is not None and computes not in types:
+            allowed = " or ".join(dtype.name for dtype in WORDS if dtype in types)
+            refuse(f"op1 = {op1.name} needs sources of {allowed}, not {computes.name}")
+        return fields
+
+    def _computes(self, **sources: View) -> DType:
+        """The type that the words of all sources have."""
+        first, *others = sources.items()
+        for what, view in sources.items():
+            self._operand(what, view, self._BOTH, _VECTOR)
+        for what, view in others:
+            if _word_type(view) is not _word_type(first[1]):
+                refuse(
+                    f"{first[0]} is {first[1].dtype.name} and {what} {view.dtype.name}, but the "
+                    f"vector engine computes in one type; copy one of them to a tile of the "
+                    f"other's type first: {first[1]} and {view}"
+                )
+        return _word_type(first[1])
 
     def tensor_tensor(
         self,
@@ -531,17 +589,46 @@ class _Vector(_Elementwise):
         rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         """dst = (src0 op0 imm0) op1 src1; sources broadcast to the shape of dst."""
+        computes = self._computes(src0=src0, src1=src1)
         self._emit(
             Opcode.TENSOR_TENSOR,
             dst,
             {"src0": ("src0", src0), "src1": ("src1", src1)},
             {
-                "op0": self._operation("op0", op0, AluOp),
-                "op1": self._operation("op1", op1, AluOp),
-                "imm0": self._immediate("imm0", imm0, op0 in _BITWISE),
+                **self._operations(computes, op0, op1),
+                "imm0": self._immediate("imm0", imm0, op0, computes),
             },
             rounding,
-            words={op0, op1} <= _WORDS,
+            computes=computes,
+        )
+
+    def scalar_tensor_tensor(
+        self,
+        dst: View,
+        src0: View,
+        op0: AluOp,
+        scalar: View,
+        op1: AluOp,
+        src1: View,
+        rounding: Rounding | str = Rounding.NEAREST,
+    ) -> None:
+        """dst = (src0 op0 scalar) op1 src1; `scalar` is a view of one column, a number for each
+        partition; sources broadcast to the shape of dst."""
+        computes = self._computes(src0=src0, src1=src1, scalar=scalar)
+        if scalar.size != 1:
+            refuse(f"the scalar must be one column, not {scalar.size}: {scalar}")
+        if scalar.steps:
+            refuse(
+                f"the scalar must be at the same place in every iteration of a loop; copy it there "
+                f"first: {scalar}"
+            )
+        self._emit(
+            Opcode.SCALAR_TENSOR_TENSOR,
+            dst,
+            {"src0": ("src0", src0), "src1": ("src1", src1), "scalar": ("scalar", scalar)},
+            self._operations(computes, op0, op1),
+            rounding,
+            computes=computes,
         )
 
     def tensor_scalar(
@@ -555,22 +642,22 @@ class _Vector(_Elementwise):
         rounding: Rounding | str = Rounding.NEAREST,
     ) -> None:
         """dst = (src0 op0 imm0) op1 imm1."""
+        computes = self._computes(src0=src0)
         self._emit(
             Opcode.TENSOR_SCALAR,
             dst,
             {"src0": ("src0", src0)},
             {
-                "op0": self._operation("op0", op0, AluOp),
-                "op1": self._operation("op1", op1, AluOp),
-                "imm0": self._immediate("imm0", imm0, op0 in _BITWISE),
-                "imm1": self._immediate("imm1", imm1, op1 in _BITWISE),
+                **self._operations(computes, op0, op1),
+                "imm0": self._immediate("imm0", imm0, op0, computes),
+                "imm1": self._immediate("imm1", imm1, op1, computes),
             },
             rounding,
-            words={op0, op1} <= _WORDS,
+            computes=computes,
         )
 
     def copy(self, dst: View, src: View, rounding: Rounding | str = Rounding.NEAREST) -> None:
-        """dst = src, rounded to the type of dst; bits untouched if that is FP32 or an integer."""
+        """dst = src, converted to the type of dst."""
         self.tensor_scalar(dst, src, AluOp.BYPASS, rounding=rounding)
 
     def reduce(
@@ -586,37 +673,47 @@ class _Vector(_Elementwise):
 
         dst has the shape of src0 with an innermost dimension of 1.
         """
+        computes = self._computes(src0=src0)
         fields = {
-            "op0": self._operation("op0", op0, AluOp),
-            "op1": self._operation("op1", op1, AluOp, REDUCTIONS),
-            "imm0": self._immediate("imm0", imm0, op0 in _BITWISE),
+            **self._operations(computes, op0, op1, REDUCTIONS),
+            "imm0": self._immediate("imm0", imm0, op0, computes),
         }
-        self._operand("src0", src0, self._BOTH, FLOATS)
         if not src0.shape or dst.shape != (*src0.shape[:-1], 1):
             refuse(
                 f"shape mismatch: the reduction of shape {src0.shape} needs a dst of shape "
                 f"{(*src0.shape[:-1], 1)}, not {dst.shape}"
             )
-        self._emit(Opcode.REDUCE, dst, {"src0": ("src0", src0)}, fields, rounding, src0.shape)
+        sources = {"src0": ("src0", src0)}
+        self._emit(Opcode.REDUCE, dst, sources, fields, rounding, src0.shape, computes)
 
     def memset(
         self, dst: View, value: float | int, rounding: Rounding | str = Rounding.NEAREST
     ) -> None:
         """dst = value, an int if dst is of an integer type."""
-        integer = isinstance(dst, View) and dst.dtype in INTEGERS
-        fields = {"imm0": self._immediate("value", value, integer)}
-        self._emit(Opcode.MEMSET, dst, {}, fields, rounding, words=integer)
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        computes = _word_type(dst)
+        fields = {"imm0": self._immediate("value", value, dtype=computes)}
+        self._emit(Opcode.MEMSET, dst, {}, fields, rounding, computes=computes)
 
     def copy_predicated(
         self, dst: View, mask: View, src: View, rounding: Rounding | str = Rounding.NEAREST
     ) -> None:
-        """dst = src where mask is not zero (NaN is not zero); elsewhere dst keeps its value."""
+        """dst = src where mask is not zero (NaN is not zero); elsewhere dst keeps its value. The
+        mask may have another type than src if dst has that of src, so that nothing is
+        converted."""
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        if dst.dtype is src.dtype and dst.dtype not in NARROW_FLOATS:
+            self._operand("mask", mask, self._BOTH, _VECTOR)
+            # Words move as they are in any type, so the mask's serves for all.
+            dst = dst.astype(_word_type(mask))
+            src = src.astype(_word_type(mask))
+        computes = self._computes(mask=mask, src=src)
         sources = {"src0": ("mask", mask), "src1": ("src", src)}
-        self._emit(Opcode.COPY_PREDICATED, dst, sources, {}, rounding, words=True)
+        self._emit(Opcode.COPY_PREDICATED, dst, sources, {}, rounding, computes=computes)
 
     def _affine(self, dst: View, base: int, steps: Sequence[int], lane_step: int) -> dict[str, int]:
         """Fields of an affine number over the shape of dst."""
-        self._operand("dst", dst, self._BOTH, FORMATS)
+        self._operand("dst", dst, self._BOTH, _VECTOR)
         if len(steps) != len(dst.shape):
             refuse(f"{len(steps)} steps for a dst of shape {dst.shape}")
         # The step of a dimension of one element is never used.
@@ -665,8 +762,8 @@ class _Vector(_Elementwise):
         `fill` must be a bfloat16 number, or, as an int if dst is of an integer type, have 16 low
         bits of 0.
         """
-        integer = isinstance(dst, View) and dst.dtype in INTEGERS
-        word = self._immediate("fill", fill, integer)
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        word = self._immediate("fill", fill, dtype=_word_type(dst))
         if word & 0xFFFF:
             refuse(
                 f"fill = {fill} is not a bfloat16 number, which is what the instruction holds; "
@@ -694,10 +791,10 @@ class _Vector(_Elementwise):
         A NaN satisfies NE alone. To keep what dst holds elsewhere: `copy_predicated`; to choose
         between two views: copy one to dst, and the other with `copy_predicated`.
         """
-        integer = isinstance(dst, View) and dst.dtype in INTEGERS
+        self._operand("dst", dst, self._BOTH, _VECTOR)
         fields = {
             "op0": self._operation("comparison", comparison, AluOp, COMPARISONS),
-            "imm0": self._immediate("otherwise", otherwise, integer),
+            "imm0": self._immediate("otherwise", otherwise, dtype=_word_type(dst)),
         }
         sources = {"src0": ("condition", condition), "src1": ("src", src)}
         self._emit(Opcode.SELECT, dst, sources, fields, rounding, words=True)
@@ -716,8 +813,8 @@ class _Vector(_Elementwise):
         `bounds`, of type INT32 and shape (2,), holds low and high of each partition. A range that
         all partitions share needs no instruction of its own: slice the views.
         """
-        integer = isinstance(dst, View) and dst.dtype in INTEGERS
-        fields = {"imm0": self._immediate("otherwise", otherwise, integer)}
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        fields = {"imm0": self._immediate("otherwise", otherwise, dtype=_word_type(dst))}
         if not isinstance(bounds, View) or bounds.shape != (2,):
             refuse(f"bounds must be a view of shape (2,), not {bounds}")
         self._emit(
@@ -791,7 +888,7 @@ class _Vector(_Elementwise):
         the place in dst, in order, and the partition. The same key in a view of the same size gives
         the same words; for others take others.
         """
-        self._operand("dst", dst, self._BOTH, FORMATS)
+        self._operand("dst", dst, self._BOTH, _VECTOR)
         if dst.dtype not in (DType.FP32, DType.INT32):
             refuse(f"dst of random must be FP32 or INT32, not {dst.dtype.name}: {dst}")
         fields = {"key": self._key(key), "dst.dtype": dst.dtype.value}
@@ -827,8 +924,8 @@ class _Vector(_Elementwise):
         Of src0 the innermost dimension are a block's columns, as many as dst has lanes; of dst they
         are as many as src0 has lanes. The other dimensions count blocks.
         """
-        self._operand("dst", dst, self._BOTH, FORMATS)
-        self._operand("src0", src0, self._BOTH, FORMATS)
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        self._operand("src0", src0, self._BOTH, _VECTOR)
         wanted = (*src0.shape[:-1], src0.lanes)
         columns = src0.shape[-1] if src0.shape else 0
         if columns != dst.lanes or dst.shape != wanted:
@@ -876,7 +973,7 @@ class _Vector(_Elementwise):
         self, dst: View, src0: View, lane: int, rounding: Rounding | str = Rounding.NEAREST
     ) -> None:
         """All lanes of dst = lane `lane` of src0."""
-        self._operand("src0", src0, self._BOTH, FORMATS)
+        self._operand("src0", src0, self._BOTH, _VECTOR)
         if not 0 <= lane < src0.lanes:
             refuse(f"src0 has no lane {lane}: {src0}")
         self._move_lanes(dst, src0, {"spread": 1, "lane": int(lane)}, rounding)
@@ -884,8 +981,8 @@ class _Vector(_Elementwise):
     def _move_lanes(
         self, dst: View, src0: View, fields: dict[str, int], rounding: Rounding | str
     ) -> None:
-        self._operand("dst", dst, self._BOTH, FORMATS)
-        self._operand("src0", src0, self._BOTH, FORMATS)
+        self._operand("dst", dst, self._BOTH, _VECTOR)
+        self._operand("src0", src0, self._BOTH, _VECTOR)
         complete = decode(encode(Opcode.SHUFFLE, {**fields, "lanes": dst.lanes}))[1]
         highest = shuffle_sources(complete, self._builder.config.lanes).max()
         if highest >= src0.lanes:
@@ -1057,11 +1154,6 @@ class _Scalar(_Elementwise):
 
 #: types of views that are operands of the tensor engine
 _OPERANDS = (*FLOATS, DType.INT8)
-
-
-def _word_type(view: View) -> DType:
-    """Type of a destination of the vector and scalar engines: integers are words like others."""
-    return DType.FP32 if view.dtype in INTEGERS else view.dtype
 
 
 def _matmul_type(view: View) -> DType:

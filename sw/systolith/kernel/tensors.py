@@ -113,9 +113,9 @@ class View:
     shape : up to 4 dimensions, outermost first
     strides : words
     lanes : partitions 0 to lanes-1 take part
-    dtype : as a destination: what is written is rounded to it; as an operand of the tensor engine:
-        what is read is. Words hold FP32 in any case, or 32-bit integers, of which an INT8 operand
-        is the low 8 bits.
+    dtype : as a destination: what is written is converted to it; as an operand of the tensor
+        engine: what is read is rounded to it. Words hold FP32, of a narrow float too, or integers
+        of 32 bits, of INT8 too; the vector engine computes in what the words of its sources are.
     steps : words by which the base steps with loops
     """
 

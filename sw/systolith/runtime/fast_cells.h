@@ -47,6 +47,19 @@ inline unsigned int fast_mul(unsigned int a, unsigned int b) {
     return fp32_bits(bits_as<float>(a) * bits_as<float>(b));
 }
 
+// The modes of MulMode of arith/fp32.py.
+inline unsigned int fast_word_mul(unsigned int a, unsigned int b, unsigned int mode) {
+    // Above 31 nothing is left of a word shifted in two steps.
+    unsigned int some = b > 31 ? 31 : b, rest = b > 31;
+    switch (mode) {
+    case 0: return fast_mul(a, b);
+    case 1: return a * b;
+    case 2: return a << some << rest;
+    case 3: return a >> some >> rest;
+    default: return static_cast<unsigned int>(static_cast<int>(a) >> some);
+    }
+}
+
 // Exact product, as a double, of two numbers in the encoding `Narrow` of tensor/mac.py: sign in bit
 // 0, exponent in bits 1 to 9, significand in bits 10 to 20, infinity in bit 21, NaN in bit 22.
 //

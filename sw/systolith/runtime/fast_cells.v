@@ -40,6 +40,26 @@ module fp32_mul(
         end
 endmodule
 
+module word_mul(
+    input clk,
+    input rst,
+    input en,
+    input [31:0] a,
+    input [31:0] b,
+    input [2:0] mode,
+    output reg [31:0] o = 0
+);
+    wire [31:0] product;
+    reg [31:0] stage_1 = 0, stage_2 = 0;
+    fast_word_mul mul(.a(a), .b(b), .mode({29'b0, mode}), .o(product));
+    always @(posedge clk)
+        if (en) begin
+            stage_1 <= product;
+            stage_2 <= stage_1;
+            o <= stage_2;
+        end
+endmodule
+
 module mac_narrow(
     input clk,
     input rst,
@@ -96,6 +116,9 @@ module fast_add(input [31:0] a, input [31:0] b, output [31:0] o);
 endmodule
 
 module fast_mul(input [31:0] a, input [31:0] b, output [31:0] o);
+endmodule
+
+module fast_word_mul(input [31:0] a, input [31:0] b, input [31:0] mode, output [31:0] o);
 endmodule
 
 module fast_product(input [31:0] a, input [31:0] w, output [63:0] o);

@@ -15,7 +15,7 @@ from .lanes import cpp_call
 #: Cells with their arithmetic in C++, and that C++.
 FAST_CELLS = Path(__file__).with_name("fast_cells.v")
 FAST_CELLS_HEADER = Path(__file__).with_name("fast_cells.h")
-_MODULES = ("fp32_add", "fp32_mul", "mac_narrow", "mac_fp8x2")
+_MODULES = ("fp32_add", "fp32_mul", "word_mul", "mac_narrow", "mac_fp8x2")
 
 _PORT = re.compile(
     r"(?:^|[(,])\s*(input|output)(?: reg| wire)?\s*(\[\d+:0\])?\s*(\w+)\b", re.MULTILINE
