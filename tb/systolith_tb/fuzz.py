@@ -597,7 +597,9 @@ def _break(raw: bytes, kind: EngineKind, config: CoreConfig) -> bytes | None:
         if random.random() < 0.6:
             names = [n for n in FIELDS[opcode] if n != "opcode"]
             # Some kinds of fields are so few or so small that they are seldom hit.
-            seldom = [n for n in names if n.endswith(("space", "dtype", "sem", "chip"))]
+            seldom = [
+                n for n in names if n.endswith(("space", "dtype", "sem", "chip", "op0", "op1"))
+            ]
             name = random.choice([*names, *(5 * seldom)])
             offset, shape = FIELDS[opcode][name]
             width = Shape.cast(shape).width
