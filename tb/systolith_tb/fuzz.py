@@ -719,7 +719,7 @@ class Rig:
     watchdog : cycles
     """
 
-    def __init__(self, backend: Backend, *, watchdog: int = 4000) -> None:
+    def __init__(self, backend: Backend, *, watchdog: int = 10_000) -> None:
         self.driver = Driver(backend, watchdog=watchdog)
         self.config = backend.config
         self._set = self.driver.load(_memories(self.config, store=False))
