@@ -92,7 +92,7 @@ def test_moves_every_element_in_order(seed: int) -> None:
         dtype, word = DType(fields["dram_dtype"]), int(sbuf[lane, column])
         code = {1: "<B", 2: "<H", 4: "<I"}[_size(fields)]
         bits = struct.unpack_from(code, dram, address)[0]
-        whole = dtype in (DType.FP32, DType.INT32)
+        whole = dtype in (DType.FP32, DType.INT32, DType.UINT32)
         loaded[lane, column] = bits if whole else _widened(bits, dtype)
         struct.pack_into(code, stored, address, word if whole else _packed(word, dtype))
     target = sbuf.copy()

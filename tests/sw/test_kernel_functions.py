@@ -332,7 +332,7 @@ def test_errors_name_the_statement_and_the_call() -> None:
             nc.vector.tensor_tensor(a, a, AluOp.ADD, b)
         elif what == "type":
             lines[what] = line() + 1
-            nc.vector.tensor_scalar(a.astype(DType.INT32), a, AluOp.MUL, 2.0)
+            nc.scalar.activate(a.astype(DType.INT32), a, Function.EXP)
         elif what == "layout":
             lines[what] = line() + 1
             nc.dma.load(p, x, lane_stride=16)
@@ -420,8 +420,8 @@ def test_arguments_that_do_not_fit() -> None:
         assert "must be hashable" in str(_error(device, lambda x: scaled(x, factor=[1]), x))
         error = _error(device, lambda x: scaled(jnp.arange(4).reshape(2, 2) > x, x), x)
         assert "kernel 'scaled'" in str(error)
-        with pytest.raises(KernelError, match=r"argument x: .*uint32"):
-            systolith.jit(lambda x: scaled(jnp.zeros((2, 2), jnp.uint32)), device=device)(x)
+        with pytest.raises(KernelError, match=r"argument x: .*uint16"):
+            systolith.jit(lambda x: scaled(jnp.zeros((2, 2), jnp.uint16)), device=device)(x)
         with pytest.raises(systolith.UnsupportedError, match="at most two dimensions"):
             systolith.jit(lambda x: rank3(x), device=device)(x)
 

@@ -58,7 +58,7 @@ def works(driver: Driver) -> None:
 BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "out of range": ("vector", {"src0.base": NANO.sbuf_depth - 7}, "OUT_OF_BOUNDS"),
     "below zero": ("vector", {"dst.base": 3, "dst.strides.3": -1}, "OUT_OF_BOUNDS"),
-    "type": ("vector", {"dst.dtype": 5}, "BAD_TYPE"),
+    "type": ("vector", {"dst.dtype": 9}, "BAD_TYPE"),
     "space": ("dma0", {"local.space": 1}, "BAD_SPACE"),
     "operation": ("vector", {"op0": 63}, "ILLEGAL_OPERATION"),
     "lanes": ("dma0", {"lanes": 5}, "BAD_COUNT"),
