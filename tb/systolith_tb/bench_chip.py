@@ -183,12 +183,12 @@ async def random_kernels(dut: Any, *, pause: float, count: int) -> None:
 
 @cocotb.test(timeout_time=50, timeout_unit="ms")
 async def kernels_without_stalls(dut: Any) -> None:
-    await random_kernels(dut, pause=0.0, count=6)
+    await random_kernels(dut, pause=0.0, count=3)
 
 
 @cocotb.test(timeout_time=50, timeout_unit="ms")
 async def kernels_with_stalls(dut: Any) -> None:
-    await random_kernels(dut, pause=0.3, count=5)
+    await random_kernels(dut, pause=0.3, count=3)
 
 
 def broken_kernel(kind: str) -> Program:
