@@ -1,11 +1,13 @@
 """Access patterns: from an instruction's operand to a stream of columns, and back."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
+import functools
+
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from .config import CoreConfig
-from .isa import Space
+from .isa import SPECS, EngineKind, Opcode, Space, field_of, operand_counts
 from .ports import READ_LATENCY, ReadPort, WritePort, column_shape
 
 #: Bits of a word address.
@@ -35,6 +37,23 @@ def pattern(operand: data.View, counts: data.View) -> data.View:
         Pattern,
         Cat(operand.base, operand.strides.as_value(), counts.as_value(), operand.space.as_value()),
     )
+
+
+def operand_walk(m: Module, word: Value, operand: str, kind: EngineKind) -> Value:
+    """The pattern that an operand of the instruction `word` of an elementwise engine walks."""
+    two = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word)
+    walk = Signal(Pattern, name=f"{operand}_walk")
+    m.d.comb += walk.eq(pattern(getattr(two.body, operand), two.body.counts))
+    counts = list(two.body.counts)
+    for opcode, spec in SPECS.items():
+        if spec.kind is not kind or operand not in spec.operands:
+            continue
+        walked = operand_counts(opcode, operand, counts, functools.partial(field_of, word, opcode))
+        others = [d for d in range(4) if walked[d] is not counts[d]]
+        if others:
+            with m.If(two.header.opcode == opcode):
+                m.d.comb += [walk.counts[d].eq(walked[d]) for d in others]
+    return walk
 
 
 class AddressGenerator(wiring.Component):

@@ -83,6 +83,8 @@ FORMATS: dict[DType, Format] = {
 
 #: The one NaN every engine produces: quiet, positive, payload zero.
 CANONICAL_NAN = FORMATS[DType.FP32].nan
+INFINITY = 0x7F800000  #: FP32 word
+ONE = 0x3F800000  #: FP32 word
 
 #: Floating-point types narrower than FP32.
 NARROW_FLOATS = (DType.BF16, DType.FP16, DType.FP8_E4M3, DType.FP8_E5M2)

@@ -19,7 +19,7 @@ from amaranth.hdl import Mux, Shape, Value, signed, unsigned
 from amaranth.lib import data, enum
 
 from .config import INSTRUCTION_BYTES, CoreConfig
-from .formats import FLOATS, FP8_TYPES, INTEGERS, NARROW_FLOATS, WORDS, DType
+from .formats import FLOATS, FP8_TYPES, INFINITY, INTEGERS, NARROW_FLOATS, ONE, WORDS, DType
 
 ISA_VERSION = 3
 MAX_WAITS = 3
@@ -274,9 +274,9 @@ def _identities(fp32: int, int32: int, uint32: int) -> dict[DType, int]:
 #: type of src0.
 REDUCTIONS: dict[AluOp, dict[DType, int]] = {
     AluOp.ADD: _identities(0, 0, 0),
-    AluOp.MUL: _identities(0x3F800000, 1, 1),
+    AluOp.MUL: _identities(ONE, 1, 1),
     AluOp.MAX: _identities(0xFF800000, 0x80000000, 0),
-    AluOp.MIN: _identities(0x7F800000, 0x7FFFFFFF, 0xFFFFFFFF),
+    AluOp.MIN: _identities(INFINITY, 0x7FFFFFFF, 0xFFFFFFFF),
     AluOp.ABS_MAX: _identities(0, 0, 0),
     AluOp.BIT_AND: _identities(0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
     AluOp.BIT_OR: _identities(0, 0, 0),
@@ -740,7 +740,6 @@ _RESULT = {"dst": (_BOTH, _ANY)}
 _X = {"src0": (_BOTH, _WORDS)}
 _Y = {"src1": (_BOTH, _WORDS)}
 _SCALAR = {"scalar": (_BOTH, _WORDS)}
-_ACTIVATE = frozenset({"op0", "op1", "lanes", "rounding"})
 
 
 def _choose(condition: Any, then: Any, otherwise: Any) -> Any:
@@ -757,13 +756,30 @@ def _with_sums(field: Callable[[str], Any]) -> Any:
     return _choose(sums == RowSums.ONLY.value, 1, behind)
 
 
-#: of the scalar engine's instructions: a row has place for the sum behind it
-_SUMMED: dict[str, Any] = {
-    "counts.3": lambda field, config: (
-        1,
-        (1 << 16) - 1 - _choose(field("op1") == RowSums.BEHIND.value, 1, 0),
+def _activation(
+    body: type[data.Struct],
+    src1: dict[str, Any],
+    *,
+    inner: dict[str, Any] | None = None,
+    unused: frozenset[str] = frozenset(),
+) -> Spec:
+    """An instruction of the scalar engine."""
+    return Spec(
+        kind=EngineKind.SCALAR,
+        body=body,
+        header=frozenset({"op0", "op1", "lanes", "rounding"}),
+        operands={**_DST, **_SRC0, **src1},
+        unused=unused,
+        inner={"dst": _with_sums, **(inner or {})},
+        # A row has place for the sum behind it.
+        limits={
+            "counts.3": lambda field, config: (
+                1,
+                (1 << 16) - 1 - _choose(field("op1") == RowSums.BEHIND.value, 1, 0),
+            )
+        },
     )
-}
+
 
 #: One column after the other, at most as many as the array has.
 _STATIONARY: dict[str, Any] = {
@@ -939,38 +955,11 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"lanes"}),
         operands={**_DST, **_SRC0},
     ),
-    Opcode.ACTIVATE: Spec(
-        kind=EngineKind.SCALAR,
-        body=TensorScalarBody,
-        header=_ACTIVATE,
-        operands={**_DST, **_SRC0},
-        inner={"dst": _with_sums},
-        limits=_SUMMED,
-    ),
-    Opcode.ACTIVATE_TENSOR_BIAS: Spec(
-        kind=EngineKind.SCALAR,
-        body=TensorTensorBody,
-        header=_ACTIVATE,
-        operands={**_DST, **_SRC0, **_SRC1},
-        inner={"dst": _with_sums},
-        limits=_SUMMED,
-    ),
-    Opcode.ACTIVATE_TENSOR_SCALE: Spec(
-        kind=EngineKind.SCALAR,
-        body=TensorTensorBody,
-        header=_ACTIVATE,
-        operands={**_DST, **_SRC0, **_SRC1},
-        inner={"dst": _with_sums},
-        limits=_SUMMED,
-    ),
-    Opcode.ACTIVATE_ROWS: Spec(
-        kind=EngineKind.SCALAR,
-        body=TensorTensorBody,
-        header=_ACTIVATE,
-        operands={**_DST, **_SRC0, **_SRC1},
-        unused=frozenset({"imm0"}),
-        inner={"dst": _with_sums, "src1": lambda field: 2},
-        limits=_SUMMED,
+    Opcode.ACTIVATE: _activation(TensorScalarBody, {}),
+    Opcode.ACTIVATE_TENSOR_BIAS: _activation(TensorTensorBody, _SRC1),
+    Opcode.ACTIVATE_TENSOR_SCALE: _activation(TensorTensorBody, _SRC1),
+    Opcode.ACTIVATE_ROWS: _activation(
+        TensorTensorBody, _SRC1, unused=frozenset({"imm0"}), inner={"src1": lambda field: 2}
     ),
     Opcode.DMA_LOAD: Spec(
         kind=EngineKind.DMA,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Shape, Signal, Value, unsigned
+from amaranth.hdl import Cat, Const, Module, Shape, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -28,6 +28,11 @@ def split_words(m: Module, column: data.View, *, name: str) -> list[Signal]:
     words = [Signal(shape.elem_shape, name=f"{name}{i}") for i in range(shape.length)]
     m.d.comb += Cat(words).eq(Value.cast(column))
     return words
+
+
+def lane_mask(lanes: Value, count: int) -> Value:
+    """One bit for each of `count` lanes, high in the first `lanes`."""
+    return Cat(Const(lane, 8) < lanes for lane in range(count))
 
 
 def write_request(config: CoreConfig, depth: int) -> data.StructLayout:

@@ -496,7 +496,10 @@ def test_activations_are_one_instruction(device, rng, name):
     theirs = functools.partial(getattr(jax.nn, name.split()[0]), **approximate)
     x = 4 * floats(rng, 64)
     for ours, reference in ((mine, theirs), (jax.vmap(jax.grad(mine)), jax.vmap(jax.grad(theirs)))):
-        np.testing.assert_allclose(ours(x), reference(x), rtol=2e-5, atol=2e-6)
+        # Two formulas of one function, both in float32.
+        error = float(np.abs(ours(x) - reference(x)).max())
+        print(f"{name}: {error:.1e}")
+        assert error < 4e-6
     compiled = systolith.jit(mine, device=device)
     compiled(x)
     engines = [e for e, _, raw in compiled.program.instructions() if decode(raw)[0] != Opcode.END]

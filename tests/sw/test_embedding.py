@@ -148,7 +148,10 @@ def test_tables_and_indices_that_are_computed(device, rng) -> None:
     step = systolith.jit(fn, device=device, matmul="float32")
     plain = fn(jnp.asarray(x), jnp.asarray(w), jnp.asarray(index))
     for mine, theirs in zip(step(x, w, index), plain, strict=True):
-        np.testing.assert_allclose(np.asarray(mine), theirs, rtol=1e-5, atol=1e-6)
+        # tanh and the order of sums are JAX's and the chip's own.
+        error = float(np.abs(np.asarray(mine) - theirs).max())
+        print(f"error {error:.1e}")
+        assert error < 1e-6
 
 
 def test_training_of_an_embedding(device, rng) -> None:
@@ -170,7 +173,9 @@ def test_training_of_an_embedding(device, rng) -> None:
         mine, value = run(mine, words, labels)
         theirs, reference = jax.jit(step)(theirs, words, labels)
         values_.append(float(value))
-        np.testing.assert_allclose(float(value), float(reference), rtol=1e-4)
+        error = abs(float(value) / float(reference) - 1)
+        print(f"relative error of the loss {error:.1e}")
+        assert error < 1e-6
     assert values_[-1] < values_[0]
 
 

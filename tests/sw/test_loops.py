@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from systolith.errors import DeviceFault, KernelError
+from systolith.errors import DeviceFault, KernelError, RaceError
 from systolith.golden import GoldenDevice
 from systolith.kernel import AluOp, DType, KernelBuilder
-from systolith.program import Program
+from systolith.program import Program, Relocation
 from systolith.runtime.driver import Counters, Driver
 from systolith.runtime.rtl import RtlBackend
 from systolith_hdl.config import PRESETS
-from systolith_hdl.isa import Function, Opcode, decode
+from systolith_hdl.isa import Function, Opcode, decode, encode
 
 NANO = PRESETS["nano"]
 N = NANO.lanes
@@ -150,6 +151,22 @@ def test_a_word_that_does_not_exist(driver: Driver) -> None:
     assert fault.instruction is not None
     word = int(fault.instruction.partition("TEST word=")[2], 16)
     assert word > 1 << 40 and fault.address == word - word % NANO.axi_bytes
+
+
+def test_a_race_for_the_flag_is_found() -> None:
+    """A TEST and a store of its word that nothing orders."""
+    nc = KernelBuilder(NANO)
+    flag = nc.dram.tensor("y", (N,), F32, kind="output")
+    nc.dma.store(nc.sbuf.tile(1).view(), flag, 0, (4,), 4)
+    program = nc.finish()
+    test = encode(Opcode.TEST, {"dram_base": 4})
+    streams = {**program.streams, "vector": test + program.streams["vector"]}
+    relocations = (*program.relocations, Relocation("vector", 0, 0))
+    program = dataclasses.replace(program, streams=streams, relocations=relocations, debug={})
+    with Driver(GoldenDevice(NANO, check="races")) as driver:
+        with pytest.raises(RaceError, match="byte 4 of tensor 'y'") as raised:
+            run(driver, program)
+    assert "TEST word=" in str(raised.value) and "DMA_STORE" in str(raised.value)
 
 
 def test_one_engine_needs_no_barrier() -> None:

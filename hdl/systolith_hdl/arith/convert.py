@@ -5,6 +5,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from ..formats import FORMATS, INTEGERS, DType
+from .fp32 import is_nan
 from .rounding import leading_zeros
 
 #: Enabled cycles from a word to the converted one.
@@ -57,7 +58,7 @@ class ConvertWord(wiring.Component):
             zeros.eq(leading_zeros(m, Cat(Const(1, 1), magnitude[1:]))),
         ]
         exponent = word[23:31]
-        nan = word[:31] > 0x7F800000
+        nan = is_nan(word)
         top = Signal(8)  # the exponent from which on a number is outside the range
         end = Signal(32)  # of the range; the lower end is its complement
         with m.Switch(self.dtype):

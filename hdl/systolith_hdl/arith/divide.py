@@ -4,12 +4,10 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import enum, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..formats import CANONICAL_NAN, FORMATS, DType
+from ..formats import CANONICAL_NAN, FORMATS, INFINITY, ONE, DType
 from ..isa import AluOp
 
 _BIAS = FORMATS[DType.FP32].bias
-_INFINITY = 0x7F800000
-_ONE = 0x3F800000
 #: Bits of a significand, and one more to round by.
 _BITS = 25
 
@@ -90,7 +88,7 @@ class Divide(wiring.Component):
         n = Signal(32)
         d = Signal(32)
         m.d.comb += [
-            n.eq(Mux(op == AluOp.RECIPROCAL, _ONE, self.a)),
+            n.eq(Mux(op == AluOp.RECIPROCAL, ONE, self.a)),
             d.eq(Mux((op == AluOp.DIVIDE) | is_mod, self.b, self.a)),
         ]
 
@@ -174,7 +172,7 @@ class Divide(wiring.Component):
                     ),
                 ]
             with m.Elif(nan | infinite | zero):
-                word = Mux(infinite, _INFINITY, 0)
+                word = Mux(infinite, INFINITY, 0)
                 m.d.sync += [
                     state.eq(_State.IDLE),
                     self.o.eq(Mux(nan, CANONICAL_NAN, Cat(word[:31], sign))),
@@ -239,7 +237,7 @@ class Divide(wiring.Component):
                         self.o.eq(
                             Mux(
                                 fp32,
-                                Cat(Mux(overflow, _INFINITY, total[:31])[:31], negative),
+                                Cat(Mux(overflow, INFINITY, total[:31])[:31], negative),
                                 total,
                             )
                         ),

@@ -5,6 +5,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from ..formats import FORMATS, DType
+from .fp32 import is_nan
 from .rounding import leading_zeros
 
 _BIAS = FORMATS[DType.FP32].bias
@@ -56,7 +57,7 @@ class Fp32ToInt32(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         fraction, exponent, sign = self.word[:23], self.word[23:31], self.word[31]
-        nan = self.word[:31] > 0x7F800000
+        nan = is_nan(self.word)
         # The significand with its leading one at 2**31: exponents 31 to 1 below that leave bits.
         magnitude = Signal(31)
         small = Signal()

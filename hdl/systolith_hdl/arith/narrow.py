@@ -8,11 +8,10 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from ..formats import CANONICAL_NAN, FORMATS, NARROW_FLOATS, DType
+from ..formats import CANONICAL_NAN, FORMATS, INFINITY, NARROW_FLOATS, DType
 from .rounding import leading_zeros
 
 _BIAS = FORMATS[DType.FP32].bias
-_INFINITY = 0x7F800000
 #: Types with fewer exponent bits than FP32. All their numbers are normal in FP32.
 _SHORT = tuple(t for t in NARROW_FLOATS if FORMATS[t].exponent < 8)
 
@@ -116,7 +115,7 @@ class RoundNarrow(wiring.Component):
         nan = (field.all() & fraction.any()) | (over & ~infinite)
         value = Signal(31)
         m.d.comb += value.eq(
-            Mux(over, _INFINITY, Mux(cuts[23], Mux(up, smallest << 23, 0), kept)),
+            Mux(over, INFINITY, Mux(cuts[23], Mux(up, smallest << 23, 0), kept)),
         )
         m.d.comb += self.o.eq(
             Mux(narrow, Mux(nan, CANONICAL_NAN, Cat(value, word[31])), word),
@@ -143,7 +142,7 @@ class PackNarrow(wiring.Component):
         m = Module()
         word = self.word
         field, sign = word[23:31], word[31]
-        nan = word[:31] > _INFINITY
+        nan = word[:31] > INFINITY
         least = Signal(8)
         with m.Switch(self.dtype):
             for dtype in _SHORT:
@@ -237,6 +236,6 @@ class WidenNarrow(wiring.Component):
         with m.Elif(nan):
             m.d.comb += self.o.eq(CANONICAL_NAN)
         with m.Else():
-            value = Mux(infinity, _INFINITY, Cat(Const(0, 13), normal, field))
+            value = Mux(infinity, INFINITY, Cat(Const(0, 13), normal, field))
             m.d.comb += self.o.eq(Cat(value[:31], sign))
         return m

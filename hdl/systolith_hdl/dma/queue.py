@@ -17,6 +17,7 @@ from ..ports import (
     WritePort,
     axi4_read,
     axi4_write,
+    lane_mask,
     split_words,
 )
 from .accumulate import ColumnAdder
@@ -610,7 +611,7 @@ class DmaQueue(wiring.Component):
             adder.column.payload.integer.eq(Cat(out.settings.dtype == t for t in INTEGERS).any()),
             adder.sum.ready.eq(write.ready & local.address.valid),
             write.payload.address.eq(local.address.payload.address),
-            write.payload.mask.eq(Cat(lane < out.settings.lanes for lane in range(lanes))),
+            write.payload.mask.eq(lane_mask(out.settings.lanes, lanes)),
             write_aligner.row.valid.eq(store & response.valid),
             write_aligner.row.payload.words.eq(response.payload.words),
             write_aligner.row.payload.length.eq(out.length),

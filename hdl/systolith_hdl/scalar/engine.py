@@ -6,13 +6,13 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
-from ..access import Pattern, elementwise_ports, pattern, place_streamers
+from ..access import elementwise_ports, operand_walk, place_streamers
 from ..arith import DITHER_LATENCY, FP32_LATENCY, Dither, RoundNarrow, engine_key
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
 from ..formats import DType
-from ..isa import REDUCE_ACCUMULATORS, SPECS, Opcode, Rounding, RowSums
-from ..ports import IssuePort, split_words
+from ..isa import REDUCE_ACCUMULATORS, SPECS, EngineKind, Opcode, Rounding, RowSums
+from ..ports import IssuePort, lane_mask, split_words
 from . import tables as T
 from .lane import (
     FUNCTION_LATENCY,
@@ -83,28 +83,19 @@ class ScalarEngine(wiring.Component):
         take = Signal()
         active = Signal()
         has_src1 = Signal()
-        src1_pattern, dst_pattern = Signal(Pattern), Signal(Pattern)
         m.d.comb += [
             incoming.ready.eq(~active | dst.done),
             take.eq(incoming.valid & incoming.ready),
             has_src1.eq(opcode != Opcode.ACTIVATE),
             self.issue.busy.eq(active),
             self.issue.done.eq(dst.done),
-            src1_pattern.eq(pattern(tensor.body.src1, tensor.body.counts)),
-            dst_pattern.eq(pattern(tensor.body.dst, tensor.body.counts)),
-            src0.start.payload.eq(pattern(tensor.body.src0, tensor.body.counts)),
             src0.start.valid.eq(take),
-            src1.start.payload.eq(src1_pattern),
             src1.start.valid.eq(take & has_src1),
-            dst.start.payload.eq(dst_pattern),
             dst.start.valid.eq(take),
         ]
-        with m.If(opcode == Opcode.ACTIVATE_ROWS):
-            m.d.comb += src1.start.payload.counts[3].eq(2)
-        with m.If(op1 == RowSums.BEHIND.value):
-            m.d.comb += dst.start.payload.counts[3].eq(tensor.body.counts[3] + 1)
-        with m.If(op1 == RowSums.ONLY.value):
-            m.d.comb += dst.start.payload.counts[3].eq(1)
+        for name, streamer in (("src0", src0), ("src1", src1), ("dst", dst)):
+            walk = operand_walk(m, incoming.payload, name, EngineKind.SCALAR)
+            m.d.comb += streamer.start.payload.eq(walk)
 
         # -- What the lanes need of the running instruction.
         control = Signal(T.CONTROL)
@@ -125,7 +116,7 @@ class ScalarEngine(wiring.Component):
                 only.eq(op1 == RowSums.ONLY.value),
                 row.eq(tensor.body.counts[3]),
                 dtype.eq(tensor.body.dst.dtype),
-                mask.eq(Cat(Const(lane, 8) < tensor.header.lanes for lane in range(lanes))),
+                mask.eq(lane_mask(tensor.header.lanes, lanes)),
             ]
             with m.Switch(tensor.header.op0):
                 for function, word in T.tables().controls.items():

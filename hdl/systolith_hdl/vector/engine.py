@@ -1,13 +1,12 @@
 """The vector engine."""
 
 import dataclasses
-import functools
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
-from ..access import Pattern, elementwise_ports, pattern, place_streamers
+from ..access import elementwise_ports, operand_walk, pattern, place_streamers
 from ..arith import (
     CONVERT_LATENCY,
     DITHER_LATENCY,
@@ -19,7 +18,7 @@ from ..arith import (
 from ..arith.dither import RANDOM_STREAM
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
-from ..formats import INTEGERS, NARROW_FLOATS, DType
+from ..formats import INTEGERS, NARROW_FLOATS, ONE, DType
 from ..isa import (
     DIVISIONS,
     INSTRUCTION_BITS,
@@ -28,21 +27,19 @@ from ..isa import (
     EngineKind,
     Opcode,
     Rounding,
-    field_of,
     is_opcode,
-    operand_counts,
 )
-from ..ports import IssuePort, split_words
+from ..ports import IssuePort, lane_mask, split_words
 from .affine import Affine, affine_setup
 from .exchange import Shuffle, Transposer
-from .front import HALVES_OFFSET, ONE, Condition, FrontLane
+from .front import HALVES_OFFSET, Condition, FrontLane
 from .front import Data as FrontData
 from .lane import LANE_LATENCY, VectorLane
 from .reduce import REDUCE_CYCLES, Steering
 from .scan import Scan
 from .top import Top
 
-__all__ = ["FIXED_CYCLES", "REDUCE_CYCLES", "VectorEngine", "fixed_cycles", "lane_mask"]
+__all__ = ["FIXED_CYCLES", "REDUCE_CYCLES", "VectorEngine", "fixed_cycles"]
 
 #: Cycles an elementwise instruction takes from being taken to `done`, beyond one per column, when
 #: no memory port stalls: 4 to the first column, the lanes, 2 to write.
@@ -122,11 +119,6 @@ _HOLDS = {
 }
 
 
-def lane_mask(lanes: Value, count: int) -> Value:
-    """One bit for each of `count` lanes, high in the first `lanes`."""
-    return Cat(Const(lane, 8) < lanes for lane in range(count))
-
-
 def _reading(operand: str) -> frozenset[Opcode]:
     return frozenset(opcode for opcode in FORMS if operand in SPECS[opcode].operands)
 
@@ -165,24 +157,6 @@ class VectorEngine(wiring.Component):
         self._number = number
         super().__init__({"issue": In(IssuePort()), **elementwise_ports(config)})
 
-    def _walk(self, m: Module, word: Value, operand: str) -> Value:
-        """The pattern of an operand of the instruction `word`."""
-        two = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word)
-        view = getattr(two.body, operand)
-        walk = Signal(Pattern, name=f"{operand}_walk")
-        m.d.comb += walk.eq(pattern(view, two.body.counts))
-        counts = list(two.body.counts)
-        for opcode in FORMS:
-            if opcode not in _reading(operand):
-                continue
-            field = functools.partial(field_of, word, opcode)
-            walked = operand_counts(opcode, operand, counts, field)
-            with m.If(two.header.opcode == opcode):
-                m.d.comb += [
-                    walk.counts[d].eq(walked[d]) for d in range(4) if walked[d] is not counts[d]
-                ]
-        return walk
-
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
@@ -212,7 +186,9 @@ class VectorEngine(wiring.Component):
         for name, streamer in (("src0", src0), ("src1", src1), ("dst", dst)):
             started = is_opcode(new.header.opcode, _reading(name), config)
             m.d.comb += [
-                streamer.start.payload.eq(self._walk(m, incoming.payload, name)),
+                streamer.start.payload.eq(
+                    operand_walk(m, incoming.payload, name, EngineKind.VECTOR)
+                ),
                 streamer.start.valid.eq(take & started),
             ]
         # The column of scalars is read before those of src1.

@@ -4,6 +4,9 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import enum, wiring
 from amaranth.lib.wiring import In, Out
 
+from ..arith.fp32 import is_nan
+from ..formats import ONE
+
 #: An integer v of 32 bits becomes the nearest FP32 number in the two ALUs of a lane, with one
 #: rounding: with its halves in the low bits of numbers so large that these have the right weight,
 #: ``a = 2**39 + 2**16 * (v // 2**16 + 2**15)`` and ``b = 2**23 + v % 2**16``, it is
@@ -11,8 +14,6 @@ from amaranth.lib.wiring import In, Out
 HIGH_HALF = 0x5300
 LOW_HALF = 0x4B00
 HALVES_OFFSET = 0x53008080
-#: FP32 word of 1.
-ONE = 0x3F800000
 
 
 class Data(enum.Enum, shape=3):
@@ -124,7 +125,7 @@ class FrontLane(wiring.Component):
         with_number = self.condition == Condition.NUMBER
         magnitude = self.src0[:31]
         zero = Mux(with_number, ~number.any(), ~magnitude.any())
-        nan = (magnitude > 0x7F800000) & ~with_number
+        nan = is_nan(self.src0) & ~with_number
         negative = Mux(with_number, number[31], self.src0[31]) & ~zero & ~nan
         compared = (Cat(negative, zero, ~(negative | zero | nan), nan) & self.holds).any()
 

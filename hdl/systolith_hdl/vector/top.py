@@ -4,6 +4,7 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from ..arith.fp32 import is_nan
 from ..config import CoreConfig
 from ..emit import side_by_side
 from ..formats import CANONICAL_NAN
@@ -48,7 +49,7 @@ class TopLane(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        nan = self.word[:31] > 0x7F800000
+        nan = is_nan(self.word)
         key = Signal(32)
         turned = _turned(self.word, self.word[31]) ^ self.smallest.replicate(32)
         m.d.comb += key.eq(Mux(nan, _NAN_KEY, turned))

@@ -815,23 +815,29 @@ def _split(t: Tracer, eqn: Any, a: Ref) -> Sequence[Ref]:
 # --- reductions and contractions ------------------------------------------------------------
 
 
+def _reduced(eqn: Any, use: Use, step: Callable[[Use, int], Use]) -> Use:
+    """What is left of an operand when `step` has reduced its axes one after the other."""
+    shape = eqn.invars[0].aval.shape
+    axes = [axis + 2 - len(shape) for axis in eqn.params["axes"]]
+    for axis in sorted(axes, reverse=True):
+        use = step(use, axis)
+    # What is left of a matrix without its columns is a vector.
+    return use.t if len(shape) == 2 and axes == [1] else use
+
+
 def _register_reduction(name: str, op: AluOp) -> None:
     def handler(t: Tracer, eqn: Any, a: Ref) -> Ref:
-        shape = eqn.invars[0].aval.shape
-        full = canonical(shape)
-        use = t.use(a)
-        axes = [axis + 2 - len(shape) for axis in eqn.params["axes"]]
-        for axis in sorted(axes, reverse=True):
-            if use.shape[axis] == 1 and full[axis] > 1:
-                # The same element again and again.
-                if op is AluOp.ADD:
-                    use = t.mul(use, t.scalar(full[axis]))
-                elif op is AluOp.MUL:
-                    use = _power(t, use, full[axis])
-            else:
-                use = t.reduce(op, use, axis)
-        # What is left of a matrix without its columns is a vector.
-        return use.t if len(shape) == 2 and axes == [1] else use
+        full = canonical(eqn.invars[0].aval.shape)
+
+        def step(use: Use, axis: int) -> Use:
+            if use.shape[axis] > 1 or full[axis] == 1:
+                return t.reduce(op, use, axis)
+            # The same element again and again.
+            if op is AluOp.ADD:
+                return t.mul(use, t.scalar(full[axis]))
+            return _power(t, use, full[axis]) if op is AluOp.MUL else use
+
+        return _reduced(eqn, t.use(a), step)
 
     _HANDLERS[name] = handler
 
@@ -950,12 +956,8 @@ _INTEGER_HANDLERS["integer_pow"] = _integer_power
 def _register_integer_reduction(name: str, op: AluOp) -> None:
     def handler(t: Tracer, eqn: Any, a: Ref) -> Use:
         given, made = _types(eqn)
-        shape = eqn.invars[0].aval.shape
-        use = t.full(t.number(a, given), canonical(shape))
-        axes = [axis + 2 - len(shape) for axis in eqn.params["axes"]]
-        for axis in sorted(axes, reverse=True):
-            use = t.reduce(op, use, axis, made)
-        return use.t if len(shape) == 2 and axes == [1] else use
+        use = t.full(t.number(a, given), canonical(eqn.invars[0].aval.shape))
+        return _reduced(eqn, use, lambda use, axis: t.reduce(op, use, axis, made))
 
     _INTEGER_HANDLERS[name] = handler
 

@@ -207,13 +207,26 @@ class _Words:
 
 
 class _Bytes:
-    """The same of DRAM, byte by byte, for the streams of the DMA queues; grows with the addresses
-    used."""
+    """The same of DRAM, byte by byte; grows with the addresses and the streams that use it.
 
-    def __init__(self, queues: int) -> None:
-        self.read = np.zeros((queues, 0), np.int32)
-        self.written = np.zeros((queues, 0), np.int32)
+    Members
+    -------
+    streams : those that have used it; row i of `read` and `written` is that of streams[i]
+    """
+
+    def __init__(self) -> None:
+        self.streams: list[int] = []
+        self.read = np.zeros((0, 0), np.int32)
+        self.written = np.zeros((0, 0), np.int32)
         self.undefined = np.zeros(0, bool)
+
+    def row(self, stream: int) -> int:
+        """The row of a stream."""
+        if stream not in self.streams:
+            self.streams.append(stream)
+            self.read = np.pad(self.read, ((0, 1), (0, 0)))
+            self.written = np.pad(self.written, ((0, 1), (0, 0)))
+        return self.streams.index(stream)
 
     def reach(self, size: int) -> None:
         """Makes room for addresses below `size`."""
@@ -257,14 +270,12 @@ class Checks:
         self._memories = memories
         self.used: Undefined | None = None
         self.clocks = Clocks(config)
-        self._lanes = config.lanes
         streams = self.clocks.streams
         self._words = {
             Space.SBUF: _Words(streams, config.lanes, config.sbuf_depth),
             Space.PSUM: _Words(streams, config.lanes, config.psum_depth),
         }
-        self._first_queue = config.engines.index("dma0")
-        self._dram = _Bytes(config.dma_queues)
+        self._dram = _Bytes()
         for start, stop in undefined:
             self._dram.reach(stop)
             self._dram.undefined[start:stop] = True
@@ -300,7 +311,7 @@ class Checks:
                 words.window(words.written, access)[stream] = number
                 self._define(words, access, opcode, fields, marks, held)
         if elements is not None:
-            accumulate = bool(fields["accumulate"])
+            accumulate = bool(fields.get("accumulate"))
             self._transfer(step, opcode, accumulate, elements, stream, number, relied)
 
     def define_everything(self) -> None:
@@ -373,15 +384,18 @@ class Checks:
     def _dram_elements(
         self, opcode: Opcode, fields: dict[str, int], dram_bytes: int
     ) -> np.ndarray | None:
-        """The bytes a transfer touches; None if there are none, or some do not exist."""
-        if opcode not in DRAM_READERS | DRAM_WRITERS:
+        """The bytes that an instruction touches; None if there are none, or some do not exist."""
+        if "dram_base" not in fields:
             return None
-        size = FORMATS[DType(fields["dram_dtype"])].bytes
-        rows = dma.rows(opcode, self._memories[Space.SBUF], fields)
-        try:
-            found = np.concatenate([dma.element_addresses(row).ravel() for row in rows])
-        except dma.DmaFault:
-            return None  # an index names no row
+        if opcode is Opcode.TEST:
+            size, found = 4, np.array([fields["dram_base"] & ~3])
+        else:
+            size = FORMATS[DType(fields["dram_dtype"])].bytes
+            rows = dma.rows(opcode, self._memories[Space.SBUF], fields)
+            try:
+                found = np.concatenate([dma.element_addresses(row).ravel() for row in rows])
+            except dma.DmaFault:
+                return None  # an index names no row
         if int(found.max()) + size > dram_bytes:
             return None  # the bus refuses it
         return (found[:, None] + np.arange(size)).ravel()
@@ -396,8 +410,9 @@ class Checks:
         number: int,
         relied: np.ndarray,
     ) -> None:
-        dram, first = self._dram, self._first_queue
-        relied = relied[first : first + len(dram.read), None]
+        dram = self._dram
+        row = dram.row(stream)
+        relied = relied[dram.streams, None]
         dram.reach(int(touched.max()) + 1)
         store = opcode in DRAM_WRITERS
         for last, wrote in [(dram.written, True)] + ([(dram.read, False)] if store else []):
@@ -405,14 +420,14 @@ class Checks:
             late = found > relied
             if late.any():
                 other, at = (int(i) for i in np.argwhere(late)[0])
-                culprit = self.clocks.history[first + other][int(found[other, at]) - 1]
+                culprit = self.clocks.history[dram.streams[other]][int(found[other, at]) - 1]
                 raise Race(culprit, "dram", f"byte {int(touched[at]):#x} of DRAM", wrote, store)
         undefined = dram.undefined[touched]
         if undefined.any() and self.used is None and (accumulate or not store):
             at = int(touched[int(np.argmax(undefined))])
             self.used = Undefined(step, "dram", f"byte {at:#x} of DRAM", step)
         if store:
-            dram.written[stream - first, touched] = number
+            dram.written[row, touched] = number
             dram.undefined[touched] = False
             return
-        dram.read[stream - first, touched] = number
+        dram.read[row, touched] = number

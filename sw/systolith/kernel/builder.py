@@ -437,7 +437,7 @@ class _Elementwise(_Engine):
             refuse(f"{what} must be a number, not {value!r}")
 
     def _check_overlap(
-        self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...] | None
+        self, dst: View, sources: Mapping[str, View], shape: tuple[int, ...]
     ) -> None:
         """A destination may be a source, element for element, of an instruction that walks `shape`;
         else they must be disjoint."""
