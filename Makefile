@@ -19,9 +19,9 @@ lint: setup
 	$(BIN)/mypy
 
 # Utilization on the RTL at N = 16, the error of products over K, the speed of the simulation, the
-# bandwidth of DMA, the kernel library at N = 8 and engines side by side; writes docs/performance.md,
-# docs/accuracy.md, docs/simulation.md, docs/dma.md, docs/engines.md and the figures of
-# docs/kernel-library.md and docs/tutorial.md.
+# bandwidth of DMA, the kernel library at N = 8, engines side by side and the ULP of functions; writes
+# docs/performance.md, docs/accuracy.md, docs/simulation.md, docs/dma.md, docs/engines.md,
+# docs/activation-accuracy.md and the figures of docs/kernel-library.md and docs/tutorial.md.
 bench: setup
 	$(BIN)/python benchmarks/gemm.py
 	$(BIN)/python benchmarks/accuracy.py
@@ -29,11 +29,14 @@ bench: setup
 	$(BIN)/python benchmarks/dma.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python -m systolith.golden.accuracy
 
-# 30 million cases of the floating-point cells against SoftFloat, then the fuzzer; writes
-# docs/softfloat.md.
+# 30 million cases of the floating-point cells against SoftFloat, more vectors in the benches of
+# cells, and the fuzzer; writes docs/softfloat.md.
 nightly: fuzz
 	$(BIN)/python benchmarks/softfloat.py
+	SYSTOLITH_VECTORS=1000000 $(BIN)/python -m pytest -n 2 tests/hdl/test_arith.py \
+		tests/hdl/test_narrow.py tests/hdl/test_integer.py tests/tb/test_tensor.py
 
 # Thousands of random programs, gates against golden model; writes docs/fuzz.md.
 fuzz: setup

@@ -80,7 +80,7 @@ async def integers(dut) -> None:
     """Integers of all edges and $SYSTOLITH_VECTORS random words, half of them near the range of
     INT32; FP32 words of every INT8 number."""
     rng = numpy_rng()
-    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 20)))
+    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 17)))
     near = (rng.integers(120, 164, count // 2, dtype=np.uint32) << 23) | (
         rng.integers(0, 1 << 32, count // 2, dtype=np.uint32) & np.uint32(0x807FFFFF)
     )
@@ -118,7 +118,7 @@ async def conversions(dut) -> None:
     """What the vector engine writes, between FP32 and all types of integers: all edges, corners and
     random words, against the golden model. What goes to a narrow float is rounded to odd."""
     rng = numpy_rng()
-    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 16)))
+    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 13)))
     ranges = rng.integers(0, 1 << 32, count, dtype=np.uint32) >> rng.integers(
         0, 32, count, np.uint32
     )

@@ -170,7 +170,7 @@ async def pairs(dut) -> None:
     """Random pairs of all numbers and of special ones, and running sums near and far."""
     rng = numpy_rng()
     await start(dut)
-    count = int(os.environ.get("SYSTOLITH_VECTORS", "200000"))
+    count = int(os.environ.get("SYSTOLITH_VECTORS", "60000"))
     # Zeros, infinity, NaN, ones, the largest and the smallest, in every combination.
     some = np.array([0x00, 0x38, 0x7E, 0x7F, 0x01], np.uint8).view(FORMATS[DType.FP8_E4M3].numpy)
     more = np.array([0x01, 0x7B, 0x7C], np.uint8).view(FORMATS[DType.FP8_E5M2].numpy)
@@ -192,7 +192,7 @@ async def modes(dut) -> None:
     turns."""
     rng = numpy_rng()
     await start(dut)
-    count = int(os.environ.get("SYSTOLITH_VECTORS", "200000"))
+    count = int(os.environ.get("SYSTOLITH_VECTORS", "60000"))
     corners = np.unique(np.concatenate([round_to(CORNERS, dtype) for dtype in NARROW_FLOATS]))
     single = [
         np.concatenate([random_operands(rng, count // 2), rng.choice(corners, count // 2)])

@@ -128,7 +128,7 @@ async def narrow(dut, dtype: str) -> None:
     words; widens every number of the type."""
     kind = DType[dtype]
     rng = numpy_rng()
-    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 20)))
+    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 18)))
     # Numbers of any magnitude, and as many again around and below the type's range.
     spread = rng.integers(-40, 20, count // 2) + 127
     near = (spread.astype(np.uint32) << 23) | (
@@ -194,7 +194,7 @@ async def stochastic(dut, dtype: str) -> None:
     that decide, and $SYSTOLITH_VECTORS / 4 words, with random words; against golden."""
     kind = DType[dtype]
     rng = numpy_rng()
-    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 20))) // 4
+    count = int(os.environ.get("SYSTOLITH_VECTORS", str(1 << 18))) // 4
     plain = np.concatenate([CORNERS, edges(kind), random_words(rng, count)])
     sharp, deciding = at_every_cut(kind, rng)
     words = np.concatenate([sharp, plain])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterator
 
+import ml_dtypes
 import numpy as np
 import pytest
 from systolith.errors import DeviceFault, KernelError, RaceError
 from systolith.golden import GoldenDevice
-from systolith.kernel import AluOp, DType, KernelBuilder
+from systolith.kernel import AluOp, DType, KernelBuilder, View
 from systolith.program import Program, Relocation
 from systolith.runtime.driver import Counters, Driver
 from systolith.runtime.rtl import RtlBackend
@@ -129,6 +131,82 @@ def test_a_loop_that_data_ends(driver: Driver) -> None:
             times += 1
         got, _ = run(driver, program, x=given)
         assert np.array_equal(got, given * np.float32(0.5) ** times)
+
+
+def regression(steps: int, rate: float, least: float) -> Program:
+    """Trains w of ``x @ w = t``, a batch of N rows each step, until the squared error of a batch is
+    below `least`: y = w, and the errors of all steps."""
+    nc = KernelBuilder(NANO, name="regression")
+    x = nc.dram.tensor("x", (steps, N, N), F32)  # step, row, feature
+    t = nc.dram.tensor("t", (steps, N), F32)
+    errors = nc.dram.tensor("errors", (steps,), F32, kind="output")
+    y = nc.dram.tensor("y", (N,), F32, kind="output")
+    flag = nc.dram.tensor("flag", (1,), F32, kind="scratch")
+    rows, features = nc.sbuf.tile(N), nc.sbuf.tile(N)
+    w, ones, target, error = (nc.sbuf.tile(1) for _ in range(4))
+    sums = nc.psum.tile(3)
+    predicted, gradient = (sums.view((1,), offset=i) for i in range(2))
+    total = sums.view((1,), offset=2, lanes=1)
+    result, above = (nc.sbuf.tile(1).view(lanes=1) for _ in range(2))
+
+    def product(out: View, stationary: View, moving: View) -> None:
+        nc.tensor.load_stationary(stationary.astype(DType.BF16))
+        nc.tensor.matmul(out, moving.astype(DType.BF16))
+
+    nc.vector.memset(w.view(), 0.0)
+    nc.vector.memset(ones.view(), 1.0)
+    with nc.loop(steps, goes_on=(flag, 0)) as step:
+        nc.dma.load(features.view(), x, 4 * N * N * step, (4 * N,), 4)  # a partition a feature
+        nc.dma.load(rows.view(), x, 4 * N * N * step, (4,), 4 * N)  # a partition a row
+        nc.dma.load(target.view(), t, 4 * N * step, (4,), 4)
+        product(predicted, features.view(), w.view())
+        nc.vector.tensor_tensor(error.view(), predicted, AluOp.SUB, target.view())
+        product(gradient, rows.view(), error.view())
+        nc.vector.tensor_scalar(gradient, gradient, AluOp.MUL, -rate)
+        nc.vector.tensor_tensor(w.view(), w.view(), AluOp.ADD, gradient)
+        nc.vector.tensor_tensor(error.view(), error.view(), AluOp.MUL, error.view())
+        product(total, ones.view(), error.view())
+        nc.vector.copy(result, total)
+        nc.vector.tensor_scalar(above, total, AluOp.GE, least)
+        nc.dma.store(result, errors, 4 * step, (4,), 4)
+        nc.dma.store(above, flag, 0, (4,), 4)
+    nc.dma.store(w.view(), y, 0, (4,), 4)
+    return nc.finish()
+
+
+def test_training_without_the_host(driver: Driver) -> None:
+    """One program trains until its error is small, step for step as numpy does, and stops."""
+    steps, rate, least = 60, 0.125, 1e-4
+    rng = np.random.default_rng(6)
+    x = rng.choice(np.float32([-1, 0, 1]), (steps, N, N))
+    t = x @ np.float32([1, -2, 0.5, 3])
+
+    def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        sums = np.zeros(len(a), np.float32)
+        for k, factor in enumerate(b.astype(ml_dtypes.bfloat16).astype(np.float32)):
+            sums += a[:, k] * factor
+        return sums
+
+    w, wanted = np.zeros(N, np.float32), [np.float32(math.inf)]
+    for rows, targets in zip(x, t, strict=True):
+        if wanted[-1] < least:
+            break
+        error = product(rows, w) - targets
+        w = w + product(rows.T, error) * np.float32(-rate)
+        wanted.append(product(np.ones((1, N), np.float32), error * error)[0])
+    done = len(wanted) - 1
+    assert 5 < done < steps and wanted[-1] < least < wanted[1]
+
+    program = regression(steps, rate, least)
+    loaded = driver.load(program)
+    driver.write(loaded.tensors["x"], x)
+    driver.write(loaded.tensors["t"], t)
+    counters = driver.run(loaded)
+    np.testing.assert_array_equal(driver.read(loaded.tensors["errors"])[:done], wanted[1:])
+    np.testing.assert_array_equal(driver.read(loaded.tensors["y"]), w)
+    loaded.unload()
+    assert counters.macs == done * (2 * N * N + N)
+    assert instructions(program) == instructions(regression(6, rate, least))
 
 
 def test_a_word_that_does_not_exist(driver: Driver) -> None:
