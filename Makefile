@@ -32,11 +32,12 @@ bench: setup
 	$(BIN)/python -m systolith.golden.accuracy
 
 # 30 million cases of the floating-point cells against SoftFloat, more vectors in the benches of
-# cells, and the fuzzer; writes docs/softfloat.md.
+# cells, checks of the largest presets, and the fuzzer; writes docs/softfloat.md.
 nightly: fuzz
 	$(BIN)/python benchmarks/softfloat.py
 	SYSTOLITH_VECTORS=1000000 $(BIN)/python -m pytest -n 2 tests/hdl/test_arith.py \
 		tests/hdl/test_narrow.py tests/hdl/test_integer.py tests/tb/test_tensor.py
+	SYSTOLITH_PRESETS=medium-fp8,large,trn $(BIN)/python -m pytest tests/hdl/test_synthesis.py
 
 # Thousands of random programs, gates against golden model; writes docs/fuzz.md.
 fuzz: setup

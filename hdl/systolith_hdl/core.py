@@ -9,7 +9,7 @@ from .axi import AxiReadArbiter, AxiWriteArbiter, axi4_pins, axi_id_width, conne
 from .banked import BankedMemory
 from .config import CoreConfig
 from .dma.queue import DmaQueue
-from .emit import Once
+from .emit import Once, to_design, verilog_of
 from .host import FaultRecord, HostPort
 from .isa import FaultCause, engine_kind
 from .ports import axi4_lite, axi4_read, axi4_write
@@ -19,6 +19,7 @@ from .scalar.engine import ScalarEngine
 from .semaphores import SemaphoreFile
 from .sequencer.sequencer import Sequencer
 from .tensor.engine import TensorEngine
+from .toolchain import cached, content_hash, sources_hash
 from .vector.engine import VectorEngine
 
 
@@ -369,3 +370,16 @@ class _Prefixed:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._component, self._prefix + name)
+
+
+def chip_design(config: CoreConfig) -> str:
+    """`to_design` of the chip, under the name ``chip``; cached by the sources and the config."""
+    return cached(
+        f"design-{config.name}-{content_hash(sources_hash(), repr(config))}.il",
+        lambda: to_design(Chip(config), "chip"),
+    )
+
+
+def chip_verilog(config: CoreConfig) -> str:
+    """Verilog of the chip, module ``chip``; cached likewise."""
+    return verilog_of(chip_design(config))

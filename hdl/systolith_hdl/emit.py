@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from amaranth.back import rtlil, verilog
@@ -18,7 +19,7 @@ from amaranth.hdl._ir import PortDirection
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In
 
-from .toolchain import cache_dir, content_hash, use_yosys
+from .toolchain import cached, content_hash, use_yosys
 
 _emit_memory = rtlil.ModuleEmitter.emit_memory
 
@@ -152,25 +153,34 @@ def side_by_side(
     return Once(_Lanes(component, name, count, frozenset(shared)), f"{name}_x{count}")
 
 
+def _relative(rtlil: str) -> str:
+    """Source locations without the folders above the project and above installed packages."""
+    root = Path(__file__).parent.parent.parent
+    rtlil = rtlil.replace(f'\\src "{root}/hdl/', '\\src "hdl/')
+    return re.sub(r'(?<=\\src ")/[^"\n]*?(?:site|dist)-packages/', "", rtlil)
+
+
 def to_design(component: wiring.Component, name: str) -> str:
     """Elaborates `component` and everything it places into one RTLIL text, source locations
-    included."""
+    included, without what differs between checkouts."""
     use_yosys()
     _emitted.clear()
     texts = [to_rtlil(component, name)]
     for text in _emitted.values():
         texts.append(re.sub(r"^\s*attribute \\top 1\n", "", text, flags=re.MULTILINE))
-    return "\n".join(texts)
+    return _relative("\n".join(texts))
+
+
+def verilog_of(design: str) -> str:
+    """The Verilog of a text of `to_design`, cached by its content."""
+    # An edit that only moves lines changes nothing.
+    whole = re.sub(r"^\s*attribute \\src .*\n", "", design, flags=re.MULTILINE)
+    return cached(
+        f"verilog-{content_hash(whole)}.v",
+        lambda: verilog._convert_rtlil_text(whole, strip_internal_attrs=True),
+    )
 
 
 def to_verilog(component: wiring.Component, name: str) -> str:
     """Emits `component` and everything it places as one Verilog text, cached by content."""
-    # Source locations are absolute paths: they would make the hash differ between checkouts.
-    whole = re.sub(r"^\s*attribute \\src .*\n", "", to_design(component, name), flags=re.MULTILINE)
-    path = cache_dir() / f"verilog-{content_hash(whole)}.v"
-    if not path.exists():
-        text = verilog._convert_rtlil_text(whole, strip_internal_attrs=True)
-        temporary = path.with_suffix(f".{id(text)}.tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
-    return path.read_text()
+    return verilog_of(to_design(component, name))

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -49,6 +50,17 @@ def sources_hash() -> str:
     for path in files:
         parts += [path.relative_to(root).as_posix(), path.read_bytes()]
     return content_hash(*parts)
+
+
+def cached(name: str, make: Callable[[], str]) -> str:
+    """Text of a file in the cache, made if it is not there."""
+    path = cache_dir() / name
+    if not path.exists():
+        text = make()
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+    return path.read_text()
 
 
 def find_tool(native: str, wheel: str, program: str | None = None) -> str:

@@ -14,14 +14,12 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-import systolith_hdl
 from amaranth.lib import wiring
 from systolith_hdl.config import CoreConfig
-from systolith_hdl.core import Chip
+from systolith_hdl.core import chip_design
 from systolith_hdl.emit import to_design
-from systolith_hdl.toolchain import cache_dir, content_hash, sources_hash
+from systolith_hdl.toolchain import content_hash
 
 _MODULE = re.compile(r"(?=^(?:attribute [^\n]*\n)*module \\)", re.MULTILINE)
 _NAME = re.compile(r"^module \\(\S+)$", re.MULTILINE)
@@ -126,17 +124,12 @@ class Design:
     @classmethod
     def of_component(cls, component: wiring.Component, name: str) -> Design:
         """Elaborates a component."""
-        return cls(_relative(to_design(component, name)), name)
+        return cls(to_design(component, name), name)
 
     @classmethod
     def of_chip(cls, config: CoreConfig) -> Design:
-        """Elaborates a chip; the text is cached by the sources and the configuration."""
-        path = cache_dir() / f"design-{content_hash(sources_hash(), repr(config))}.il"
-        if not path.exists():
-            temporary = path.with_suffix(f".{id(path)}.tmp")
-            temporary.write_text(_relative(to_design(Chip(config), "chip")))
-            temporary.replace(path)
-        return cls(path.read_text(), "chip")
+        """Elaborates a chip."""
+        return cls(chip_design(config), "chip")
 
     def block(self, name: str) -> Design:
         """The same design with a block of it at the top (see `BLOCKS`)."""
@@ -297,10 +290,3 @@ def _number(sources: list[str], match: re.Match[str]) -> str:
     if location not in sources:
         sources.append(location)
     return f'{match[1]}@{sources.index(location)}"\n'
-
-
-def _relative(rtlil: str) -> str:
-    """Source locations without the folders above the project and above installed packages."""
-    root = Path(systolith_hdl.__file__).parent.parent.parent
-    rtlil = rtlil.replace(f'\\src "{root}/hdl/', '\\src "hdl/')
-    return re.sub(r'(?<=\\src ")/[^"\n]*?(?:site|dist)-packages/', "", rtlil)

@@ -24,7 +24,7 @@ from systolith_hdl.vector.front import FrontLane
 from systolith_hdl.vector.lane import VectorLane
 from systolith_hdl.vector.top import TopLane
 
-LANES = 4
+LANES = 2
 
 #: name -> component, and what its copies share: everything that the chip places side by side
 COMPONENTS: dict[str, tuple[Callable[[], wiring.Component], tuple[str, ...]]] = {

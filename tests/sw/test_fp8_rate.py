@@ -24,7 +24,7 @@ E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 LANES = NANO_FP8.lanes
 
 
-@pytest.fixture(scope="module", params=["golden", "rtl", "rtl-fast"])
+@pytest.fixture(scope="module", params=["golden", "rtl"])
 def device(request: pytest.FixtureRequest) -> Iterator[systolith.Device]:
     with systolith.Device(request.param, config=NANO_FP8) as device:
         yield device

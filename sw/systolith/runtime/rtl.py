@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 from systolith_hdl.config import CoreConfig
-from systolith_hdl.core import Chip
-from systolith_hdl.emit import to_verilog
+from systolith_hdl.core import chip_verilog
 from systolith_hdl.toolchain import (
     ToolError,
     cache_dir,
@@ -194,7 +193,7 @@ def build(
     return verilate(
         f"chip-{config.name}{'-fast' if fast else ''}",
         _TOP,
-        lambda: with_held_inputs(to_verilog(Chip(config), "chip"), "chip", _TOP),
+        lambda: with_held_inputs(chip_verilog(config), "chip", _TOP),
         _HARNESS,
         sources=content_hash(sources_hash(), repr(config)),
         cflags=f"-DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
