@@ -226,7 +226,8 @@ class AluOp(enum.Enum, shape=6):
     BIT_NOT = 27
     #: a / b; of integers toward zero, with all bits set if b is 0
     DIVIDE = 28
-    #: of integers: what a / b leaves, with the sign of a; a if b is 0
+    #: what a / b, toward zero, leaves: exact, with the sign of a. Of integers a if b is 0; of FP32
+    #: C's fmod: NaN if a is infinite or b is 0, a if b is infinite
     MOD = 29
     #: of FP32: 1 / a, whatever b is
     RECIPROCAL = 30
@@ -247,8 +248,7 @@ UNARY_OPERATIONS = frozenset(
 DIVISIONS = frozenset({AluOp.DIVIDE, AluOp.MOD, AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT})
 #: Operations that not all types have (else BAD_TYPE), with the types that src0 may have.
 OPERATION_TYPES: dict[AluOp, frozenset[DType]] = {
-    AluOp.MOD: frozenset({DType.INT32, DType.UINT32}),
-    **{op: frozenset({DType.FP32}) for op in (AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT)},
+    op: frozenset({DType.FP32}) for op in (AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT)
 }
 #: Operations on words, of whatever type.
 WORD_OPERATIONS = frozenset(

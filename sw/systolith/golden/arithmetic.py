@@ -239,6 +239,12 @@ def divide(a: Words, b: Words) -> Words:
 
 
 @_quiet
+def modulo(a: Words, b: Words) -> Words:
+    """C's fmod, which is exact."""
+    return canonical(np.fmod(floats(a), floats(b)))
+
+
+@_quiet
 def square_root(a: Words) -> Words:
     return canonical(np.sqrt(floats(a)))
 
@@ -320,6 +326,7 @@ ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
     AluOp.SQUARE: lambda a, b: mul(a, a),
     AluOp.RELU: lambda a, b: maximum(a, np.zeros_like(a)),
     AluOp.DIVIDE: divide,
+    AluOp.MOD: modulo,
     AluOp.RECIPROCAL: lambda a, b: divide(np.full_like(a, _ONE), a),
     AluOp.SQRT: lambda a, b: square_root(a),
     AluOp.RSQRT: lambda a, b: divide(np.full_like(a, _ONE), square_root(a)),
