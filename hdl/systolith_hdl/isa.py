@@ -160,6 +160,10 @@ class Opcode(enum.Enum, shape=8):
     #: DMA_STOREs, otherwise as GATHER. Of rows of one index the last one stays; with `accumulate`
     #: each is added
     SCATTER = 0x43
+    #: two words of dst for each row of src0 along the innermost dimension, of which dst walks two
+    #: elements: the sum of the row and the sum of its squares. Either is acc0 + acc1, where element
+    #: i of the row was added to accumulator i mod 2, in order and from 0
+    STATISTICS = 0x50
 
 
 class AluOp(enum.Enum, shape=6):
@@ -852,6 +856,13 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"op0", "op1", "lanes", "rounding"}),
         operands={**_RESULT, **_X},
         unused=frozenset({"imm1", "dst.strides.3"}),
+    ),
+    Opcode.STATISTICS: Spec(
+        kind=EngineKind.VECTOR,
+        body=OneSourceBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={**_RESULT, **_X},
+        inner={"dst": lambda field: 2},
     ),
     Opcode.MEMSET: Spec(
         kind=EngineKind.VECTOR,

@@ -271,7 +271,7 @@ def _addresses(access: Access) -> np.ndarray:
 
 
 #: instructions that write an element after reading others of the same source
-_MIXING = frozenset({Opcode.REDUCE, Opcode.SCAN, Opcode.TOP, Opcode.TRANSPOSE})
+_MIXING = frozenset({Opcode.REDUCE, Opcode.STATISTICS, Opcode.SCAN, Opcode.TOP, Opcode.TRANSPOSE})
 
 
 def _defined(config: CoreConfig, opcode: Opcode, fields: dict[str, int]) -> bool:
