@@ -67,6 +67,8 @@ def cases() -> dict[str, Case]:
         "cross_entropy_grad 64 x 64": (kernels.cross_entropy_grad, {}, (x, labels, gain, gain)),
         "layernorm 64 x 64": (kernels.layernorm, {}, (x, gain, gain)),
         "layernorm_grad 64 x 64": (kernels.layernorm_grad, {}, (x, gain, g)),
+        "batch_norm 64 x 64": (kernels.batch_norm, {}, (x, gain, gain)),
+        "batch_norm_grad 64 x 64": (kernels.batch_norm_grad, {}, (x, gain, g)),
         "rmsnorm 64 x 64": (kernels.rmsnorm, {}, (x, gain)),
         "rmsnorm_grad 64 x 64": (kernels.rmsnorm_grad, {}, (x, gain, g)),
         "attention 64 x 64 x 16": (kernels.attention, {}, (q, k, v)),

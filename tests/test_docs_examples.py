@@ -102,6 +102,8 @@ def test_figures() -> None:
     assert f"`n + r + {vector.FIXED_CYCLES}`" in text
     assert f"`c + (b - 1) max(c, l) + l + {vector.FIXED_CYCLES + 1}`" in text
     assert f"`n + {vector.FIXED_CYCLES} + {vector.REDUCE_CYCLES} r`" in text
+    fixed = vector.fixed_cycles(Opcode.STATISTICS, config)
+    assert f"`2 n + {vector.STATISTICS_CYCLES} r + {fixed}`" in text
     assert f"| lane latency | {scalar_lane.LANE_LATENCY}:" in text
     assert f"`n + {scalar.FIXED_CYCLES}` cycles" in text
     assert f"`{scalar.SUM_CYCLES} r` cycles more" in text and scalar.ROW_CYCLES == 1

@@ -160,6 +160,10 @@ class Opcode(enum.Enum, shape=8):
     #: DMA_STOREs, otherwise as GATHER. Of rows of one index the last one stays; with `accumulate`
     #: each is added
     SCATTER = 0x43
+    #: two words of dst for each row of src0 along the innermost dimension, of which dst walks two
+    #: elements: the sum of the row and the sum of its squares. Either is acc0 + acc1, where element
+    #: i of the row was added to accumulator i mod 2, in order and from 0
+    STATISTICS = 0x50
 
 
 class AluOp(enum.Enum, shape=6):
@@ -226,7 +230,8 @@ class AluOp(enum.Enum, shape=6):
     BIT_NOT = 27
     #: a / b; of integers toward zero, with all bits set if b is 0
     DIVIDE = 28
-    #: of integers: what a / b leaves, with the sign of a; a if b is 0
+    #: what a / b, toward zero, leaves: exact, with the sign of a. Of integers a if b is 0; of FP32
+    #: C's fmod: NaN if a is infinite or b is 0, a if b is infinite
     MOD = 29
     #: of FP32: 1 / a, whatever b is
     RECIPROCAL = 30
@@ -247,8 +252,7 @@ UNARY_OPERATIONS = frozenset(
 DIVISIONS = frozenset({AluOp.DIVIDE, AluOp.MOD, AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT})
 #: Operations that not all types have (else BAD_TYPE), with the types that src0 may have.
 OPERATION_TYPES: dict[AluOp, frozenset[DType]] = {
-    AluOp.MOD: frozenset({DType.INT32, DType.UINT32}),
-    **{op: frozenset({DType.FP32}) for op in (AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT)},
+    op: frozenset({DType.FP32}) for op in (AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT)
 }
 #: Operations on words, of whatever type.
 WORD_OPERATIONS = frozenset(
@@ -852,6 +856,13 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"op0", "op1", "lanes", "rounding"}),
         operands={**_RESULT, **_X},
         unused=frozenset({"imm1", "dst.strides.3"}),
+    ),
+    Opcode.STATISTICS: Spec(
+        kind=EngineKind.VECTOR,
+        body=OneSourceBody,
+        header=frozenset({"lanes", "rounding"}),
+        operands={**_RESULT, **_X},
+        inner={"dst": lambda field: 2},
     ),
     Opcode.MEMSET: Spec(
         kind=EngineKind.VECTOR,

@@ -16,7 +16,7 @@ from systolith_hdl.arith.divide import (
     Divide,
 )
 from systolith_hdl.emit import Once
-from systolith_hdl.formats import DType
+from systolith_hdl.formats import INFINITY, DType
 from systolith_hdl.isa import AluOp
 
 from systolith_tb.clocking import start
@@ -78,6 +78,14 @@ def near(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
+def modulo_cycles(a: np.ndarray, b: np.ndarray, result: np.ndarray) -> int:
+    """What the longest of these remainders of FP32 takes."""
+    one, other, left = (np.maximum(x >> 23 & 0xFF, 1).astype(int) for x in (a, b, result))
+    at_once = (result & 0x7FFFFFFF > INFINITY) | (one < other)
+    shifts = np.where(result & 0x7FFFFFFF, other - left, 0)
+    return int(np.where(at_once, 1, 36 + one - other + shifts).max())
+
+
 @cocotb.test(timeout_time=100, timeout_unit="ms")
 async def results(dut) -> None:
     """Every operation on all pairs of corners and $SYSTOLITH_VECTORS random pairs, with `step` low
@@ -119,7 +127,7 @@ async def results(dut) -> None:
                 if dut.busy.value == 0:
                     break
                 dut.step.value = int(rng.random() < 0.95)
-                # Operands count in the cycle of `start` alone.
+                # This one counts in the cycle of `start` alone.
                 dut.a.value = 0
             got = unpack(dut.o, np.uint32, COPIES)
             wrong = np.flatnonzero(got != wanted[chunk])
@@ -132,10 +140,13 @@ async def results(dut) -> None:
             limit = DIVIDE_INTEGER_CYCLES
             if dtype is DType.FP32:
                 limit = DIVIDE_CYCLES[op]
-                if (fields == 0).any():
+                if op is not AluOp.MOD and (fields == 0).any():
                     limit += DIVIDE_SUBNORMAL_CYCLES
                 else:
                     longest[op, dtype] = max(longest[op, dtype], steps)
+            if dtype is DType.FP32 and op is AluOp.MOD:
+                assert steps == modulo_cycles(a[chunk], b[chunk], wanted[chunk])
+                longest[op, dtype] = max(longest[op, dtype], steps)
             assert steps <= limit, f"{op.name} {dtype.name}: {steps} cycles"
             if dtype is not DType.FP32:
                 assert steps == limit

@@ -36,7 +36,12 @@ from systolith_hdl.isa import (
     encode,
     legal_operations,
 )
-from systolith_hdl.vector.engine import FIXED_CYCLES, REDUCE_CYCLES, fixed_cycles
+from systolith_hdl.vector.engine import (
+    FIXED_CYCLES,
+    REDUCE_CYCLES,
+    STATISTICS_CYCLES,
+    fixed_cycles,
+)
 from systolith_hdl.vector.lane import LANE_LATENCY
 
 from .memory import MemoryModel
@@ -228,6 +233,27 @@ async def with_stalls(dut: Any) -> None:
 
 
 @cocotb.test(timeout_time=20, timeout_unit="ms")
+async def sums_of_plain_numbers(dut: Any) -> None:
+    """Numbers of one size, of which each order of additions has another sum, with stalls."""
+    bench = Bench(dut, 0.3)
+    await bench.reset()
+    half = CONFIG.sbuf_depth // 2
+    numbers = np.random.default_rng(random.getrandbits(32)).standard_normal((N, half))
+    for words in (bench.sbuf.words, bench.golden.sbuf):
+        words[:, half : 2 * half] = numbers.astype(np.float32).view(np.uint32)
+    for length in range(1, 30):
+        fields = {
+            "counts.0": 1, "counts.1": 1, "counts.2": 3, "counts.3": length, "lanes": N,
+            "src0.base": half, "src0.strides.2": length, "src0.strides.3": 1,
+            "dst.strides.2": 2,
+        }  # fmt: skip
+        reduce = encode(Opcode.REDUCE, {**fields, "op1": AluOp.ADD})
+        statistics = encode(Opcode.STATISTICS, {**fields, "dst.base": 6, "dst.strides.3": 1})
+        await bench.run([reduce, statistics], 0.2)
+        bench.compare()
+
+
+@cocotb.test(timeout_time=20, timeout_unit="ms")
 async def every_operation_on_every_pair_of_corners(dut: Any) -> None:
     bench = Bench(dut, 0.0)
     await bench.reset()
@@ -278,6 +304,8 @@ async def cycles(dut: Any) -> None:
             continue
         if opcode is Opcode.SCAN:
             columns = LANE_LATENCY * (rows - 1) + counts[3]
+        elif opcode is Opcode.STATISTICS:
+            columns = 2 * columns + STATISTICS_CYCLES * rows
         elif opcode is Opcode.TOP:
             columns += 2 * decode(raw)[1]["kept"] * rows
         elif opcode is Opcode.TRANSPOSE:

@@ -95,6 +95,16 @@ def nonzero(word: int) -> bool:
     return bool(word & 0x7FFFFFFF)
 
 
+def modulo(a: int, b: int) -> int:
+    """fmod by the remainder of IEEE 754, which is to the nearest multiple of b: one below zero has
+    that of |b| added, which is exact."""
+    size = soft(b & 0x7FFFFFFF)
+    left = from_soft(sf.f32_rem(soft(a & 0x7FFFFFFF), size))
+    if is_nan(left):
+        return left
+    return (from_soft(sf.f32_add(soft(left), size)) if left >> 31 else left) | a & 1 << 31
+
+
 REFERENCE: dict[AluOp, Callable[[int, int], int]] = {
     AluOp.BYPASS: lambda a, b: a,
     AluOp.ADD: lambda a, b: from_soft(sf.f32_add(soft(a), soft(b))),
@@ -125,6 +135,7 @@ REFERENCE: dict[AluOp, Callable[[int, int], int]] = {
     AluOp.RELU: lambda a, b: CANONICAL_NAN if is_nan(a) else 0 if a >> 31 else a,
     AluOp.BIT_NOT: lambda a, b: a ^ 0xFFFFFFFF,
     AluOp.DIVIDE: lambda a, b: from_soft(sf.f32_div(soft(a), soft(b))),
+    AluOp.MOD: modulo,
     AluOp.RECIPROCAL: lambda a, b: from_soft(sf.f32_div(soft(0x3F800000), soft(a))),
     AluOp.SQRT: lambda a, b: from_soft(sf.f32_sqrt(soft(a))),
     AluOp.RSQRT: lambda a, b: from_soft(sf.f32_div(soft(0x3F800000), sf.f32_sqrt(soft(a)))),

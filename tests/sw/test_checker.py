@@ -257,6 +257,8 @@ def test_what_operands_walk() -> None:
     assert walked(Opcode.TENSOR_SCALAR, "dst") == [2, 3, 4, 5]
     assert walked(Opcode.REDUCE, "src0") == [2, 3, 4, 5]
     assert walked(Opcode.REDUCE, "dst") == [2, 3, 4, 1]
+    assert walked(Opcode.STATISTICS, "src0") == [2, 3, 4, 5]
+    assert walked(Opcode.STATISTICS, "dst") == [2, 3, 4, 2]
     assert walked(Opcode.RANGE_SELECT, "src0") == [2, 3, 4, 5]
     assert walked(Opcode.RANGE_SELECT, "src1") == [1, 1, 1, 2]
     counts |= {"kept": 3, "lanes": 7}

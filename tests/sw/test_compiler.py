@@ -506,6 +506,26 @@ def test_activations_are_one_instruction(device, rng, name):
     assert engines.count("vector") + engines.count("scalar") == 1
 
 
+def test_remainders(device, rng):
+    """Exact, with the sign of the first operand; `%` has that of the second."""
+    a, b = (floats(rng, 5, 7) * 10.0 ** rng.integers(-9, 9, (5, 7)) for _ in "ab")
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    a[0], b[0] = 0.0, 2.0
+    a[1, :3], b[2, :3] = (np.inf, np.nan, 3.0), (np.inf, np.nan, 0.0)
+
+    def fn(a, b):
+        grad = jax.grad(lambda x: jnp.fmod(x * x, 0.75).sum())(b)
+        return jax.lax.rem(a, b), a % b, jnp.fmod(a, 0.3), jax.lax.rem(100.0, b), -a % 2.5, grad
+
+    with np.errstate(invalid="ignore"):
+        wanted = (
+            np.fmod(a, b), np.mod(a, b), np.fmod(a, np.float32(0.3)), np.fmod(np.float32(100), b),
+            np.mod(-a, np.float32(2.5)), 2 * b,
+        )  # fmt: skip
+    for mine, want in zip(systolith.jit(fn, device=device)(a, b), wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), want)
+
+
 # --- refusals -------------------------------------------------------------------------------
 
 

@@ -302,6 +302,19 @@ class Naive:
                             acc[i % 4] = alu(f["op1"], acc[i % 4], a)
                         left, right = alu(f["op1"], *acc[:2]), alu(f["op1"], *acc[2:])
                         writes.append((lane, (*outer, 0), alu(f["op1"], left, right)))
+            case Opcode.STATISTICS:
+                for outer in itertools.product(*(range(n) for n in counts[:3])):
+                    for lane in range(lanes):
+                        acc = [one(0)] * 4
+                        for i in range(counts[3]):
+                            x = word("src0", lane, (*outer, i))
+                            for place, op in enumerate((AluOp.BYPASS, AluOp.SQUARE)):
+                                at_place = 2 * (i % 2) + place
+                                term = alu(op.value, x, x)
+                                acc[at_place] = alu(AluOp.ADD.value, acc[at_place], term)
+                        for place in range(2):
+                            total = alu(AluOp.ADD.value, acc[place], acc[place + 2])
+                            writes.append((lane, (*outer, place), total))
             case Opcode.MEMSET:
                 writes = [(lane, index, one(f["imm0"])) for lane, index in steps]
             case Opcode.COPY_PREDICATED:

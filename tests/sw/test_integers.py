@@ -395,7 +395,10 @@ def test_conversions_of_floats(device):
     "fn,words",
     [
         (lambda a, i, x: jax.lax.population_count(i), "'population_count' is not supported"),
-        (lambda a, i, x: jax.lax.rem(x, x), "'rem' is supported for integers only.*float32"),
+        (
+            lambda a, i, x: jax.lax.reduce_xor(x > 0, (0,)),
+            "'reduce_xor' is supported for integers only.*bool",
+        ),
         (lambda a, i, x: jax.lax.shift_right_logical(a, a), "zeros cannot come in.*int8\\[3,3\\]"),
         (lambda a, i, x: i @ i, "must be int8.*preferred_element_type=jnp.int32"),
         (lambda a, i, x: a.astype(jnp.int32) @ jnp.full((3, 3), 1000), "must be int8"),

@@ -211,6 +211,34 @@ def test_norms(nano, rng, kind: str, shape) -> None:
     close(function.on(nano, eps=eps)(x, *vectors), want)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES[1:-1], (260, 6), (1, 2)])
+@pytest.mark.parametrize("mean", [1.0, -3000.0])
+def test_batch_norm(nano, rng, shape, mean: float) -> None:
+    """A large mean costs what its rounding in x does, no more."""
+    x, g = 2 * array(rng, *shape) + np.float32(mean), array(rng, *shape)
+    gain, bias = array(rng, shape[1]), array(rng, shape[1])
+    eps = 1e-2
+
+    def reference(x: Any, gain: Any, bias: Any) -> Any:
+        root = jnp.sqrt(x.var(0) + eps)
+        return (x - x.mean(0)) / root * gain + bias
+
+    def fn(x: Any, g: Any, *vectors: Any) -> Any:
+        y, pull = jax.vjp(lambda *args: kernels.batch_norm(*args, eps=eps), x, *vectors)
+        return y, pull(g)
+
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(v, jnp.float64) for v in (x, gain, bias))
+        want, pull = jax.vjp(reference, *wide)
+        gradients = [np.asarray(v) for v in pull(jnp.asarray(g, jnp.float64))]
+        want = np.asarray(want)
+    y, got = systolith.jit(fn, device=nano)(x, g, gain, bias)
+    close(y, want, 2e-6)
+    for mine, theirs in zip(got, gradients, strict=True):
+        close(mine, theirs, 2e-6, float(np.abs(g).max()))
+    close(kernels.batch_norm.on(nano, eps=eps)(x, gain, bias), want, 2e-6)
+
+
 # --- attention ----------------------------------------------------------------------------------
 
 
@@ -499,6 +527,8 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], tuple[np.ndarray, ...]]]:
         "embedding": (kernels.embedding, {}, (x, index)),
         "embedding_grad": (kernels.embedding_grad, {"rows": 5}, (x, index[:11])),
         "gelu_mlp": (kernels.gelu_mlp, {}, (x, make(9, 6), make(6), make(6, 5), make(5))),
+        "batch_norm": (kernels.batch_norm, {}, (x, gain, bias)),
+        "batch_norm_grad": (kernels.batch_norm_grad, {}, (x, gain, g)),
         "layernorm": (kernels.layernorm, {}, (x, gain, bias)),
         "layernorm_grad": (kernels.layernorm_grad, {}, (x, gain, g)),
         "matmul": (kernels.matmul, {"transpose_b": True}, (x, make(13, 9))),
@@ -551,6 +581,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], tuple[tuple[int, ...], ...], str]]
     "short row": (kernels.top_k, {"k": 4}, ((4, 3),), "k must be 1 to 3, not 4"),
     "rank": (kernels.softmax, {}, ((2, 3, 4),), "must have rank 2"),
     "labels": (kernels.cross_entropy, {}, ((2, 3), (3, 2)), "must have the shape of"),
+    "batch": (kernels.batch_norm, {}, ((2, 3), (3,), (2,)), r"must have the shape \(3,\)"),
     "gain": (kernels.rmsnorm, {}, ((2, 3), (2,)), r"must have the shape \(3,\)"),
     "depth": (kernels.attention, {}, ((2, 3), (4, 5), (4, 5)), "differ in heads or depth"),
     "heads": (kernels.attention, {"heads": 2}, ((4, 3),) * 3, "are not those of 2 heads"),

@@ -1,4 +1,4 @@
-"""SCAN and TOP, as kernels use them, against numpy."""
+"""SCAN, TOP and STATISTICS, as kernels use them, against numpy."""
 
 from collections.abc import Callable
 
@@ -141,8 +141,53 @@ def test_maximum_and_index() -> None:
         np.testing.assert_array_equal(found[..., 1].view(np.int32), x.argmax(axis=-1))
 
 
+def test_statistics() -> None:
+    """Mean and variance from the two sums, against float64; what NaN and infinity do."""
+    x = normal(N, 5, 300) + 0.5
+    x[0, 1, 7], x[1, 2, 9] = np.nan, -np.inf
+
+    def sums(nc: KernelBuilder, dst: View, src: View) -> None:
+        nc.vector.statistics(dst, src)
+
+    found = run(sums, (5, 2), x)
+    special = found[[0, 1], [1, 2]].tolist()
+    assert np.isnan(special[0]).all() and special[1] == [-np.inf, np.inf]
+    x[0, 1, 7] = x[1, 2, 9] = 0.0
+    found = run(sums, (5, 2), x).astype(np.float64) / x.shape[-1]
+    wide = x.astype(np.float64)
+    for mine, want in (
+        (found[..., 0], wide.mean(axis=-1)),
+        (found[..., 1] - found[..., 0] ** 2, wide.var(axis=-1)),
+    ):
+        error = np.abs(mine / want - 1).max()
+        print(f"error {error:.1e}")
+        assert error < 1e-6
+
+
+def test_statistics_of_integers() -> None:
+    """Exact, modulo 2**32, and in any type that the sums are written in."""
+    nc = KernelBuilder("nano")
+    given = nc.dram.tensor("x", (N, 40), DType.INT32)
+    out = nc.dram.tensor("out", (N, 2), DType.INT32, kind="output")
+    src = nc.sbuf.tile(40).view().astype(DType.INT32)
+    dst = nc.sbuf.tile(2).view().astype(DType.INT32)
+    nc.dma.load(src, given, lane_stride=160)
+    nc.vector.statistics(dst, src)
+    nc.dma.store(dst, out, lane_stride=8)
+    x = RNG.integers(-(2**31), 2**31, (N, 40)).astype(np.int32)
+    with systolith.Device("golden", config="nano", check=True) as device:
+        loaded = device.driver.load(nc.finish())
+        device.driver.write(loaded.tensors["x"], x)
+        loaded.run()
+        found = device.driver.read(loaded.tensors["out"])
+    wide = x.astype(object)
+    want = np.stack([wide.sum(axis=-1), (wide * wide).sum(axis=-1)], axis=-1) % (1 << 32)
+    np.testing.assert_array_equal(found.view(np.uint32), want.astype(np.uint32))
+
+
 def test_undefined_words() -> None:
-    """One in a row leaves what comes after it in a scan undefined, and all that TOP finds there."""
+    """One in a row leaves what comes after it in a scan undefined, and all that TOP finds there,
+    and both of its sums."""
 
     def execute(build: Callable[[KernelBuilder, View, View], View]) -> None:
         nc = KernelBuilder("nano")
@@ -162,6 +207,14 @@ def test_undefined_words() -> None:
         nc.vector.top(y[:, :4], x)
         return y[row, :4]
 
+    def statistics(nc: KernelBuilder, x: View, y: View, row: int) -> View:
+        nc.vector.statistics(y[:, :2], x)
+        nc.vector.memset(y[row, 2:4], 0.0)
+        return y[row, :4]
+
+    execute(lambda nc, x, y: statistics(nc, x, y, 0))
+    with pytest.raises(UndefinedError):
+        execute(lambda nc, x, y: statistics(nc, x, y, 1))
     execute(lambda nc, x, y: scan(nc, x, y, 0))
     execute(lambda nc, x, y: top(nc, x, y, 0))
     with pytest.raises(UndefinedError):
@@ -200,6 +253,14 @@ REFUSED: dict[str, tuple[Callable[[KernelBuilder, View, View], object], str]] = 
         r"up to 8 pairs .* shape \(2, 'k', 2\), not \(2, 10, 2\)",
     ),
     "odd": (lambda nc, a, b: nc.vector.top(b[:, :3], a), r"not \(2, 3\)"),
+    "sums": (
+        lambda nc, a, b: nc.vector.statistics(b[:, :1], a),
+        r"statistics of shape \(2, 20\) need a dst of shape \(2, 2\), not \(2, 1\)",
+    ),
+    "lanes": (
+        lambda nc, a, b: nc.vector.statistics(b[:, :2].with_lanes(2), a),
+        "dst has 2 lanes and src0 has 4",
+    ),
     "short": (
         lambda nc, a, b: nc.vector.top(b[:, :8], a[:, :3]),
         "4 of 3 words cannot be found",

@@ -35,11 +35,11 @@ from .exchange import Shuffle, Transposer
 from .front import HALVES_OFFSET, Condition, FrontLane
 from .front import Data as FrontData
 from .lane import LANE_LATENCY, VectorLane
-from .reduce import REDUCE_CYCLES, Steering
+from .reduce import REDUCE_CYCLES, STATISTICS_CYCLES, Steering
 from .scan import Scan
 from .top import Top
 
-__all__ = ["FIXED_CYCLES", "REDUCE_CYCLES", "VectorEngine", "fixed_cycles"]
+__all__ = ["FIXED_CYCLES", "REDUCE_CYCLES", "STATISTICS_CYCLES", "VectorEngine", "fixed_cycles"]
 
 #: Cycles an elementwise instruction takes from being taken to `done`, beyond one per column, when
 #: no memory port stalls: 4 to the first column, the lanes, 2 to write.
@@ -65,6 +65,8 @@ def fixed_cycles(opcode: Opcode, config: CoreConfig) -> int:
         return FIXED_CYCLES + 1  # its scalars do
     if opcode in _RANDOM:
         return LANE_LATENCY + 1 + DITHER_LATENCY
+    if opcode is Opcode.STATISTICS:
+        return FIXED_CYCLES - 4  # nothing opens again after the last row
     return FIXED_CYCLES
 
 
@@ -90,6 +92,7 @@ FORMS: dict[Opcode, Form] = {
     Opcode.TENSOR_SCALAR: Form(operations=True),
     Opcode.SCALAR_TENSOR_TENSOR: Form(operations=True),
     Opcode.REDUCE: Form(operations=True),
+    Opcode.STATISTICS: Form(),
     Opcode.MEMSET: Form(condition=Condition.NEVER, stepped=True),
     # The data pass through the ALUs, the mask comes along as b.
     Opcode.COPY_PREDICATED: Form(data=FrontData.SRC1),
@@ -144,7 +147,8 @@ class VectorEngine(wiring.Component):
 
     One column per cycle, for one and two sources alike. An instruction of n columns is done
     ``n + fixed_cycles(opcode)`` cycles after it is taken when no port stalls. REDUCE of r results
-    takes ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most, SCAN of c columns in each step
+    takes ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most, STATISTICS of r rows
+    ``2 * n + r * STATISTICS_CYCLES + fixed_cycles(opcode)``, SCAN of c columns in each step
     ``LANE_LATENCY * (n / c - 1) + c + FIXED_CYCLES``, TOP ``n + r + FIXED_CYCLES``, r being the
     columns written, TRANSPOSE of b blocks of c columns that become l
     ``c + (b - 1) * max(c, l) + l + 1 + FIXED_CYCLES``. What makes integers of FP32, FP32 of
@@ -240,6 +244,7 @@ class VectorEngine(wiring.Component):
         is_scan = Signal()
         is_top = Signal()
         is_transpose = Signal()
+        is_statistics = Signal()
         is_stepped = Signal()
         reads0, reads1 = Signal(), Signal()
         m.d.comb += [
@@ -250,6 +255,7 @@ class VectorEngine(wiring.Component):
             is_scan.eq(code == Opcode.SCAN),
             is_top.eq(code == Opcode.TOP),
             is_transpose.eq(code == Opcode.TRANSPOSE),
+            is_statistics.eq(code == Opcode.STATISTICS),
             is_stepped.eq(is_opcode(code, stepped, config)),
             reads0.eq(is_opcode(code, _reading("src0") - {Opcode.TOP, Opcode.TRANSPOSE}, config)),
             reads1.eq(is_opcode(code, _reading("src1") - {Opcode.RANGE_SELECT}, config)),
@@ -279,6 +285,12 @@ class VectorEngine(wiring.Component):
             ]
         with m.If(code == Opcode.DROPOUT):
             m.d.comb += op0.eq(AluOp.MUL.value)
+        m.submodules.steering = steering = Steering()
+        with m.If(is_statistics):
+            m.d.comb += [
+                op0.eq(Mux(steering.again, AluOp.SQUARE.value, AluOp.BYPASS.value)),
+                op1.eq(AluOp.ADD.value),
+            ]
 
         # -- Types: of the ALUs, and whether the result needs a conversion.
         computes = Signal(DType)
@@ -308,7 +320,6 @@ class VectorEngine(wiring.Component):
         ).any()
         with m.If(take):
             m.d.sync += stochastic.eq(wanted)
-        m.submodules.steering = steering = Steering()
         m.submodules.scan = scan = Scan()
         enable = Signal()
         # The element at the second ALU waits until its quotient is there, and all others with it.
@@ -367,7 +378,7 @@ class VectorEngine(wiring.Component):
             enable.eq(active & (~out_valid | written) & ~scan.hold & ~divide),
             enter.eq(offered & enable & ~steering.closed & scan.turn),
             src0.columns.ready.eq(
-                (enter & reads0)
+                (enter & reads0 & (steering.again | ~is_statistics))
                 | (top.columns.ready & is_top)
                 | (transposer.columns.ready & is_transpose)
             ),
@@ -399,7 +410,8 @@ class VectorEngine(wiring.Component):
             scan.entered.eq(enter),
             steering.enable.eq(enable),
             steering.enter.eq(enter),
-            steering.reducing.eq(code == Opcode.REDUCE),
+            steering.reducing.eq((code == Opcode.REDUCE) | is_statistics),
+            steering.twice.eq(is_statistics),
             steering.length.eq(running.body.counts[3]),
             steering.begin.eq(take),
         ]

@@ -1,6 +1,6 @@
 """One lane of the vector engine."""
 
-from amaranth.hdl import Array, Const, Module, Mux, Signal
+from amaranth.hdl import Array, Module, Mux, Signal
 from amaranth.lib import enum, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -23,12 +23,12 @@ class Second(enum.Enum, shape=2):
     ACCUMULATE = 1
     #: accumulator[index] op1 accumulator[index + 1], result back to accumulator[index]
     COMBINE = 2
-    #: accumulator[0] op1 accumulator[2], result to the output
+    #: accumulator[index] op1 accumulator[index + 2], result to the output
     FINISH = 3
 
 
 class VectorLane(wiring.Component):
-    """Two ALUs in a row, with the accumulators of REDUCE around the second.
+    """Two ALUs in a row, with the accumulators of REDUCE and STATISTICS around the second.
 
     Members
     -------
@@ -129,13 +129,12 @@ class VectorLane(wiring.Component):
                 ]
             with m.Case(Second.ACCUMULATE):
                 m.d.comb += [second.a.eq(accumulator), second.b.eq(first.o)]
-            with m.Case(Second.COMBINE):
+            with m.Case(Second.COMBINE, Second.FINISH):
+                distance = Mux(self.second == Second.FINISH, 2, 1)
                 m.d.comb += [
                     second.a.eq(accumulator),
-                    second.b.eq(accumulators[self.index | Const(1, 2)]),
+                    second.b.eq(accumulators[self.index | distance]),
                 ]
-            with m.Case(Second.FINISH):
-                m.d.comb += [second.a.eq(accumulators[0]), second.b.eq(accumulators[2])]
 
         # The accumulator a result belongs to leaves the ALU's delay line with the result.
         target = self.index

@@ -1,6 +1,6 @@
-"""Steering of the lanes' accumulators: REDUCE."""
+"""Steering of the lanes' accumulators: REDUCE and STATISTICS."""
 
-from amaranth.hdl import Cat, Module, Signal, Value
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
@@ -9,7 +9,9 @@ from .alu import ALU_LATENCY
 from .lane import LANE_LATENCY, Second
 
 #: Cycles REDUCE adds for each result: the accumulators drain, are combined and cleared.
-REDUCE_CYCLES = 13
+REDUCE_CYCLES = LANE_LATENCY + ALU_LATENCY + 4
+#: Cycles STATISTICS adds for each row, as it combines them but once.
+STATISTICS_CYCLES = LANE_LATENCY + 3
 
 
 class Steering(wiring.Component):
@@ -18,11 +20,16 @@ class Steering(wiring.Component):
     Elements of REDUCE go to the accumulators in turn; after the last of a group it waits until all
     are in (6 cycles), combines them in pairs, finishes, clears and opens again.
 
+    Elements of STATISTICS enter twice, the second time to be squared, so the accumulators of even
+    number hold sums, those of odd number sums of squares. Two of each finish, one after the other.
+
     Members
     -------
     enable : In(1), the lanes move
     enter : In(1), an element enters the lanes; only while `enable`
     reducing : In(1), elements are reduced in groups of `length` : In(16)
+    twice : In(1), each enters twice; only while `reducing`
+    again : Out(1), the one that enters next enters for the second time
     begin : In(1), an instruction begins
     closed : Out(1), a group is being finished: nothing may enter
     second, index, clear : Out, of the lanes
@@ -33,6 +40,8 @@ class Steering(wiring.Component):
     enable: In(1)
     enter: In(1)
     reducing: In(1)
+    twice: In(1)
+    again: Out(1)
     length: In(16)
     begin: In(1)
     closed: Out(1)
@@ -76,21 +85,28 @@ class Steering(wiring.Component):
         with m.If(self.enable & self.closed):
             m.d.sync += drain.eq(drain + 1)
         with m.If(self.closed):
+            combine = Mux(self.twice, Second.FINISH, Second.COMBINE)
             with m.Switch(drain):
                 with m.Case(LANE_LATENCY):
-                    m.d.comb += [self.second.eq(Second.COMBINE), self.index.eq(0)]
+                    m.d.comb += [self.second.eq(combine), self.index.eq(0), finish.eq(self.twice)]
                 with m.Case(LANE_LATENCY + 1):
-                    m.d.comb += [self.second.eq(Second.COMBINE), self.index.eq(2)]
+                    m.d.comb += [
+                        self.second.eq(combine),
+                        self.index.eq(Mux(self.twice, 1, 2)),
+                        finish.eq(self.twice),
+                    ]
                 with m.Case(LANE_LATENCY + ALU_LATENCY + 2):
-                    m.d.comb += [self.second.eq(Second.FINISH), finish.eq(1)]
-                with m.Case(LANE_LATENCY + ALU_LATENCY + 3):
-                    m.d.comb += self.clear.eq(self.enable)
-                    with m.If(self.enable):
-                        m.d.sync += self.closed.eq(0)
+                    m.d.comb += [self.second.eq(Second.FINISH), self.index.eq(0), finish.eq(1)]
+            with m.If(drain == Mux(self.twice, STATISTICS_CYCLES, REDUCE_CYCLES) - 1):
+                m.d.comb += self.clear.eq(self.enable)
+                with m.If(self.enable):
+                    m.d.sync += self.closed.eq(0)
         with m.If(self.enter & self.reducing):
-            m.d.sync += [slot.eq(slot + 1), element.eq(element + 1)]
-            with m.If(element == self.length - 1):
-                m.d.sync += [element.eq(0), slot.eq(0), self.closed.eq(1), drain.eq(0)]
+            m.d.sync += [slot.eq(slot + 1), self.again.eq(self.twice & ~self.again)]
+            with m.If(self.again | ~self.twice):
+                m.d.sync += element.eq(element + 1)
+                with m.If(element == self.length - 1):
+                    m.d.sync += [element.eq(0), slot.eq(0), self.closed.eq(1), drain.eq(0)]
         fresh = Signal()
         m.d.sync += fresh.eq(self.begin)
         with m.If(fresh):

@@ -270,16 +270,24 @@ class Tracer:
 
     # --- operations ----------------------------------------------------------------------
 
+    @staticmethod
+    def _places(op: AluOp, value: float) -> dict[str, Any]:
+        """Attributes of ``a op value``. What only the second ALU has goes there."""
+        if op in DIVISIONS:
+            return {"op0": AluOp.BYPASS, "imm0": 0.0, "op1": op, "imm1": value}
+        return {"op0": op, "imm0": value, "op1": AluOp.BYPASS, "imm1": 0.0}
+
     def _ts(self, op: AluOp, a: Use, imm: float, shape: Shape | None = None) -> Use:
-        imm = float(np.float32(imm))
-        return self.emit("ts", [a], shape or a.shape, op0=op, imm0=imm, op1=AluOp.BYPASS, imm1=0.0)
+        return self.emit("ts", [a], shape or a.shape, **self._places(op, float(np.float32(imm))))
 
     def binary(self, op: AluOp, a: Ref, b: Ref) -> Use:
         """``a op b``, at least one of them not known."""
         a_number = None if isinstance(a, Use) else uniform(a)
         b_number = None if isinstance(b, Use) else uniform(b)
-        if a_number is not None:
-            return self.binary(MIRRORED[op], b, a) if b_number is None else self._fail()
+        if a_number is not None and b_number is not None:
+            return self._fail()
+        if a_number is not None and op in MIRRORED:
+            return self.binary(MIRRORED[op], b, a)
         if b_number is not None:
             use = self.use(a)
             neutral = {
@@ -320,11 +328,8 @@ class Tracer:
         return self.emit("tt", [left, right], shape, made, op0=AluOp.BYPASS, imm0=0.0, op1=op)
 
     def alone(self, op: AluOp, a: Use, made: DType, value: float = 0.0) -> Use:
-        """``a op value`` of integers. What only the second ALU has goes there."""
-        attrs: dict[str, Any] = {"op0": op, "imm0": value, "op1": AluOp.BYPASS, "imm1": 0.0}
-        if op in DIVISIONS:
-            attrs = {"op0": AluOp.BYPASS, "imm0": 0.0, "op1": op, "imm1": value}
-        return self.emit("ts", [a], a.shape, made, **attrs)
+        """``a op value`` of integers."""
+        return self.emit("ts", [a], a.shape, made, **self._places(op, value))
 
     def _fail(self) -> Use:
         raise CompileError("internal error: an operation on numbers was not folded")
@@ -544,6 +549,7 @@ for _name, _op in {
     "add_any": AluOp.ADD,
     "sub": AluOp.SUB,
     "mul": AluOp.MUL,
+    "rem": AluOp.MOD,
     "max": AluOp.MAX,
     "min": AluOp.MIN,
     "eq": AluOp.EQ,

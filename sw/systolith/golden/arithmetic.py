@@ -239,6 +239,12 @@ def divide(a: Words, b: Words) -> Words:
 
 
 @_quiet
+def modulo(a: Words, b: Words) -> Words:
+    """C's fmod, which is exact."""
+    return canonical(np.fmod(floats(a), floats(b)))
+
+
+@_quiet
 def square_root(a: Words) -> Words:
     return canonical(np.sqrt(floats(a)))
 
@@ -320,6 +326,7 @@ ALU: dict[AluOp, Callable[[Words, Words], Words]] = {
     AluOp.SQUARE: lambda a, b: mul(a, a),
     AluOp.RELU: lambda a, b: maximum(a, np.zeros_like(a)),
     AluOp.DIVIDE: divide,
+    AluOp.MOD: modulo,
     AluOp.RECIPROCAL: lambda a, b: divide(np.full_like(a, _ONE), a),
     AluOp.SQRT: lambda a, b: square_root(a),
     AluOp.RSQRT: lambda a, b: divide(np.full_like(a, _ONE), square_root(a)),
@@ -380,16 +387,36 @@ def reduce_last(operation: AluOp, words: Words, dtype: DType = DType.FP32) -> Wo
         return np.where(nan, _NAN, _from_key(choose(_key(prepare(words)), axis=-1)))
     combine: np.ufunc = np.add if operation is AluOp.ADD else np.multiply
     start = np.uint32(REDUCTIONS[operation][dtype]).view(np.float32)
-    accumulators = []
-    for i in range(REDUCE_ACCUMULATORS):
-        part = floats(words)[..., i::REDUCE_ACCUMULATORS]
+    acc0, acc1, acc2, acc3 = _chains(combine, start, floats(words), REDUCE_ACCUMULATORS)
+    return canonical(combine(combine(acc0, acc1), combine(acc2, acc3)))
+
+
+def _chains(
+    combine: np.ufunc, start: np.float32, values: np.ndarray, count: int
+) -> list[np.ndarray]:
+    """What accumulators become to which the elements of the last axis go in turn."""
+    found = []
+    for i in range(count):
+        part = values[..., i::count]
         # `accumulate` goes element by element, where `reduce` would sum in pairs. It begins with
         # the first element instead of the start value, which matters for a sum of -0 only: so the
         # start value is added last.
         chain = combine.accumulate(part, axis=-1)[..., -1] if part.shape[-1] else start
-        accumulators.append(combine(start, chain))
-    acc0, acc1, acc2, acc3 = accumulators
-    return canonical(combine(combine(acc0, acc1), combine(acc2, acc3)))
+        found.append(combine(start, chain))
+    return found
+
+
+@_quiet
+def statistics(words: Words, dtype: DType = DType.FP32) -> Words:
+    """The sum of the last axis and that of its squares, in its place: what STATISTICS gives."""
+    sums = []
+    for terms in (words, alu(AluOp.SQUARE, words, words, dtype)):
+        if dtype is DType.FP32:
+            acc0, acc1 = _chains(np.add, np.float32(0), floats(terms), REDUCE_ACCUMULATORS // 2)
+            sums.append(canonical(acc0 + acc1))
+        else:
+            sums.append(reduce_last(AluOp.ADD, terms, dtype))
+    return np.stack(sums, axis=-1)
 
 
 def top(words: Words, kept: int, *, smallest: bool) -> tuple[Words, Words]:

@@ -615,6 +615,12 @@ class Core:
         write = self._writer(opcode, fields, dtype)
         return lambda: write(arithmetic.reduce_last(operation, first(), dtype)[..., None])
 
+    def _statistics(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        dtype = _computes(fields)
+        write = self._writer(opcode, fields, dtype)
+        return lambda: write(arithmetic.statistics(source.read(), dtype))
+
     def _memset(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
         value = np.full(1, fields["imm0"], np.uint32)
         integer = DType(fields["dst.dtype"]) in INTEGERS
@@ -858,6 +864,7 @@ _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Faul
     Opcode.SCALAR_TENSOR_TENSOR: Core._scalar_tensor_tensor,
     Opcode.TENSOR_SCALAR: Core._tensor_scalar,
     Opcode.REDUCE: Core._reduce,
+    Opcode.STATISTICS: Core._statistics,
     Opcode.MEMSET: Core._memset,
     Opcode.COPY_PREDICATED: Core._copy_predicated,
     Opcode.IOTA: Core._iota,

@@ -80,6 +80,7 @@ def _activate(fields: dict[str, int], marks: Marks, words: Marks) -> np.ndarray:
 
 PASSES: dict[Opcode, Callable[[dict[str, int], Marks, Marks], np.ndarray]] = {
     Opcode.REDUCE: _reduce,
+    Opcode.STATISTICS: _reduce,
     Opcode.COPY_PREDICATED: _copy_predicated,
     Opcode.AFFINE_SELECT: _affine_select,
     Opcode.SELECT: _select,

@@ -686,6 +686,24 @@ class _Vector(_Elementwise):
         sources = {"src0": ("src0", src0)}
         self._emit(Opcode.REDUCE, dst, sources, fields, rounding, src0.shape, computes)
 
+    def statistics(
+        self, dst: View, src0: View, rounding: Rounding | str = Rounding.NEAREST
+    ) -> None:
+        """dst = the sum along the innermost dimension of src0, and the sum of its squares.
+
+        dst has the shape of src0 with an innermost dimension of 2. Takes two cycles an element.
+        """
+        computes = self._computes(src0=src0)
+        if not src0.shape or dst.shape != (*src0.shape[:-1], 2):
+            refuse(
+                f"shape mismatch: the statistics of shape {src0.shape} need a dst of shape "
+                f"{(*src0.shape[:-1], 2)}, not {dst.shape}"
+            )
+        if src0.lanes != dst.lanes:
+            refuse(f"dst has {dst.lanes} lanes and src0 has {src0.lanes}")
+        sources = {"src0": ("src0", src0)}
+        self._emit(Opcode.STATISTICS, dst, sources, {}, rounding, src0.shape, computes)
+
     def memset(
         self, dst: View, value: float | int, rounding: Rounding | str = Rounding.NEAREST
     ) -> None:

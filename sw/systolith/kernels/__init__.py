@@ -7,7 +7,14 @@ from .attention import attention, attention_forward, attention_grad
 from .embedding import embedding, embedding_grad, scatter_add
 from .image import avg_pool, avg_pool_grad, conv2d, conv2d_grad, max_pool, max_pool_grad
 from .mlp import gelu_mlp, swiglu_mlp
-from .norm import layernorm, layernorm_grad, rmsnorm, rmsnorm_grad
+from .norm import (
+    batch_norm,
+    batch_norm_grad,
+    layernorm,
+    layernorm_grad,
+    rmsnorm,
+    rmsnorm_grad,
+)
 from .optimizer import adamw
 from .order import cumsum, top_k
 from .products import matmul, transpose
@@ -26,6 +33,8 @@ __all__ = [
     "attention_grad",
     "avg_pool",
     "avg_pool_grad",
+    "batch_norm",
+    "batch_norm_grad",
     "conv2d",
     "conv2d_grad",
     "cross_entropy",

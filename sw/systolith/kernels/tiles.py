@@ -108,24 +108,25 @@ def over_panels(
     tiles: int,
     small: int,
     job: Callable[[Panel, list[View], list[View]], Iterator[None]],
+    width: int = 1,
 ) -> None:
     """Works on a matrix panel by panel, two of them in turns.
 
     Parameters
     ----------
-    tiles, small : views [blocks, columns] and [blocks, 1] that a panel needs
+    tiles, small : views [blocks, columns] and [blocks, width] that a panel needs
     job : ``job(panel, tiles, small)``: makes the instructions of one panel, and yields where those
         of another one may come between
     """
     # A third set of buffers is loaded while two are worked on.
     works = list(panels(nc, rows, columns, 3 * tiles))
     blocks = max(panel.blocks for panel in works)
-    words = tiles * blocks * columns + small * blocks
+    words = tiles * blocks * columns + small * blocks * width
     sets = max(1, min(3, len(works), nc.sbuf.largest_free // words))
     slots = [
         Buffers(
             [nc.sbuf.tile(blocks * columns) for _ in range(tiles)],
-            [nc.sbuf.tile(blocks) for _ in range(small)],
+            [nc.sbuf.tile(blocks * width) for _ in range(small)],
         )
         for _ in range(sets)
     ]
@@ -134,7 +135,7 @@ def over_panels(
         return job(
             panel,
             [panel.view(tile, columns) for tile in slot.tiles],
-            [panel.view(tile, 1) for tile in slot.small],
+            [panel.view(tile, width) for tile in slot.small],
         )
 
     in_turns(works, slots, start)
