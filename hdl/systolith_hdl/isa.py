@@ -147,6 +147,10 @@ class Opcode(enum.Enum, shape=8):
     #: src1 walks counts 0 to 2, and for each step of those the scale and, `src1.strides.3` words
     #: on, the bias
     ACTIVATE_ROWS = 0x33
+    #: words `first` and following of each partition's table, which CUSTOM is evaluated by, <- src0,
+    #: one column after the other; counts 0 to 2 must be 1 and count 3 is their number, and the last
+    #: one must be a word of the table (else BAD_COUNT)
+    LOAD_TABLE = 0x34
     #: local <- DRAM; with `accumulate` local <- local + DRAM, in FP32, of integers modulo 2**32
     DMA_LOAD = 0x40
     #: DRAM <- local; with `accumulate`, for one i0 after the other, first a DMA_LOAD with
@@ -366,6 +370,15 @@ class Function(enum.Enum, shape=6):
     SIN = 23
     #: cosine, likewise
     COS = 24
+    #: what the table of the partition says that LOAD_TABLE last loaded (see docs/numerics.md)
+    CUSTOM = 25
+
+
+#: Each partition's table of CUSTOM: segments of 4 words each, then directory rows of one word each.
+TABLE_SEGMENTS = 512
+TABLE_ROWS = 128
+SEGMENT_WORDS = 4
+TABLE_WORDS = SEGMENT_WORDS * TABLE_SEGMENTS + TABLE_ROWS
 
 
 class RowSums(enum.Enum, shape=6):
@@ -556,6 +569,16 @@ class OneSourceBody(data.Struct):
     dst: Operand
     src0: Operand
     reserved: unsigned(128)
+
+
+class TableBody(data.Struct):
+    """Body of LOAD_TABLE."""
+
+    counts: Counts
+    dst: Operand
+    src0: Operand
+    first: unsigned(12)
+    reserved: unsigned(116)
 
 
 class RandomBody(data.Struct):
@@ -793,6 +816,12 @@ _STATIONARY: dict[str, Any] = {
 
 _ROWS: dict[str, Any] = {f"counts.{d}": lambda field, config: (1, 1) for d in (1, 2)}
 
+_TABLE: dict[str, Any] = {
+    **{f"counts.{d}": lambda field, config: (1, 1) for d in range(3)},
+    "counts.3": lambda field, config: (1, TABLE_WORDS),
+    "first": lambda field, config: (0, TABLE_WORDS - field("counts.3")),
+}
+
 SPECS: dict[Opcode, Spec] = {
     Opcode.NOP: Spec(kind=None, body=EmptyBody),
     Opcode.END: Spec(kind=None, body=EmptyBody),
@@ -971,6 +1000,14 @@ SPECS: dict[Opcode, Spec] = {
     Opcode.ACTIVATE_TENSOR_SCALE: _activation(TensorTensorBody, _SRC1),
     Opcode.ACTIVATE_ROWS: _activation(
         TensorTensorBody, _SRC1, unused=frozenset({"imm0"}), inner={"src1": lambda field: 2}
+    ),
+    Opcode.LOAD_TABLE: Spec(
+        kind=EngineKind.SCALAR,
+        body=TableBody,
+        header=frozenset({"lanes"}),
+        operands={"src0": (_BOTH, _INTEGER)},
+        unused=frozenset({"dst"}),
+        limits=_TABLE,
     ),
     Opcode.DMA_LOAD: Spec(
         kind=EngineKind.DMA,

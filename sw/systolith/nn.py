@@ -2,6 +2,7 @@
 
 They run and differentiate under plain JAX as well. The chip computes each from a table of its own,
 in one instruction, and so it does the first derivatives. Higher ones are ordinary arithmetic.
+`tabulated` makes such a function of any other, for the chip alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from jax.extend.core import Primitive
 from jax.extend.source_info_util import register_exclusion
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["gelu", "leaky_relu", "mish", "silu", "softplus"]
+from .kernels.tabulated import tabulated
+
+__all__ = ["gelu", "leaky_relu", "mish", "silu", "softplus", "tabulated"]
 
 # Messages and debug maps name the statement that called into this module.
 register_exclusion(__file__)

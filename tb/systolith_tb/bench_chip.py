@@ -11,7 +11,7 @@ from cocotb.triggers import RisingEdge
 from systolith.errors import DeviceFault, DeviceTimeout
 from systolith.golden import arithmetic
 from systolith.golden.device import GoldenDevice
-from systolith.kernel import KernelBuilder, View
+from systolith.kernel import KernelBuilder, Table, View
 from systolith.program import Program
 from systolith.runtime.driver import Driver
 from systolith_hdl.config import get_config
@@ -27,7 +27,7 @@ from systolith_hdl.isa import (
 )
 
 from .device import CocotbBackend, run_driver
-from .stimulus import random_words
+from .stimulus import random_table, random_words
 
 CONFIG = get_config("nano")
 N = CONFIG.lanes
@@ -52,6 +52,8 @@ def random_kernel(seed: int) -> Program:
         return view.astype(dtype), Rounding.STOCHASTIC if stochastic else Rounding.NEAREST
 
     outputs = [nc.dram.tensor(f"y{i}", (m, f), rng.choice(types), kind="output") for i in range(4)]
+    words = random_table(np.random.default_rng(seed), 16)
+    Table("random", words, 16, 0.0, 0.0, 0.0).load(nc)  # CUSTOM is among the functions
     tiles_k = [(i, min(N, k - i)) for i in range(0, k, N)]
     tiles_m = [(i, min(N, m - i)) for i in range(0, m, N)]
     loaded = []

@@ -20,6 +20,7 @@ from systolith_hdl.emit import Once
 from systolith_hdl.formats import FLOATS, DType
 from systolith_hdl.isa import (
     SPECS,
+    TABLE_WORDS,
     AluOp,
     EngineKind,
     Function,
@@ -31,18 +32,19 @@ from systolith_hdl.isa import (
 )
 from systolith_hdl.ports import READ_LATENCY
 from systolith_hdl.scalar import tables as T
-from systolith_hdl.scalar.engine import FIXED_CYCLES, ROW_CYCLES, SUM_CYCLES
+from systolith_hdl.scalar.engine import FIXED_CYCLES, ROW_CYCLES, SUM_CYCLES, TABLE_CYCLES
 from systolith_hdl.scalar.lane import (
     FUNCTION_LATENCY,
     LANE_LATENCY,
     SHARING,
     TURN_CYCLES,
+    CustomTable,
     FunctionTables,
     ScalarLane,
     Turning,
 )
 
-from systolith_tb.stimulus import random_counter
+from systolith_tb.stimulus import random_counter, random_table
 
 #: Lanes of the lane bench: this many vectors in a cycle.
 COPIES = 4
@@ -77,9 +79,14 @@ def random_words(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.choose(rng.integers(0, len(kinds), count), kinds).astype(np.uint32)
 
 
-def reference(function: Function, x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """What an element comes to, from golden arithmetic."""
-    return evaluate(function, arithmetic.add(arithmetic.mul(x, scale), bias))
+def reference(
+    function: Function, x: np.ndarray, scale: np.ndarray, bias: np.ndarray, tables: np.ndarray
+) -> np.ndarray:
+    """What elements [..., lanes] come to, from golden arithmetic; `tables` are those of the
+    lanes."""
+    y = arithmetic.add(arithmetic.mul(x, scale), bias)
+    results = [evaluate(function, y[..., lane], table) for lane, table in enumerate(tables)]
+    return np.stack(results, axis=-1)
 
 
 def _pack(words: np.ndarray) -> int:
@@ -92,11 +99,16 @@ def _unpack(handle: object, count: int) -> np.ndarray:
 
 
 class LaneBench(wiring.Component):
-    """`COPIES` lanes side by side; members as those of `ScalarLane`, one word for each copy."""
+    """`COPIES` lanes side by side; members as those of `ScalarLane` and `CustomTable`, one word for
+    each copy."""
 
     en: In(1)
     control: In(T.CONTROL)
     turning: In(Turning)
+    custom: In(1)
+    write: In(1)
+    address: In(range(TABLE_WORDS))
+    word: In(data.ArrayLayout(unsigned(32), COPIES))
     x: In(data.ArrayLayout(unsigned(32), COPIES))
     scale: In(data.ArrayLayout(unsigned(32), COPIES))
     bias: In(data.ArrayLayout(unsigned(32), COPIES))
@@ -110,11 +122,21 @@ class LaneBench(wiring.Component):
             if user == 0:
                 m.submodules += (lookup := Once(FunctionTables(), "function_tables"))
                 m.d.comb += lookup.en.eq(self.en)
+            m.submodules += (own := Once(CustomTable(), "custom_table"))
             m.d.comb += [
+                own.write.eq(self.write),
+                own.address.eq(self.address),
+                own.word.eq(self.word[i]),
+                own.en.eq(self.en),
+                own.custom.eq(self.custom),
+                own.row.eq(cell.row),
+                own.index.eq(cell.index),
+                own.shared_entry.eq(getattr(lookup, f"entry{user}")),
+                own.shared_segment.eq(getattr(lookup, f"segment{user}")),
                 getattr(lookup, f"row{user}").eq(cell.row),
-                cell.entry.eq(getattr(lookup, f"entry{user}")),
+                cell.entry.eq(own.entry),
                 getattr(lookup, f"index{user}").eq(cell.index),
-                cell.segment.eq(getattr(lookup, f"segment{user}")),
+                cell.segment.eq(own.segment),
                 getattr(lookup, f"weight{user}").eq(cell.weight),
                 cell.piece.eq(getattr(lookup, f"piece{user}")),
                 cell.turning.eq(self.turning),
@@ -141,13 +163,26 @@ def _turning(cycle: int) -> int:
 @cocotb.test(timeout_time=100, timeout_unit="ms")
 async def lane(dut) -> None:
     """Every function on $SYSTOLITH_VECTORS random words each and all corners, `en` going low at
-    random. Most have scale 1 and bias -0, so that y is the word itself."""
+    random; CUSTOM by the tables after power-up, and by another one in each lane. Most have scale 1
+    and bias -0, so that y is the word itself."""
     rng = np.random.default_rng(random.getrandbits(32))
     count = int(os.environ.get("SYSTOLITH_VECTORS", "16384"))
     Clock(dut.clk, 10, unit="ns").start()
     dut.rst.value = 0
     compared = 0
-    for function in Function:
+    tables = np.zeros((COPIES, TABLE_WORDS), np.uint32)
+    dut.write.value = 0
+    for function in [*Function, Function.CUSTOM]:
+        if dut.custom.value.is_resolvable and dut.custom.value:
+            tables = np.array([random_table(rng) for _ in range(COPIES)])
+            for address in rng.permutation(TABLE_WORDS).tolist():
+                await FallingEdge(dut.clk)
+                dut.write.value = 1
+                dut.address.value = address
+                dut.word.value = _pack(tables[:, address])
+            await FallingEdge(dut.clk)
+            dut.write.value = 0
+        dut.custom.value = function is Function.CUSTOM
         x = np.concatenate([CORNERS, random_words(rng, count)])
         x = np.pad(x, (0, -len(x) % COPIES))
         plain = rng.integers(0, 4, len(x)) != 0
@@ -181,7 +216,8 @@ async def lane(dut) -> None:
                 dut.bias.value = _pack(bias[chunk])
                 sent += 1
         result = np.concatenate(got)
-        wanted = reference(function, x, scale, bias)
+        rows = [words.reshape(-1, COPIES) for words in (x, scale, bias)]
+        wanted = reference(function, rows[0], rows[1], rows[2], tables).reshape(-1)
         wrong = np.flatnonzero(result != wanted)
         assert not len(wrong), (
             f"{function.name}: {len(wrong)} of {len(x)} wrong, first x={x[wrong[0]]:08x} "
@@ -301,14 +337,35 @@ def _operand(counts: list[int], space: Space, upper: bool) -> tuple[dict[str, in
     return fields, steps.ravel() + base
 
 
-def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator, seed: int) -> Job:
-    """Draws an instruction and applies it to `memory`."""
+def load_table(
+    memory: dict[Space, np.ndarray], tables: np.ndarray, first: int, columns: int, lanes: int
+) -> Job:
+    """A LOAD_TABLE of random words, applied to `tables`, [lanes, words]."""
+    space = random.choice(list(Space))
+    pattern, addresses = _operand([1, 1, 1, columns], space, upper=False)
+    fields: dict[str, object] = {"lanes": lanes, "first": first, "src0.dtype": DType.INT32}
+    fields.update({f"src0.{key}": value for key, value in pattern.items()})
+    fields.update({f"counts.{i}": columns if i == 3 else 1 for i in range(4)})
+    words = memory[space][addresses]
+    tables[:lanes, first : first + columns] = words[:, :lanes].T
+    word = int.from_bytes(encode(Opcode.LOAD_TABLE, fields), "little")
+    return Job(word, random_counter(), columns + TABLE_CYCLES, [])
+
+
+def random_job(
+    memory: dict[Space, np.ndarray], tables: np.ndarray, rng: np.random.Generator, seed: int
+) -> Job:
+    """Draws an instruction and applies it to `memory` and `tables`."""
+    opcode = random.choice([op for op, spec in SPECS.items() if spec.kind is EngineKind.SCALAR])
+    if opcode is Opcode.LOAD_TABLE:
+        length = random.choice((1, 2, 5, 40))
+        first = random.randint(0, TABLE_WORDS - length)
+        return load_table(memory, tables, first, length, random.randint(1, CONFIG.lanes))
     counts = [random.choice((1, 1, 2, 3)), random.choice((1, 2)), random.choice((1, 1, 4)), 0]
     counts[3] = random.choice((1, 2, 3, 7, 16))
-    function = random.choice(list(Function))
+    function = random.choice([*Function, *[Function.CUSTOM] * 5])
     lanes = random.choice((CONFIG.lanes, random.randint(1, CONFIG.lanes)))
     dtype = random.choice((DType.FP32, *FLOATS))
-    opcode = random.choice([op for op, spec in SPECS.items() if spec.kind is EngineKind.SCALAR])
     sums = random.choice([RowSums.NONE, *RowSums])
     walked = {"src0": counts, "dst": [*counts[:3], _RESULTS[sums](counts[3])]}
     if opcode is not Opcode.ACTIVATE:
@@ -346,7 +403,7 @@ def random_job(memory: dict[Space, np.ndarray], rng: np.random.Generator, seed: 
         fields["imm1"] = int(bias[0, 0])
     word = int.from_bytes(encode(opcode, fields), "little")
 
-    result = reference(function, x, scale, bias).reshape(-1, counts[3], CONFIG.lanes)
+    result = reference(function, x, scale, bias, tables).reshape(-1, counts[3], CONFIG.lanes)
     totals = arithmetic.reduce_last(AluOp.ADD, np.moveaxis(result, 1, 2))[:, None, :]
     written = totals if sums is RowSums.ONLY else result
     noise = None
@@ -394,7 +451,11 @@ async def _engine(dut: object, *, reads: float, writes: float, issue: float, job
     await ReadOnly()
     memories.observe()
 
-    waiting = [random_job(model, rng, seed) for _ in range(jobs)]
+    tables = np.zeros((CONFIG.lanes, TABLE_WORDS), np.uint32)
+    half = TABLE_WORDS // 2
+    # A reset leaves the tables of the test before.
+    waiting = [load_table(model, tables, start, half, CONFIG.lanes) for start in (0, half)]
+    waiting += [random_job(model, tables, rng, seed) for _ in range(jobs - len(waiting))]
     expected = [write for job in waiting for write in job.writes]
     running: Job | None = None
     offered: Job | None = None

@@ -40,6 +40,7 @@ from systolith_hdl.isa import (
     LOOP_DEPTH,
     MAX_WAITS,
     SPECS,
+    TABLE_WORDS,
     EngineKind,
     FaultCause,
     Opcode,
@@ -672,7 +673,7 @@ def illegal_program(case: Case) -> Program:
 
 
 def _memories(config: CoreConfig, *, store: bool) -> Program:
-    """Sets SBUF, PSUM and both stationary operands, or stores SBUF and PSUM."""
+    """Sets SBUF, PSUM, both stationary operands and the tables, or stores SBUF and PSUM."""
     nc = KernelBuilder(config, name="store memories" if store else "set memories")
     lanes, depth, sums = config.lanes, config.sbuf_depth, config.psum_depth
     kind: Literal["input", "output"] = "output" if store else "input"
@@ -700,6 +701,9 @@ def _memories(config: CoreConfig, *, store: bool) -> Program:
             nc.vector.copy(part, piece)
     if not store:
         nc.dma.load(sbuf.view((depth,)), sbuf_tensor, 0, (row,), 4)
+        for start in range(0, TABLE_WORDS, depth):
+            part = sbuf.view((min(depth, TABLE_WORDS - start),))
+            nc.scalar.load_table(part, start)
     return nc.finish()
 
 

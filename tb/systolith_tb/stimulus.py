@@ -13,7 +13,10 @@ from systolith_hdl.isa import (
     DMA_TYPES,
     FIELDS,
     INSTRUCTION_BITS,
+    SEGMENT_WORDS,
     SPECS,
+    TABLE_ROWS,
+    TABLE_SEGMENTS,
     EngineKind,
     Opcode,
     Space,
@@ -21,6 +24,7 @@ from systolith_hdl.isa import (
     legal_operations,
     operation_types,
 )
+from systolith_hdl.scalar import tables as T
 
 #: FP32 words at which arithmetic goes wrong first.
 CORNERS = np.array(
@@ -66,6 +70,24 @@ def random_words(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray
         rng.choice(INTEGER_CORNERS, shape),
     )
     return np.where(kind > 0.93, integer, words).astype(np.uint32)
+
+
+def random_table(rng: np.random.Generator, segments: int = TABLE_SEGMENTS) -> np.ndarray:
+    """Words of the end of a table for CUSTOM: segments of other functions in any order or, some of
+    them, any bits; rows that name some of these."""
+    words = rng.integers(0, 1 << 32, SEGMENT_WORDS * segments + TABLE_ROWS, dtype=np.uint32)
+    known = T.tables().segments
+    for first in range(0, SEGMENT_WORDS * segments, SEGMENT_WORDS):
+        if rng.random() < 0.7:
+            segment = known[rng.integers(len(known))]
+            parts = [segment >> 32 * part & 0xFFFFFFFF for part in range(SEGMENT_WORDS)]
+            words[first : first + SEGMENT_WORDS] = parts
+    if segments < TABLE_SEGMENTS:
+        counts = rng.integers(0, segments.bit_length(), TABLE_ROWS)
+        bases = TABLE_SEGMENTS - rng.integers(1 << counts, segments + 1)
+        base, count = (T.ENTRY[name].offset for name in ("base", "log2_count"))
+        words[-TABLE_ROWS:] = bases << base | counts << count
+    return words
 
 
 def random_counter() -> int:

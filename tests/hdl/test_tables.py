@@ -34,7 +34,8 @@ def test_dump_and_parse_are_inverse() -> None:
 
 
 def test_every_function_has_a_description() -> None:
-    assert set(T.DESCRIPTIONS) == set(T.tables().controls) == set(Function)
+    assert set(T.tables().controls) == set(Function)
+    assert set(T.DESCRIPTIONS) == set(Function) - {Function.CUSTOM}  # loaded
 
 
 def test_intermediates_fit_the_lane(segments: list[dict[str, int]]) -> None:
@@ -200,7 +201,7 @@ SPECIAL = {
 }
 
 
-@pytest.mark.parametrize("function", Function)
+@pytest.mark.parametrize("function", T.DESCRIPTIONS)
 def test_special_values(function: Function) -> None:
     """As C99 has them; every NaN gives the canonical one."""
     y, wanted = (np.array(values, np.float32) for values in zip(*SPECIAL[function], strict=True))
@@ -234,7 +235,7 @@ def test_angles_are_reduced_exactly() -> None:
             assert nearest >> T.DISTANCE - 30  # so 30 leading zeros are the most
 
 
-@pytest.mark.parametrize("function", Function)
+@pytest.mark.parametrize("function", T.DESCRIPTIONS)
 def test_accuracy(function: Function) -> None:
     """The documentation states no less than what is measured, and that is below one ULP; below
     1.5 of sine and cosine."""

@@ -19,6 +19,7 @@ from systolith_hdl.isa import (
     SCAN_OPERATIONS,
     SCAN_ROWS,
     SPECS,
+    TABLE_WORDS,
     USED_BITS,
     AluOp,
     EngineKind,
@@ -110,6 +111,11 @@ def test_every_reserved_bit(opcode: Opcode) -> None:
 def test_causes() -> None:
     c, op = cause, Opcode
     assert c(op.LOOP, count=0) is FaultCause.BAD_COUNT
+    assert c(op.LOAD_TABLE, first=TABLE_WORDS - 4) is None
+    assert c(op.LOAD_TABLE, first=TABLE_WORDS - 3) is FaultCause.BAD_COUNT
+    assert c(op.LOAD_TABLE, counts__3=TABLE_WORDS + 1) is FaultCause.BAD_COUNT
+    assert c(op.LOAD_TABLE, counts__2=2) is FaultCause.BAD_COUNT
+    assert c(op.LOAD_TABLE, src0__dtype=DType.FP32.value) is FaultCause.BAD_TYPE
     assert c(op.TENSOR_TENSOR, op0=len(AluOp)) is FaultCause.ILLEGAL_OPERATION
     assert c(op.TENSOR_TENSOR, op1=63) is FaultCause.ILLEGAL_OPERATION
     assert c(op.REDUCE, op1=2) is FaultCause.ILLEGAL_OPERATION
@@ -338,7 +344,7 @@ def test_bounds_of_indices() -> None:
 def test_bounds_against_a_walk(
     opcode: Opcode, counts: tuple[int, ...], data: st.DataObject
 ) -> None:
-    if opcode in LOADS:
+    if opcode in LOADS or opcode is Opcode.LOAD_TABLE:
         counts = (1, 1, 1, counts[3])
     if SPECS[opcode].indexed:
         counts = (counts[0] ** 2, 1, 1, counts[3])

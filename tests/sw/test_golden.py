@@ -21,6 +21,7 @@ from systolith_hdl.isa import (
     REDUCE_ACCUMULATORS,
     REDUCTIONS,
     SPECS,
+    TABLE_WORDS,
     AffineBody,
     AluOp,
     EngineKind,
@@ -97,6 +98,8 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
                 fields[name] = rng.choice((0, 1, -1, rng.randint(-(1 << 15), (1 << 15) - 1)))
         if opcode is Opcode.IOTA:
             del fields["fill"]
+        if opcode is Opcode.LOAD_TABLE:
+            fields["first"] = rng.randint(0, TABLE_WORDS - fields["counts.3"])
         if opcode is Opcode.SHUFFLE:
             fields["spread"] = rng.randint(0, 1)
         if spec.body is RandomBody:
@@ -120,6 +123,7 @@ def random_core(rng: random.Random) -> Core:
         ordinary = generator.standard_normal(memory.shape).astype(np.float32).view(np.uint32)
         wild = generator.integers(0, 2**32, memory.shape, dtype=np.uint32)
         memory[:] = np.where(generator.random(memory.shape) < 0.8, ordinary, wild)
+    core.tables[:] = generator.integers(0, 1 << 32, core.tables.shape, dtype=np.uint32)
     core.sbuf[:, INDICES:] = generator.integers(0, ROWS, core.sbuf[:, INDICES:].shape)
     words, pairs = core.stationary.words, generator.random(NANO.lanes) < 0.5
     core.seed = rng.getrandbits(32)
@@ -194,6 +198,7 @@ class Naive:
         self.stationary, self.dram = core.stationary.words.copy(), core.dram.copy()
         self.pairs = core.stationary.pairs.copy()
         self.seed = core.seed
+        self.tables = core.tables.copy()
 
     def index(self, f: dict[str, int], row: int) -> int:
         """The index of a row of a GATHER or SCATTER."""
@@ -418,7 +423,7 @@ class Naive:
                     else:
                         scale, bias = (word("src1", lane, (*index[:3], i)) for i in (0, 1))
                     y = arithmetic.add(arithmetic.mul(word("src0", lane, index), scale), bias)
-                    result = evaluate(Function(f["op0"]), y)
+                    result = evaluate(Function(f["op0"]), y, self.tables[lane])
                     row = acc.setdefault((lane, *index[:3]), [one(0)] * 4)
                     row[index[3] % 4] = arithmetic.add(row[index[3] % 4], result)
                     if f["op1"] != RowSums.ONLY.value:
@@ -430,6 +435,9 @@ class Naive:
                     elif f["op1"] == RowSums.BEHIND.value:
                         writes.append((lane, (*outer, counts[3]), total))
                 writes.sort(key=lambda entry: entry[1])
+            case Opcode.LOAD_TABLE:
+                for lane, index in steps:
+                    self.tables[lane, f["first"] + index[3]] = word("src0", lane, index)[0]
             case Opcode.DMA_LOAD | Opcode.DMA_STORE | Opcode.GATHER | Opcode.SCATTER:
                 dtype = DType(f["dram_dtype"])
                 size = FORMATS[dtype].bytes
@@ -492,7 +500,7 @@ def test_instruction(opcode: Opcode, seed: int) -> None:
         assert (core.sbuf == naive.sbuf).all() and (core.dram == naive.dram).all()
         return
     naive.execute(raw)
-    for name in ("sbuf", "psum", "dram"):
+    for name in ("sbuf", "psum", "dram", "tables"):
         np.testing.assert_array_equal(getattr(core, name), getattr(naive, name), name)
     np.testing.assert_array_equal(core.stationary.words, naive.stationary)
     np.testing.assert_array_equal(core.stationary.pairs, naive.pairs)

@@ -11,7 +11,16 @@ from ..arith import DITHER_LATENCY, FP32_LATENCY, Dither, RoundNarrow, engine_ke
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
 from ..formats import DType
-from ..isa import REDUCE_ACCUMULATORS, SPECS, EngineKind, Opcode, Rounding, RowSums
+from ..isa import (
+    REDUCE_ACCUMULATORS,
+    SPECS,
+    TABLE_WORDS,
+    EngineKind,
+    Function,
+    Opcode,
+    Rounding,
+    RowSums,
+)
 from ..ports import IssuePort, lane_mask, split_words
 from . import tables as T
 from .lane import (
@@ -19,6 +28,7 @@ from .lane import (
     LANE_LATENCY,
     SHARING,
     TURN_CYCLES,
+    CustomTable,
     FunctionTables,
     ScalarLane,
     Turning,
@@ -32,13 +42,16 @@ FIXED_CYCLES = 4 + LANE_LATENCY + 1
 SUM_CYCLES = 3 * (FP32_LATENCY + 1)
 #: Cycles ACTIVATE_ROWS adds for each row: its scale is fetched.
 ROW_CYCLES = 1
+#: Cycles LOAD_TABLE takes from being taken to `done`, beyond one per column.
+TABLE_CYCLES = 4
 
 # The first result finds its random words: stochastic rounding costs no cycle.
 assert DITHER_LATENCY <= 4 + LANE_LATENCY
 
 
 class ScalarEngine(wiring.Component):
-    """Executes ACTIVATE, ACTIVATE_TENSOR_BIAS, ACTIVATE_TENSOR_SCALE and ACTIVATE_ROWS on N lanes.
+    """Executes ACTIVATE, ACTIVATE_TENSOR_BIAS, ACTIVATE_TENSOR_SCALE, ACTIVATE_ROWS and LOAD_TABLE
+    on N lanes.
 
     ``dst = function(src0 * scale + bias)``: a multiplication and an addition in FP32, each rounded,
     then the function, then rounding to the type of dst; scale and bias are numbers, elements of
@@ -59,8 +72,9 @@ class ScalarEngine(wiring.Component):
     One column per cycle, with one source or two. An instruction of n columns in r rows is done
     ``n + FIXED_CYCLES`` cycles after it is taken when no port stalls, ``r * SUM_CYCLES`` later with
     sums, and ``r * ROW_CYCLES`` later if it is ACTIVATE_ROWS. Sine and cosine take TURN_CYCLES for
-    each column, ``n * TURN_CYCLES + 1`` in place of n, and ROW_CYCLES once. The next instruction is
-    taken in the cycle of `done`, when all writes are accepted.
+    each column, ``n * TURN_CYCLES + 1`` in place of n, and ROW_CYCLES once. LOAD_TABLE of n columns
+    is done ``n + TABLE_CYCLES`` cycles after it is taken. The next instruction is taken in the
+    cycle of `done`, when all writes are accepted and the lanes are empty.
     """
 
     def __init__(self, config: CoreConfig, *, number: int) -> None:
@@ -79,19 +93,24 @@ class ScalarEngine(wiring.Component):
         incoming = self.issue.instruction
         tensor = data.View(SPECS[Opcode.ACTIVATE_TENSOR_BIAS].layout, incoming.payload)
         scalar = data.View(SPECS[Opcode.ACTIVATE].layout, incoming.payload)
+        load = data.View(SPECS[Opcode.LOAD_TABLE].layout, incoming.payload)
         opcode, op1 = tensor.header.opcode, tensor.header.op1
-        take = Signal()
+        take, done = Signal(), Signal()
+        is_load = Signal()
+        loaded = Signal()  # LOAD_TABLE: the last word has been written
         active = Signal()
         has_src1 = Signal()
         m.d.comb += [
-            incoming.ready.eq(~active | dst.done),
+            done.eq(dst.done | loaded),
+            incoming.ready.eq(~active | done),
             take.eq(incoming.valid & incoming.ready),
-            has_src1.eq(opcode != Opcode.ACTIVATE),
+            is_load.eq(opcode == Opcode.LOAD_TABLE),
+            has_src1.eq((opcode != Opcode.ACTIVATE) & ~is_load),
             self.issue.busy.eq(active),
-            self.issue.done.eq(dst.done),
+            self.issue.done.eq(done),
             src0.start.valid.eq(take),
             src1.start.valid.eq(take & has_src1),
-            dst.start.valid.eq(take),
+            dst.start.valid.eq(take & ~is_load),
         ]
         for name, streamer in (("src0", src0), ("src1", src1), ("dst", dst)):
             walk = operand_walk(m, incoming.payload, name, EngineKind.SCALAR)
@@ -105,9 +124,13 @@ class ScalarEngine(wiring.Component):
         row = Signal(16)
         dtype = Signal(DType)
         mask = Signal(lanes)
+        custom = Signal()  # the function is that of the lanes' own tables
+        loading = Signal()
         with m.If(take):
             m.d.sync += [
                 active.eq(1),
+                loading.eq(is_load),
+                custom.eq(tensor.header.op0 == Function.CUSTOM.value),
                 bias.eq(Mux(has_src1, tensor.body.imm0, scalar.body.imm1)),
                 tensor_bias.eq(opcode == Opcode.ACTIVATE_TENSOR_BIAS),
                 tensor_scale.eq(opcode == Opcode.ACTIVATE_TENSOR_SCALE),
@@ -122,8 +145,18 @@ class ScalarEngine(wiring.Component):
                 for function, word in T.tables().controls.items():
                     with m.Case(function.value):
                         m.d.sync += control.eq(Const(word, T.CONTROL.size))
-        with m.Elif(dst.done):
+        with m.Elif(done):
             m.d.sync += active.eq(0)
+
+        # -- LOAD_TABLE: a word for the table of each lane in every cycle.
+        table_word = Signal(range(TABLE_WORDS))
+        writing = Signal()
+        m.d.comb += writing.eq(active & loading & src0.columns.valid)
+        m.d.sync += loaded.eq(writing & src0.columns.payload.last)
+        with m.If(take):
+            m.d.sync += table_word.eq(load.body.first)
+        with m.Elif(writing):
+            m.d.sync += table_word.eq(table_word + 1)
 
         # -- Random words for the results, one column after the other.
         m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
@@ -158,7 +191,7 @@ class ScalarEngine(wiring.Component):
         needs_src1 = tensor_bias | tensor_scale | rows
         m.d.comb += [
             # An idle engine stands still: nothing is in its pipelines.
-            enable.eq(active & ~closing & (~valid[-1] | only | dst.columns.ready)),
+            enable.eq(active & ~loading & ~closing & (~valid[-1] | only | dst.columns.ready)),
             fetch.eq(enable & rows & ~fetched & src1.columns.valid),
             enter.eq(
                 enable
@@ -168,7 +201,7 @@ class ScalarEngine(wiring.Component):
                 & (src1.columns.valid | ~needs_src1)
             ),
             row_end.eq(element == row - 1),
-            src0.columns.ready.eq(enter),
+            src0.columns.ready.eq(enter | writing),
             # The bias of a row stays in front until the row has entered.
             src1.columns.ready.eq(fetch | (enter & needs_src1 & (row_end | ~rows))),
         ]
@@ -211,11 +244,26 @@ class ScalarEngine(wiring.Component):
         m.d.comb += lookup.en.eq(enable)
         for lane in range(lanes):
             place, user = divmod(lane, SHARING)
-            for address, found in (("row", "entry"), ("index", "segment"), ("weight", "piece")):
-                m.d.comb += [
-                    getattr(lookup, f"{address}{user}")[place].eq(getattr(cells, address)[lane]),
-                    getattr(cells, found)[lane].eq(getattr(lookup, f"{found}{user}")[place]),
-                ]
+            own = Once(CustomTable(), "custom_table")
+            m.submodules[f"custom{lane}"] = own
+            m.d.comb += [
+                own.write.eq(writing & mask[lane]),
+                own.address.eq(table_word),
+                own.word.eq(src0.columns.payload.data[lane]),
+                own.en.eq(enable),
+                own.custom.eq(custom),
+                own.row.eq(cells.row[lane]),
+                own.index.eq(cells.index[lane]),
+                own.shared_entry.eq(getattr(lookup, f"entry{user}")[place]),
+                own.shared_segment.eq(getattr(lookup, f"segment{user}")[place]),
+                cells.entry[lane].eq(own.entry),
+                cells.segment[lane].eq(own.segment),
+                cells.piece[lane].eq(getattr(lookup, f"piece{user}")[place]),
+                *(
+                    getattr(lookup, f"{address}{user}")[place].eq(getattr(cells, address)[lane])
+                    for address in ("row", "index", "weight")
+                ),
+            ]
             second = src1.columns.payload.data[lane]
             scale = Signal(32, name=f"scale{lane}")
             with m.If(take):

@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul, leading_zeros, pack_fp32
 from ..arith.rounding import EXP_BITS, RAW_BITS, RAW_INF, saturate5, shift_right_sticky
 from ..emit import Once
+from ..isa import SEGMENT_WORDS, TABLE_ROWS, TABLE_SEGMENTS, TABLE_WORDS
 from . import tables as T
 
 #: Enabled cycles from y to the function's result.
@@ -83,6 +84,86 @@ class FunctionTables(wiring.Component):
                 index = getattr(self, f"index{user}")
                 m.d.comb += [port.en.eq(self.en), port.addr.eq(index)]
         return m
+
+
+class CustomTable(wiring.Component):
+    """The directory and the segments of CUSTOM, which each lane has for itself. It stands between
+    the lane and what it shares with others, and answers in place of that.
+
+    Members
+    -------
+    write : In(1), writes `word` to `address`, in every cycle
+    address : In, word of the table, less than `TABLE_WORDS`
+    word : In(32)
+    en : In(1), low freezes the reads
+    custom : In(1), the function is CUSTOM; constant while its operands are in the pipeline
+    row, index : In, of the lane
+    shared_entry, shared_segment : In, of `FunctionTables`
+    entry : Out(`tables.ENTRY`), the shared one or, if `custom`, what stands at `row`, an enabled
+        cycle later
+    segment : Out(`tables.SEGMENT`), likewise that of number `index`
+
+    Of `row` and `index` those bits count that such a table has. What is written is read from the
+    next cycle on. The memories are zero at power-up and keep their contents over a reset.
+    """
+
+    write: In(1)
+    address: In(range(TABLE_WORDS))
+    word: In(32)
+    en: In(1)
+    custom: In(1)
+    row: In(range(T.DIRECTORY))
+    shared_entry: In(T.ENTRY)
+    entry: Out(T.ENTRY)
+    index: In(range(T.SEGMENTS))
+    shared_segment: In(T.SEGMENT)
+    segment: Out(T.SEGMENT)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        # It never reads what it writes in the same cycle. Synthesis sees that where the register
+        # of a read port stands outside of it, and makes no bypass.
+        reading = self.en & self.custom & ~self.write
+        part_bits = (SEGMENT_WORDS - 1).bit_length()
+        in_directory = self.address[-1]
+        part = self.address[:part_bits]
+        parts = []
+        for number in range(SEGMENT_WORDS):
+            ram = memory.Memory(shape=unsigned(32), depth=TABLE_SEGMENTS, init=[])
+            m.submodules[f"segments{number}"] = ram
+            write, read = ram.write_port(), ram.read_port(domain="comb")
+            found = Signal(32, name=f"found{number}", reset_less=True)
+            m.d.comb += [
+                write.en.eq(self.write & ~in_directory & (part == number)),
+                write.addr.eq(self.address[part_bits:]),
+                write.data.eq(self.word),
+                read.addr.eq(self.index),
+            ]
+            with m.If(reading):
+                m.d.sync += found.eq(read.data)
+            parts.append(found)
+        m.submodules.directory = ram = memory.Memory(shape=T.ENTRY, depth=TABLE_ROWS, init=[])
+        write, read = ram.write_port(), ram.read_port(domain="comb")
+        entry = Signal(T.ENTRY.size, reset_less=True)
+        m.d.comb += [
+            write.en.eq(self.write & in_directory),
+            write.addr.eq(self.address),
+            Value.cast(write.data).eq(self.word),
+            read.addr.eq(self.row),
+        ]
+        with m.If(reading):
+            m.d.sync += entry.eq(Value.cast(read.data))
+        for answer, own, shared in (
+            (self.entry, entry, self.shared_entry),
+            (self.segment, Cat(parts), self.shared_segment),
+        ):
+            chosen = Mux(self.custom, Value.cast(own), Value.cast(shared))
+            m.d.comb += Value.cast(answer).eq(chosen)
+        return m
+
+
+# Bit 11 of a word's address tells the directory from the segments.
+assert SEGMENT_WORDS * TABLE_SEGMENTS == 1 << (TABLE_WORDS - 1).bit_length() - 1
 
 
 def _rom(m: Module, name: str, width: int, depth: int, words: Sequence[int]) -> memory.Memory:

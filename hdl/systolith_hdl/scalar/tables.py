@@ -42,7 +42,8 @@ Adding a function is adding an entry to `DESCRIPTIONS` and running::
 
 which rewrites ``tables.hex`` beside this file. The generator works in decimal arithmetic of 60
 and more digits with no floating point anywhere, so it gives the same file on every machine (a
-test regenerates and compares).
+test regenerates and compares). `custom` makes a table of any function for CUSTOM, whose directory
+and segments each partition has in a memory of its own.
 """
 
 from __future__ import annotations
@@ -50,15 +51,16 @@ from __future__ import annotations
 import dataclasses
 import decimal
 import functools
+import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 
 from amaranth.hdl import signed, unsigned
 from amaranth.lib import data, enum
 
-from ..isa import Function
+from ..isa import TABLE_ROWS, TABLE_SEGMENTS, Function
 
 # ------------------------------------------------------------------ formats
 
@@ -137,6 +139,15 @@ CONTROL = data.StructLayout(
 #: Page of reduced angles: that above the centre.
 TURN_PAGE = 2
 
+#: CUSTOM has rows for CUSTOM_SPAN binades, from 2**CUSTOM_LOW on, in two pages behind the entry
+#: for NaN.
+CUSTOM_LOW = -28
+CUSTOM_SPAN = 59
+_CUSTOM_PAGES = (1, 1 + CUSTOM_SPAN + 4)
+CUSTOM_ROWS = _CUSTOM_PAGES[1] + CUSTOM_SPAN + 4  #: rows in use
+assert CUSTOM_ROWS <= TABLE_ROWS
+
+ZERO_TOP = -31  #: k of an operand zero, less the exponent it has: 31 zeros are normalised away
 ROW_ZERO = 0  #: row of the (reduced) operand zero
 ROW_UNDER = 1  #: row of k < low
 ROW_LOW = 2  #: row of k = low; k = low + span - 1 has row 1 + span
@@ -389,6 +400,14 @@ def _log2(x: Decimal) -> Decimal:
 
 # ------------------------------------------------------------------ description language
 
+#: Largest relative error of a polynomial, truncations and coefficient rounding included: a
+#: quarter of a ULP at most. Exponents (`exp2`) get twice that.
+TOLERANCE = Decimal(2) ** -26
+
+
+def _nothing(want: Decimal) -> Decimal:
+    return Decimal(0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -405,6 +424,11 @@ class Piece:
     mantissa: bool = False
     #: the operand is up to a unit of its last bit larger than its mantissa says
     truncated: bool = False
+    #: largest relative error, see `TOLERANCE`; and an absolute one, if that is more, of a result
+    tolerance: Decimal = TOLERANCE
+    absolute: Callable[[Decimal], Decimal] = _nothing
+    #: bits of c0 that may be given up so that c2 and c3 fit, if the tolerance leaves them
+    spare: int = 5
 
 
 def direct(f: Callable[[Decimal], Decimal]) -> Piece:
@@ -783,9 +807,6 @@ DESCRIPTIONS: dict[Function, Description] = {
 
 # ------------------------------------------------------------------ generator
 
-#: Largest relative error of a polynomial, truncations and coefficient rounding included: a
-#: quarter of a ULP at most. Exponents (`exp2`) get twice that.
-TOLERANCE = Decimal(2) ** -26
 #: 2 to that power, and what is less, rounds to zero.
 _VANISHED = -151
 
@@ -847,7 +868,7 @@ def _segment(piece: Piece, k: int, index: int, log2_count: int) -> int | None:
     if piece.constant:
         value = f(Decimal(0))
         scale = 34 - value.adjusted() * 10 // 3 if value else 0
-        while value and abs(value) * Decimal(2) ** scale >= 2**35:
+        while value and abs(value) * Decimal(2) ** scale > 2**35 - 1:
             scale -= 1
         c0 = int((value * Decimal(2) ** scale).to_integral_value())
         return _pack(SEGMENT, {"c0": c0, "exponent": -scale, **flags})
@@ -865,8 +886,11 @@ def _segment(piece: Piece, k: int, index: int, log2_count: int) -> int | None:
             real[0] -= offset
     else:
         top = max(abs(f(Decimal(0))), abs(f(Decimal(1))))
+        if top < Decimal(2) ** _VANISHED:
+            zero = all(abs(value) < Decimal(2) ** _VANISHED for value in real)
+            return _pack(SEGMENT, flags) if zero else None
         scale = 33 - int(top.ln() / _LN2_D)
-    for drop in range(1 if fixed else 6):
+    for drop in range(1 if fixed else 1 + piece.spare):
         unrounded = [v * Decimal(2) ** (scale - drop) for v in real]
         if fixed:  # the mean of what the two shifts drop; other segments have bits to spare
             unrounded[0] += Decimal("0.75")
@@ -877,38 +901,58 @@ def _segment(piece: Piece, k: int, index: int, log2_count: int) -> int | None:
     else:
         return None
     scale -= drop
+    wants = {t: f(Decimal(t) / 2**MANTISSA) for t in steps}
+    if not fixed and min(wants.values()) < 0 < max(wants.values()):
+        # Next to a zero a relative bound is never met.
+        if piece.absolute(Decimal(0)) * 2**scale < 4:
+            return None
     for t, (_, _, p0) in steps.items():
-        want = f(Decimal(t) / 2**MANTISSA)
+        want = wants[t]
         error = abs(p0 / Decimal(2) ** scale + offset - want)
+        limit = piece.tolerance * (2 if piece.exp2 else 1)
         if piece.exp2:
             if want < _VANISHED:  # rounds to zero whatever the error
                 continue
             error *= _LN2_D
         elif not piece.log:  # the logarithm's sum is about 1 at least
-            error /= abs(want)
-        if error > TOLERANCE * (2 if piece.exp2 else 1):
+            limit = max(limit * abs(want), piece.absolute(want))
+        if error > limit:
             return None
     names = ("c0", "c1", "c2", "c3")
     exponent = int(offset) if piece.exp2 else -scale
     return _pack(SEGMENT, {**dict(zip(names, c, strict=True)), "exponent": exponent, **flags})
 
 
-def _binade(piece: Piece, k: int) -> tuple[int, ...]:
-    """Segments of one row, as few as reach `TOLERANCE`."""
+def _binade(pieces: Sequence[Piece], k: int) -> tuple[int, ...]:
+    """Segments of one row, as few as reach the tolerance by one of the pieces."""
     for log2_count in range(MAX_COUNT_LOG2 + 1):
         count = 1 << log2_count
-        # the ends of the binade are the likeliest to fail
-        found: dict[int, int] = {}
-        for index in sorted(range(count), key=lambda i: min(i, count - 1 - i)):
-            word = _segment(piece, k, index, log2_count)
-            if word is None:
-                break
-            found[index] = word
-        else:
-            return tuple(found[index] for index in range(count))
-        if piece.constant:
-            break
-    raise ValueError(f"no segments of 2**{k} reach the tolerance")
+        for piece in pieces:
+            # the ends of the binade are the likeliest to fail
+            found: dict[int, int] = {}
+            for index in sorted(range(count), key=lambda i: min(i, count - 1 - i)):
+                word = _segment(piece, k, index, log2_count)
+                if word is None:
+                    break
+                found[index] = word
+            else:
+                return tuple(found[index] for index in range(count))
+    raise ValueError(f"no {1 << MAX_COUNT_LOG2} segments of 2**{k} reach the tolerance")
+
+
+class _Segments:
+    """The segments of rows, equal ones kept once."""
+
+    def __init__(self) -> None:
+        self.words: list[int] = []
+        self._groups: dict[tuple[int, ...], int] = {}
+
+    def entry(self, group: tuple[int, ...]) -> dict[str, int]:
+        """The directory's entry of a row's segments, as fields."""
+        if group not in self._groups:
+            self._groups[group] = len(self.words)
+            self.words.extend(group)
+        return {"base": self._groups[group], "log2_count": len(group).bit_length() - 1}
 
 
 def _exp2_table() -> tuple[int, ...]:
@@ -929,21 +973,23 @@ def _exp2_table() -> tuple[int, ...]:
     return tuple(words)
 
 
+def _pages(bases: Iterable[int]) -> int:
+    """The bits of `CONTROL` that name the pages."""
+    width = CONTROL["pages"].shape.elem_shape.width
+    return sum(base << CONTROL["pages"].offset + i * width for i, base in enumerate(bases))
+
+
 def generate(report: Callable[[str], None] = lambda line: None) -> Tables:
     """Computes the tables from `DESCRIPTIONS`."""
-    segments: list[int] = []
-    groups: dict[tuple[int, ...], int] = {}
+    memory = _Segments()
+    segments = memory.words
     fitted: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def entry(k: int, piece: Piece) -> int:
         key = (id(piece), k)
         if key not in fitted:
-            fitted[key] = _binade(piece, k)
-        group = fitted[key]
-        if group not in groups:
-            groups[group] = len(segments)
-            segments.extend(group)
-        return _pack(ENTRY, {"base": groups[group], "log2_count": len(group).bit_length() - 1})
+            fitted[key] = _binade([piece], k)
+        return _pack(ENTRY, memory.entry(fitted[key]))
 
     with decimal.localcontext(_CONTEXT):
         directory = [entry(0, NAN)]
@@ -976,19 +1022,198 @@ def generate(report: Callable[[str], None] = lambda line: None) -> Tables:
                     **masks,
                 },
             )
-            width = CONTROL["pages"].shape.elem_shape.width
-            for i, base in enumerate(bases):
-                word |= base << CONTROL["pages"].offset + i * width
-            controls[function] = word
+            controls[function] = word | _pages(bases)
             report(
                 f"{function.name:12} {len(segments) - before[0]:5} segments "
                 f"{len(directory) - before[1]:5} directory rows"
             )
+        control = {"low": CUSTOM_LOW, "span": CUSTOM_SPAN}
+        controls[Function.CUSTOM] = _pack(CONTROL, control) | _pages(_CUSTOM_PAGES)
         exp2 = _exp2_table()
     report(f"{'total':12} {len(segments):5} segments {len(directory):5} directory rows")
     if len(segments) > SEGMENTS or len(directory) > DIRECTORY:
         raise ValueError(f"{len(segments)} segments, {len(directory)} rows do not fit the memories")
     return Tables(tuple(segments), tuple(directory), exp2, controls)
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomTable:
+    """The table of a function for CUSTOM.
+
+    Parameters
+    ----------
+    segments : words of `SEGMENT`, for the end of the memory of segments
+    directory : words of `ENTRY`
+    """
+
+    segments: tuple[int, ...]
+    directory: tuple[int, ...]
+
+
+_OVERFLOW = Decimal(2) ** 128
+
+
+class _Fitter:
+    """Chooses how the rows of CUSTOM are evaluated; parameters as of `custom`."""
+
+    def __init__(
+        self,
+        f: Callable[[Decimal], Decimal],
+        ulp: Decimal,
+        absolute: Decimal,
+        domain: tuple[Decimal, Decimal],
+    ) -> None:
+        self._exactly = f
+        self._f = functools.cache(f)  # -0 and 0 are one number to it
+        self._domain = domain
+        # Half a ULP is for the rounding of the result; a ULP is 2**-24 of a number at least, and
+        # 2**-149.
+        self._relative = (ulp - Decimal("0.5")) * Decimal(2) ** -24
+        self._least = (ulp - Decimal("0.5")) * Decimal(2) ** -149
+        self._error = absolute
+
+    def _absolute(self, want: Decimal) -> Decimal:
+        return max(self._least, self._error - abs(want) * Decimal(2) ** -24)
+
+    def _outside(self, low: Decimal, high: Decimal) -> bool:
+        """Whether nothing between two powers of two, with signs, is in the domain."""
+        return high <= self._domain[0] or low >= self._domain[1]
+
+    def zero(self, sign: int) -> Piece:
+        """The row of zero."""
+        if not self._domain[0] <= 0 <= self._domain[1]:
+            return NAN
+        at = Decimal(0).copy_sign(Decimal(sign))
+        found = self._simple([self._exactly(at)], [Decimal(1)], last=False)
+        assert found is not None
+        return found
+
+    def _simple(self, values: list[Decimal], xs: list[Decimal], *, last: bool) -> Piece | None:
+        """A constant, or a multiple of x, that agrees with all values; constants are like the
+        first or the last of them."""
+        if any(v.is_nan() for v in values):
+            return NAN if all(v.is_nan() for v in values) else None
+        if all(abs(v) >= _OVERFLOW for v in values) and len({v.is_signed() for v in values}) == 1:
+            return MINUS_INFINITY if values[0].is_signed() else INFINITY
+        if any(v.is_infinite() for v in values):
+            return None
+        value = values[-last]
+        if abs(value) < Decimal(2) ** (_VANISHED + 1):
+            value = Decimal(0).copy_sign(value)
+        slope = values[0] / xs[0]
+        errors = [abs(value - v) for v in values]
+        slope_errors = [abs(slope * x - v) for x, v in zip(xs, values, strict=True)]
+        ulps = [max(self._relative * abs(v), self._least) for v in values]
+        loose = [max(u, self._absolute(v)) for u, v in zip(ulps, values, strict=True)]
+        for bounds in (ulps, loose):
+            if all(map(operator.le, errors, bounds)):
+                if value:
+                    return constant(value)
+                return MINUS_ZERO if value.is_signed() else ZERO
+            if all(map(operator.le, slope_errors, bounds)):
+                return linear(slope)
+        return None
+
+    def far(self, sign: int, exponents: range) -> Piece:
+        """One row for all these binades, beyond those with rows of their own."""
+        parts = (Decimal(1), Decimal("1.37"), 2 - Decimal(2) ** -23)
+        xs = [Decimal(2) ** k * part for k in exponents for part in parts]
+        ends = sorted((sign * xs[0], sign * xs[-1]))
+        if self._outside(*ends):
+            return NAN
+        found = self._simple([self._f(sign * x) for x in xs], xs, last=exponents[0] > 0)
+        if found is None:
+            where, remedy = f"below 2**{CUSTOM_LOW}", "an absolute error bound"
+            if exponents[0] > 0:
+                where, remedy = f"above 2**{exponents[0]}", "a domain that ends before"
+            raise ValueError(
+                f"the function is neither constant nor a multiple of y for {'-' * (sign < 0)}y "
+                f"{where}: give {remedy}"
+            )
+        return found
+
+    def row(self, sign: int, k: int) -> tuple[int, ...]:
+        """The segments of a binade."""
+        unit = Decimal(2) ** k
+        if self._outside(*sorted((sign * unit, sign * 2 * unit))):
+            return _binade([NAN], 0)
+        xs = [unit * (1 + Decimal(i) / 16) for i in range(16)] + [unit * (2 - Decimal(2) ** -23)]
+        values = [self._f(sign * x) for x in xs]
+        simple = self._simple(values, xs, last=False)
+        if simple is not None:
+            return _binade([simple], 0)
+        where = f"between {sign * unit:.6g} and {sign * 2 * unit:.6g}"
+        if not all(v.is_finite() for v in values):
+            raise ValueError(f"the function is not finite everywhere {where}")
+        pieces = [
+            dataclasses.replace(
+                direct(lambda x: self._f(sign * x)),
+                tolerance=self._relative,
+                absolute=self._absolute,
+                spare=20,
+            )
+        ]
+        sizes = [abs(v) for v in values]
+        if len({v.is_signed() for v in values}) == 1 and 0 < 4 * min(sizes) < max(sizes):
+            logarithm = power(lambda x: _log2(abs(self._f(sign * x))), negate=values[0].is_signed())
+            pieces.append(dataclasses.replace(logarithm, tolerance=self._relative / 2))
+        try:
+            return _binade(pieces, k)
+        except (ValueError, decimal.InvalidOperation):
+            raise ValueError(
+                f"the function takes more than {1 << MAX_COUNT_LOG2} segments {where}: give a "
+                "larger error bound (where it is zero, an absolute one) or a smaller domain"
+            ) from None
+
+
+def custom(
+    f: Callable[[Decimal], Decimal],
+    *,
+    ulp: Decimal,
+    absolute: Decimal,
+    domain: tuple[Decimal, Decimal],
+) -> CustomTable:
+    """Makes a table of any function of real numbers for CUSTOM.
+
+    Parameters
+    ----------
+    f : may return NaN and infinities
+    ulp, absolute : a result may be off by so many ULP, 0.75 at least, or by so much
+    domain : open interval outside of whose binades the result is NaN
+
+    Infinite numbers have the value that the largest have, or go to infinity with them. Raises
+    ValueError if the function does not fit.
+    """
+    memory = _Segments()
+    with decimal.localcontext(_CONTEXT):
+        fitter = _Fitter(f, ulp, absolute, domain)
+        high = CUSTOM_LOW + CUSTOM_SPAN
+        entries = [memory.entry(_binade([NAN], 0))]
+        for sign in (1, -1):
+            over = fitter.far(sign, range(high, 128))
+            inf = over
+            if not over.constant:
+                inf = MINUS_INFINITY if over.f(Decimal(1)) < 0 else INFINITY
+            rows = [
+                _binade([fitter.zero(sign)], 0),
+                _binade([fitter.far(sign, range(-149, CUSTOM_LOW))], 0),
+                *(fitter.row(sign, k) for k in range(CUSTOM_LOW, high)),
+                _binade([over], 0),
+                _binade([inf], 0),
+            ]
+            entries += [memory.entry(row) for row in rows]
+    spare = TABLE_SEGMENTS - len(memory.words)
+    if spare < 0:
+        bound = f"{ulp} ULP" + (f" or {absolute}" if absolute else "")
+        raise ValueError(
+            f"the function needs {len(memory.words)} segments for {bound}; {TABLE_SEGMENTS} are "
+            "there: give a larger error bound or a smaller domain"
+        )
+    for fields in entries:
+        fields["base"] += spare
+    directory = [_pack(ENTRY, fields) for fields in entries]
+    directory += [0] * (TABLE_ROWS - len(directory))
+    return CustomTable(tuple(memory.words), tuple(directory))
 
 
 def main() -> None:

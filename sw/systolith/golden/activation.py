@@ -1,7 +1,8 @@
 """Golden model of the scalar engine's functions.
 
 The definition is the procedure in `systolith_hdl.scalar.tables`; this is that procedure on numpy
-arrays of int64. No intermediate exceeds 63 bits.
+arrays of int64. No intermediate exceeds 63 bits. The tables of CUSTOM may hold any words, so what
+the lane keeps in fewer bits is cut to those; with the committed tables nothing is ever lost.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import functools
 
 import numpy as np
 import numpy.typing as npt
+from amaranth.lib import data
 from systolith_hdl.formats import CANONICAL_NAN
-from systolith_hdl.isa import Function
+from systolith_hdl.isa import SEGMENT_WORDS, TABLE_ROWS, TABLE_SEGMENTS, TABLE_WORDS, Function
 from systolith_hdl.scalar import tables as T
 
 Bits = npt.NDArray[np.uint32]
@@ -28,6 +30,29 @@ class _Fields:
     exp2: dict[str, Ints]
 
 
+@functools.lru_cache(64)
+def _custom_fields(table: bytes) -> _Fields:
+    """The fields of the words of one partition's table."""
+    words = np.frombuffer(table, np.uint32)
+    parts = words[: SEGMENT_WORDS * TABLE_SEGMENTS].view(np.uint64).reshape(-1, SEGMENT_WORDS // 2)
+
+    def column(halves: npt.NDArray[np.uint64], field: data.Field) -> Ints:
+        spare = 64 - field.width
+        # No field is in two halves.
+        moved = halves[:, field.offset // 64] << np.uint64(spare - field.offset % 64)
+        if getattr(field.shape, "signed", False):
+            return moved.view(np.int64) >> spare
+        return (moved >> np.uint64(spare)).view(np.int64)
+
+    rows = words[-TABLE_ROWS:].astype(np.uint64)[:, None]
+    entry = {str(name): column(rows, field) for name, field in T.ENTRY}
+    return _Fields(
+        segment={str(name): column(parts, field) for name, field in T.SEGMENT},
+        entry={**entry, "base": entry["base"] % TABLE_SEGMENTS},
+        exp2=_fields().exp2,
+    )
+
+
 def _columns(layout: object, words: tuple[int, ...]) -> dict[str, Ints]:
     rows = [T.field_bits(layout, word) for word in words]  # type: ignore[arg-type]
     return {name: np.array([row[name] for row in rows], np.int64) for name in rows[0]}
@@ -35,11 +60,11 @@ def _columns(layout: object, words: tuple[int, ...]) -> dict[str, Ints]:
 
 @functools.cache
 def _fields() -> _Fields:
-    data = T.tables()
+    content = T.tables()
     return _Fields(
-        segment=_columns(T.SEGMENT, data.segments),
-        entry=_columns(T.ENTRY, data.directory),
-        exp2=_columns(T.EXP2_ENTRY, data.exp2),
+        segment=_columns(T.SEGMENT, content.segments),
+        entry=_columns(T.ENTRY, content.directory),
+        exp2=_columns(T.EXP2_ENTRY, content.exp2),
     )
 
 
@@ -58,23 +83,32 @@ def _top_bit(x: Ints) -> Ints:
     return np.frexp(x.astype(np.float64))[1].astype(np.int64) - 1
 
 
-def evaluate(function: Function, y: Bits) -> Bits:
+def evaluate(function: Function, y: Bits, table: Bits | None = None) -> Bits:
     """Applies a function of the scalar engine to FP32 bit patterns, bit for bit as the chip does.
 
-    `y` has any shape; so has the result. `y` is what is left after scale and bias.
+    `y` has any shape; so has the result. `y` is what is left after scale and bias. `table` are the
+    words of a partition's table, by which CUSTOM is evaluated; by default zeros, as at power-up.
     """
     y = np.asarray(y, np.uint32)
+    fields = _fields()
+    if function is Function.CUSTOM:
+        words = np.zeros(TABLE_WORDS, np.uint32) if table is None else table
+        fields = _custom_fields(words.tobytes())
     flat = y.reshape(-1)
     out = np.empty_like(flat)
     for start in range(0, flat.size, _CHUNK):
         piece = slice(start, start + _CHUNK)
-        out[piece] = _evaluate(function, flat[piece].astype(np.int64))
+        out[piece] = _evaluate(function, fields, flat[piece].astype(np.int64))
     return out.reshape(y.shape)
 
 
-def _evaluate(function: Function, y: Ints) -> Ints:
+def _cut(x: Ints, bits: int) -> Ints:
+    """The number that the lowest bits are."""
+    return x << 64 - bits >> 64 - bits
+
+
+def _evaluate(function: Function, fields: _Fields, y: Ints) -> Ints:
     control, pages = _control(function)
-    fields = _fields()
 
     # 1. Reduce
     sign, biased, fraction = y >> 31, y >> 23 & 255, y & 0x7FFFFF
@@ -89,7 +123,7 @@ def _evaluate(function: Function, y: Ints) -> Ints:
     magnitude = np.where(centered, np.abs(difference), magnitude)
     exponent = np.where(centered, 0, exponent)
     top = _top_bit(magnitude)
-    k = exponent + top - T.CENTER_FRACTION
+    k = exponent + np.where(magnitude == 0, T.ZERO_TOP, top - T.CENTER_FRACTION)
     m = (magnitude << T.CENTER_FRACTION - np.maximum(top, 0)) >> 1 & (1 << T.MANTISSA) - 1
     page = np.where(centered, 2 + below, sign)
     if control["turn"]:
@@ -111,14 +145,17 @@ def _evaluate(function: Function, y: Ints) -> Ints:
     row = np.where(biased == 255, T.ROW_LOW + span + 1, row)
     address = np.where((biased == 255) & (fraction != 0), T.NAN_ADDRESS, pages[page] + row)
     log2_count = fields.entry["log2_count"][address]
-    index = fields.entry["base"][address] + (m >> T.MANTISSA - log2_count)
-    t = m << log2_count & (1 << T.MANTISSA) - 1
+    split = m << log2_count
+    index = fields.entry["base"][address] + (split >> T.MANTISSA & (1 << T.MAX_COUNT_LOG2) - 1)
+    index %= len(fields.segment["c0"])
+    t = split & (1 << T.MANTISSA) - 1
 
     # 3. Polynomial
     segment = {name: values[index] for name, values in fields.segment.items()}
-    p2 = segment["c2"] + (segment["c3"] * (t >> 5) >> 18)
-    p1 = segment["c1"] + (p2 * t >> T.MANTISSA)
+    p2 = _cut(segment["c2"] + (segment["c3"] * (t >> 5) >> 18), T.SEGMENT["c2"].width)
+    p1 = _cut(segment["c1"] + (p2 * t >> T.MANTISSA), T.P0_BITS)
     p0 = segment["c0"] + (p1 * t >> T.MANTISSA) + np.where(segment["log"], k * T.LN2, 0)
+    p0 = _cut(p0, T.P0_BITS)
 
     # 4. Result
     f = p0 & (1 << T.FIXED) - 1

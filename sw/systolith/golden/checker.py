@@ -78,8 +78,9 @@ def operand_counts(opcode: Opcode, operand: str, fields: dict[str, int]) -> list
 
 
 def row_sums(opcode: Opcode, fields: dict[str, int]) -> RowSums:
-    """The sums that an instruction delivers; NONE of one that is not the scalar engine's."""
-    return RowSums(fields["op1"] if SPECS[opcode].kind is EngineKind.SCALAR else 0)
+    """The sums that an instruction delivers; NONE of one that has none."""
+    sums = SPECS[opcode].kind is EngineKind.SCALAR and "op1" in fields
+    return RowSums(fields["op1"] if sums else 0)
 
 
 def operand_strides(operand: str, fields: dict[str, int]) -> list[int]:

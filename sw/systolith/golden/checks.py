@@ -17,8 +17,10 @@ signals made so far in this execution count.
 A word never written since the start of the program is *undefined*, and so is what the vector and
 scalar engines make of it, word by word: whole-tile instructions may compute lanes that nobody
 reads. It is an error when the tensor engine takes it or DMA stores it; of other opcodes, at once.
-A race may be the cause, so the first use of undefined memory is kept until the program has ended
-without one.
+So are words of the tables that LOAD_TABLE has not written, and it is an error to apply CUSTOM in a
+partition where one that it may need is: a row of the directory, or a segment that one names. A race
+may be the cause, so the first use of undefined memory is kept until the program has ended without
+one.
 """
 
 from __future__ import annotations
@@ -31,7 +33,20 @@ from typing import NamedTuple
 import numpy as np
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, DType
-from systolith_hdl.isa import DRAM_READERS, DRAM_WRITERS, LOADS, SPECS, Opcode, Space
+from systolith_hdl.isa import (
+    DRAM_READERS,
+    DRAM_WRITERS,
+    LOADS,
+    SEGMENT_WORDS,
+    SPECS,
+    TABLE_SEGMENTS,
+    TABLE_WORDS,
+    EngineKind,
+    Function,
+    Opcode,
+    Space,
+)
+from systolith_hdl.scalar.tables import CUSTOM_ROWS, ENTRY, MAX_COUNT_LOG2, field_bits
 
 from . import dma
 from .checker import operand_counts, operand_lanes, operand_strides
@@ -253,6 +268,7 @@ class Checks:
     ----------
     config : of the core
     memories : what SBUF and PSUM hold, uint32 [lanes, depth]; only looked at
+    tables : those of CUSTOM, uint32 [lanes, TABLE_WORDS]; likewise
     undefined : byte ranges of DRAM that hold nothing when the program starts
 
     Members
@@ -264,10 +280,13 @@ class Checks:
         self,
         config: CoreConfig,
         memories: Mapping[Space, np.ndarray],
+        tables: np.ndarray,
         undefined: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._lanes = config.lanes
         self._memories = memories
+        self._tables = tables
+        self._unloaded = np.ones(tables.shape, bool)
         self.used: Undefined | None = None
         self.clocks = Clocks(config)
         streams = self.clocks.streams
@@ -310,6 +329,7 @@ class Checks:
             if access.writes:
                 words.window(words.written, access)[stream] = number
                 self._define(words, access, opcode, fields, marks, held)
+        self._follow_tables(step, opcode, fields)
         if elements is not None:
             accumulate = bool(fields.get("accumulate"))
             self._transfer(step, opcode, accumulate, elements, stream, number, relied)
@@ -319,12 +339,43 @@ class Checks:
         for words in self._words.values():
             words.undefined[:] = 0
         self._dram.undefined[:] = False
+        self._unloaded[:] = False
 
     def after(self, fields: dict[str, int]) -> None:
         """The instruction last given to `before` is complete."""
         assert self._issued is not None
         if fields["signal.amount"]:
             self.clocks.signal(fields["signal.sem"], fields["signal.amount"], *self._issued)
+
+    # -- tables --------------------------------------------------------------------------------
+
+    def _follow_tables(self, step: Step, opcode: Opcode, fields: dict[str, int]) -> None:
+        """What LOAD_TABLE defines, and the use of what it has not."""
+        if opcode is Opcode.LOAD_TABLE:
+            first = fields["first"]
+            self._unloaded[: fields["lanes"], first : first + fields["counts.3"]] = False
+            return
+        applies = SPECS[opcode].kind is EngineKind.SCALAR
+        if not applies or fields["op0"] != Function.CUSTOM.value or self.used is not None:
+            return
+        directory = SEGMENT_WORDS * TABLE_SEGMENTS
+        for lane in range(fields["lanes"]):
+            unloaded = self._unloaded[lane]
+            if not unloaded.any():
+                continue
+            needed = np.zeros(TABLE_WORDS, bool)
+            needed[directory : directory + CUSTOM_ROWS] = True
+            if not (needed & unloaded).any():
+                for word in self._tables[lane, needed].tolist():
+                    entry = field_bits(ENTRY, word)
+                    count = 1 << min(entry["log2_count"], MAX_COUNT_LOG2)
+                    named = (entry["base"] + np.arange(count)) % TABLE_SEGMENTS
+                    needed.reshape(-1, SEGMENT_WORDS)[named] = True
+            found = np.flatnonzero(needed & unloaded)
+            if found.size:
+                place = f"word {found[0]} of the table of partition {lane}"
+                self.used = Undefined(step, "op0", place, step)
+                return
 
     # -- words ---------------------------------------------------------------------------------
 

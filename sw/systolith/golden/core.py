@@ -28,6 +28,7 @@ from systolith_hdl.isa import (
     LOOP_DEPTH,
     MAX_WAITS,
     SPECS,
+    TABLE_WORDS,
     AluOp,
     FaultCause,
     Function,
@@ -244,6 +245,7 @@ class Core:
     Members
     -------
     sbuf, psum : uint32 [lanes, depth]; zero at first, kept over runs and resets
+    tables : uint32 [lanes, TABLE_WORDS], of CUSTOM; likewise
     stationary, weights : `Weights` of the tensor engine: what the last loads left in the
         background, and what MATMULs use; the first MATMUL after a load takes over the former.
         Kept over runs and resets, but a load that no MATMUL took over is forgotten by a reset
@@ -261,6 +263,7 @@ class Core:
         self.scheduler = scheduler
         self.sbuf: Words = np.zeros((config.lanes, config.sbuf_depth), np.uint32)
         self.psum: Words = np.zeros((config.lanes, config.psum_depth), np.uint32)
+        self.tables: Words = np.zeros((config.lanes, TABLE_WORDS), np.uint32)
         self.stationary = Weights(config.lanes)
         self.weights = Weights(config.lanes)
         self.seed = 0
@@ -777,7 +780,7 @@ class Core:
         def run() -> None:
             scale, bias = scale_and_bias()
             y = arithmetic.add(arithmetic.mul(source.read(), scale), bias)
-            results = evaluate(function, y)
+            results = self._apply(function, y)
             if sums is RowSums.NONE:
                 write(results)
                 return
@@ -786,6 +789,28 @@ class Core:
                 write(totals)
             else:
                 write(results, behind=totals)
+
+        return run
+
+    def _apply(self, function: Function, y: Words) -> Words:
+        """A function of [lanes, *counts], by the tables of the lanes if it is CUSTOM."""
+        if function is not Function.CUSTOM:
+            return evaluate(function, y)
+        lanes = y.shape[0]
+        tables, which = np.unique(self.tables[:lanes], axis=0, return_inverse=True)
+        results = np.empty_like(y)
+        for number, table in enumerate(tables):
+            mine = which.reshape(-1) == number
+            results[mine] = evaluate(function, y[mine], table)
+        return results
+
+    def _load_table(self, opcode: Opcode, fields: dict[str, int]) -> Callable[[], None]:
+        source = self._pattern(opcode, "src0", fields)
+        lanes, first = fields["lanes"], fields["first"]
+        words = slice(first, first + fields["counts.3"])
+
+        def run() -> None:
+            self.tables[:lanes, words] = source.read().reshape(lanes, -1)
 
         return run
 
@@ -881,6 +906,7 @@ _MAKERS: dict[Opcode, Callable[[Core, Opcode, dict[str, int]], Callable[[], Faul
     Opcode.ACTIVATE_TENSOR_BIAS: Core._activate,
     Opcode.ACTIVATE_TENSOR_SCALE: Core._activate,
     Opcode.ACTIVATE_ROWS: Core._activate,
+    Opcode.LOAD_TABLE: Core._load_table,
     Opcode.DMA_LOAD: Core._dma,
     Opcode.DMA_STORE: Core._dma,
     Opcode.GATHER: Core._dma,

@@ -219,7 +219,7 @@ class Debugger:
                     start = self.addresses[tensor.name]
                     undefined.append((start, start + tensor.nbytes))
         memories = {Space.SBUF: self.core.sbuf, Space.PSUM: self.core.psum}
-        self.checks = Checks(self.core.config, memories, undefined)
+        self.checks = Checks(self.core.config, memories, self.core.tables, undefined)
         if self.check == "races":
             self.checks.define_everything()
 

@@ -11,6 +11,7 @@ from systolith_hdl.formats import DType
 from systolith_hdl.isa import AluOp, Function, Rounding, RowSums, Space
 
 from .builder import KernelBuilder
+from .tabulate import Table, table
 from .tensors import DramTensor, Tile, View
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "Rounding",
     "RowSums",
     "Space",
+    "Table",
     "Tile",
     "View",
+    "table",
 ]
 
 

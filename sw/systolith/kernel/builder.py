@@ -35,6 +35,7 @@ from systolith_hdl.isa import (
     SCAN_OPERATIONS,
     SCAN_ROWS,
     SHUFFLE_GROUP,
+    TABLE_WORDS,
     AluOp,
     EncodeError,
     Function,
@@ -1142,6 +1143,31 @@ class _Scalar(_Elementwise):
             else:
                 fields["imm1"] = self._immediate("bias", bias)
         self._emit(opcode, dst, sources, fields, rounding, shape, sums=totals, apart=apart)
+
+    def load_table(self, words: View, first: int = 0) -> None:
+        """Words `first` and following of the table that each partition has for Function.CUSTOM =
+        the columns of `words`, which lie at one stride; they are taken as they are.
+
+        Whole tables are made by `systolith.kernel.table`, and loaded by their own `load`. They stay
+        until others are loaded; partitions may have different ones.
+        """
+        self._operand("the words", words, self._BOTH, tuple(DType))
+        flat = words.flatten()
+        if flat is None:
+            refuse(f"the words of a table must lie at one stride: {words}")
+        if first < 0 or first + flat.size > TABLE_WORDS:
+            refuse(
+                f"words {first} to {first + flat.size - 1} do not exist: a table has {TABLE_WORDS}"
+            )
+        strides = self._pad("the words", flat, flat.shape)
+        fields = {
+            "lanes": flat.lanes,
+            "first": first,
+            **self._counts(flat.shape),
+            **self._encode_operand("src0", flat, strides, DType.INT32),
+        }
+        accesses = [self._access(flat, False)]
+        self._builder._append(self._stream, Opcode.LOAD_TABLE, fields, accesses)
 
     def _pairs(self, scale: View, bias: View, shape: tuple[int, ...]) -> View:
         """The scales and biases of rows, [..., 2]."""
