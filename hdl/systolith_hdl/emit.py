@@ -163,7 +163,6 @@ def _relative(rtlil: str) -> str:
 def to_design(component: wiring.Component, name: str) -> str:
     """Elaborates `component` and everything it places into one RTLIL text, source locations
     included, without what differs between checkouts."""
-    use_yosys()
     _emitted.clear()
     texts = [to_rtlil(component, name)]
     for text in _emitted.values():
@@ -174,6 +173,7 @@ def to_design(component: wiring.Component, name: str) -> str:
 def verilog_of(design: str) -> str:
     """The Verilog of a text of `to_design`, cached by its content."""
     # An edit that only moves lines changes nothing.
+    use_yosys()
     whole = re.sub(r"^\s*attribute \\src .*\n", "", design, flags=re.MULTILINE)
     return cached(
         f"verilog-{content_hash(whole)}.v",
