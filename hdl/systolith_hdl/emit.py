@@ -172,8 +172,8 @@ def to_design(component: wiring.Component, name: str) -> str:
 
 def verilog_of(design: str) -> str:
     """The Verilog of a text of `to_design`, cached by its content."""
-    # An edit that only moves lines changes nothing.
     use_yosys()
+    # An edit that only moves lines changes nothing.
     whole = re.sub(r"^\s*attribute \\src .*\n", "", design, flags=re.MULTILINE)
     return cached(
         f"verilog-{content_hash(whole)}.v",

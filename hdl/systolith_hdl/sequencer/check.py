@@ -93,14 +93,31 @@ class Check(wiring.Component):
         tensor = data.View(TensorBody, word[_BODY:])
         operands = self._operands(word)
 
+        opcodes = {
+            opcode: spec
+            for opcode, spec in SPECS.items()
+            if spec.kind in (None, self._kind) and spec.exists(config)
+        }
+        # Bits that the same opcodes reserve are looked at together, not once for each of these.
+        together: dict[frozenset[Opcode], list[int]] = {}
+        for bit in range(INSTRUCTION_BITS):
+            users = frozenset(o for o in opcodes if not USED_BITS[o] >> bit & 1)
+            together.setdefault(users, []).append(bit)
+        code = word[:8]
+        reserved = Signal()
+        m.d.comb += reserved.eq(
+            Cat(
+                Cat(word[bit] for bit in bits).any() & _one_of(code, {o.value for o in users})
+                for users, bits in together.items()
+                if users
+            ).any()
+        )
+
         cause = Signal(FaultCause)
         slots = Signal(self._slots)
-        with m.Switch(word[:8]):
-            for opcode, spec in SPECS.items():
-                if spec.kind not in (None, self._kind) or not spec.exists(config):
-                    continue
+        with m.Switch(code):
+            for opcode, spec in opcodes.items():
                 with m.Case(opcode.value):
-                    reserved = ((1 << INSTRUCTION_BITS) - 1) & ~USED_BITS[opcode]
                     last_mode = WaitMode.ACQUIRE.value
                     bad_operation = [w.mode.as_value() > last_mode for w in header.wait]
                     for name in operation_enums(opcode):
@@ -153,7 +170,7 @@ class Check(wiring.Component):
                         ),
                     ]
                     checks = [
-                        (FaultCause.RESERVED_BITS, (word & reserved).any()),
+                        (FaultCause.RESERVED_BITS, reserved),
                         (FaultCause.ILLEGAL_OPERATION, Cat(bad_operation).any()),
                         (FaultCause.BAD_TYPE, Cat(bad_type).any()),
                         (FaultCause.BAD_SPACE, Cat(bad_space).any()),

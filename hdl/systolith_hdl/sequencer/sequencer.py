@@ -1,6 +1,6 @@
 """The sequencer of one engine: fetch, check, wait, issue, signal."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Shape, Signal, unsigned
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Shape, Signal, unsigned
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -154,10 +154,14 @@ class Sequencer(wiring.Component):
         m.submodules.fetch = fetch
         m.submodules.check = check = Check(config, self._kind)
         m.submodules.retire = retire = Retire()
-        m.submodules.retire_load = retire_load = Retire()
+        retires = [retire]
+        if self._kind is EngineKind.TENSOR:
+            m.submodules.retire_load = retire_load = Retire()
+            retires.append(retire_load)
+            m.d.comb += retire_load.done.eq(self.done_load)
         wiring.connect(m, fetch.axi, wiring.flipped(self.axi))
-        wiring.connect(m, retire.update, wiring.flipped(self.update[1]))
-        wiring.connect(m, retire_load.update, wiring.flipped(self.update[2]))
+        for each, update in zip(retires, self.update[1:], strict=False):
+            wiring.connect(m, each.update, wiring.flipped(update))
 
         running = Signal()
         faulted = Signal()
@@ -168,7 +172,6 @@ class Sequencer(wiring.Component):
             fetch.stop.eq(stop & ~self.start),
             fetch.base.eq(self.base),
             retire.done.eq(self.issue.done),
-            retire_load.done.eq(self.done_load),
         ]
 
         # -- Fetch to check, which holds one instruction; what else is known of it goes along.
@@ -194,7 +197,10 @@ class Sequencer(wiring.Component):
         leave = Signal()
         is_end = header.opcode == Opcode.END
         is_test = header.opcode == Opcode.TEST
-        is_load = is_opcode(header.opcode, LOADS, config)
+        turn = [~Const(0, 1)]  # to which of `retires` it belongs
+        if len(retires) > 1:
+            is_load = is_opcode(header.opcode, LOADS, config)
+            turn = [~is_load, is_load]
 
         m.d.comb += check.checked.ready.eq(stop | ~holding | leave)
         with m.If(leave):
@@ -243,8 +249,10 @@ class Sequencer(wiring.Component):
         # -- Issue.
         internal = is_opcode(header.opcode, CONTROL, config)
         signals = header.signal.amount != 0
-        drained = retire.empty & retire_load.empty
-        queue_ready = Mux(is_load, retire_load.issued.ready, retire.issued.ready)
+        drained = Cat(each.empty for each in retires).all()
+        queue_ready = Cat(
+            each.issued.ready & mine for each, mine in zip(retires, turn, strict=True)
+        ).any()
         go = Signal()
         m.d.comb += [
             go.eq(holding & ~pending.any() & ~stop),
@@ -275,7 +283,7 @@ class Sequencer(wiring.Component):
             completion.sem.eq(header.signal.sem),
             completion.amount.eq(header.signal.amount),
         ]
-        for target, mine in ((retire, ~is_load), (retire_load, is_load)):
+        for target, mine in zip(retires, turn, strict=True):
             m.d.comb += [
                 target.issued.payload.eq(completion),
                 target.issued.valid.eq(leave & ~internal & mine),
@@ -304,7 +312,7 @@ class Sequencer(wiring.Component):
                 ]
 
         # -- A signal that overflows its semaphore.
-        for index, pc in ((0, here), (1, retire.oldest.pc), (2, retire_load.oldest.pc)):
+        for index, pc in enumerate([here, *(each.oldest.pc for each in retires)]):
             with m.If(self.overflow[index] & ~faulted):
                 sem = self.update[index].payload.sem
                 m.d.sync += [
@@ -326,14 +334,16 @@ class Sequencer(wiring.Component):
                 self.ended.eq(0),
                 fetch.issued.eq(0),
             ]
-        load_first = retire.empty | (
-            ~retire_load.empty & (retire_load.oldest.order < retire.oldest.order)
-        )
-        oldest = Mux(load_first, retire_load.oldest.pc, retire.oldest.pc)
+        oldest = retire.oldest.pc
+        if len(retires) > 1:
+            load_first = retire.empty | (
+                ~retire_load.empty & (retire_load.oldest.order < retire.oldest.order)
+            )
+            oldest = Mux(load_first, retire_load.oldest.pc, oldest)
         m.d.comb += [
-            self.completed.eq(Cat(leave & internal, retire.completed, retire_load.completed)),
+            self.completed.eq(Cat(leave & internal, *(each.completed for each in retires))),
             self.pc.eq(Mux(drained, here, oldest)),
-            self.settled.eq(retire.settled & retire_load.settled),
+            self.settled.eq(Cat(each.settled for each in retires).all()),
             self.idle.eq(fetch.idle & check.idle & ~holding & drained & ~running),
         ]
         return m
