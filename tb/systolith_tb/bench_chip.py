@@ -180,7 +180,7 @@ async def random_kernels(dut: Any, *, pause: float, count: int) -> None:
                 compared += 1
         return compared
 
-    assert await run_driver(body) == 8 * count
+    assert await run_driver(body) == 9 * count
 
 
 @cocotb.test(timeout_time=50, timeout_unit="ms")

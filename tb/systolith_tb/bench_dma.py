@@ -523,7 +523,7 @@ async def random_instructions(dut: Any, stall: str) -> None:
         low = queue.number * REGION
         for mode in [*MODES, *random.choices(MODES, k=5)]:
             for opcode in (Opcode.DMA_LOAD, Opcode.DMA_STORE):
-                _, fields = make(mode, low=low, high=low + REGION, columns=40, opcode=opcode)
+                _, fields = make(mode, low=low, high=low + REGION, columns=160 // N, opcode=opcode)
                 await check(queue, dram, opcode, fields)
                 compared[mode, opcode.name] += 1
                 added[opcode.name] += fields["accumulate"]
