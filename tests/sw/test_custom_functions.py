@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import systolith
 from systolith.errors import KernelError, UndefinedError
-from systolith.golden import GoldenDevice
+from systolith.golden import GoldenDevice, arithmetic
 from systolith.kernel import AluOp, DType, Function, KernelBuilder, Table, table
 from systolith.runtime import Driver
 from systolith_hdl.isa import TABLE_SEGMENTS, TABLE_WORDS
@@ -79,7 +80,8 @@ def test_errors_are_within_the_bounds(f: Real, bounds: dict[str, Any]) -> None:
     assert fine.all(), (y[~fine][:4], got[~fine][:4], want[~fine][:4])
     # What it says of itself is near what is found here.
     finite = ~infinite & (np.abs(want) <= 16)
-    assert made.max_absolute <= max(2 * error[finite].max(), 1e-40) or made.max_absolute < 1e-6
+    print(f"{made}; here {error[finite].max():.3e}")
+    assert error[finite].max() / 2 <= made.max_absolute <= 2 * error[finite].max()
     assert made.segments <= TABLE_SEGMENTS and made.first + len(made.words) == TABLE_WORDS
     assert f"{made.segments} of {TABLE_SEGMENTS} segments" in str(made)
 
@@ -282,21 +284,24 @@ def test_in_jit_with_a_gradient(kind: str) -> None:
         return
     value, gradients = jax.value_and_grad(reference, argnums=(0, 1))(*arrays)
     for mine, theirs in zip(found, [value, *gradients], strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+        error = float(np.abs(mine - np.asarray(theirs)).max())
+        print(f"error {error:.1e}")
+        assert error < 4e-6
 
 
 def test_shapes_types_and_what_has_no_gradient() -> None:
-    square = systolith.nn.tabulated(np.square, absolute=1e-9, domain=(-64, 64))
+    bounds: dict[str, Any] = {"absolute": 1e-9, "domain": (-64, 64)}
+    square, made = systolith.nn.tabulated(np.square, **bounds), table(np.square, **bounds)
     with systolith.Device("golden", config="nano", check=True) as device:
         for shape in ((), (1,), (4,), (2500,), (3, 5)):
             x = np.random.default_rng(1).uniform(-8, 8, shape).astype(np.float32)
             got = np.asarray(systolith.jit(square, device=device)(x))
             assert got.shape == shape
-            np.testing.assert_allclose(got, x * x, rtol=2e-7, atol=1e-9)
+            np.testing.assert_array_equal(got, made(x))
         half = np.linspace(-4, 4, 33).astype(np.float16)
         got = np.asarray(systolith.jit(square, device=device)(half))
         assert got.dtype == np.float16
-        np.testing.assert_allclose(got, half * half, rtol=1e-3)
+        np.testing.assert_array_equal(got, made(half).astype(np.float16))
         alone = square.on(device)(np.full((2, 3, 4), 3, np.float32))
         assert (np.asarray(alone) == 9).all()
         with pytest.raises(systolith.SystolithError, match="gradient"):
@@ -317,5 +322,8 @@ def test_vector_and_scalar_engines_beside_it() -> None:
     nc.dma.store(result, y, 0, (16,), 4)
     (got,) = run(Driver(GoldenDevice("nano", check=True)), nc.finish(), X)
     values = made(X * np.float32(0.5) + np.float32(1))
-    np.testing.assert_allclose(got[:24], values, rtol=2**-8)
-    np.testing.assert_allclose(got[24], values.sum(axis=0), rtol=1e-6)
+    rounded = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(got[:24], rounded)
+    # Of what was not rounded yet, in the order of REDUCE.
+    totals = arithmetic.reduce_last(AluOp.ADD, values.T.copy().view(np.uint32))
+    np.testing.assert_array_equal(got[24], totals.view(np.float32))

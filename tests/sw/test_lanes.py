@@ -16,7 +16,7 @@ def test_loops_equal_the_verilog_in_every_cycle(fast: bool) -> None:
     expected = signatures(random, loops=False, fast=fast)
     found = signatures(random, loops=True, fast=fast)
     for place, name in enumerate(COMPONENTS):
-        assert len(np.unique(expected[:, place])) > 0.9 * CYCLES, f"{name} says nothing"
+        assert len(np.unique(expected[:, place])) > 0.95 * CYCLES, f"{name} says nothing"
         different = np.flatnonzero(expected[:, place] != found[:, place])
         assert len(different) == 0, f"{name}: first different in cycle {different[0]}"
 

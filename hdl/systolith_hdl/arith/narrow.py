@@ -9,6 +9,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from ..formats import CANONICAL_NAN, FORMATS, INFINITY, NARROW_FLOATS, DType
+from .fp32 import is_nan
 from .rounding import leading_zeros
 
 _BIAS = FORMATS[DType.FP32].bias
@@ -142,7 +143,7 @@ class PackNarrow(wiring.Component):
         m = Module()
         word = self.word
         field, sign = word[23:31], word[31]
-        nan = word[:31] > INFINITY
+        nan = is_nan(word)
         least = Signal(8)
         with m.Switch(self.dtype):
             for dtype in _SHORT:

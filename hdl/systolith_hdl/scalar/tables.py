@@ -1037,7 +1037,7 @@ def generate(report: Callable[[str], None] = lambda line: None) -> Tables:
 
 
 @dataclasses.dataclass(frozen=True)
-class CustomTable:
+class Fitted:
     """The table of a function for CUSTOM.
 
     Parameters
@@ -1172,7 +1172,7 @@ def custom(
     ulp: Decimal,
     absolute: Decimal,
     domain: tuple[Decimal, Decimal],
-) -> CustomTable:
+) -> Fitted:
     """Makes a table of any function of real numbers for CUSTOM.
 
     Parameters
@@ -1213,7 +1213,7 @@ def custom(
         fields["base"] += spare
     directory = [_pack(ENTRY, fields) for fields in entries]
     directory += [0] * (TABLE_ROWS - len(directory))
-    return CustomTable(tuple(memory.words), tuple(directory))
+    return Fitted(tuple(memory.words), tuple(directory))
 
 
 def main() -> None:

@@ -197,7 +197,7 @@ class Sequencer(wiring.Component):
         leave = Signal()
         is_end = header.opcode == Opcode.END
         is_test = header.opcode == Opcode.TEST
-        turn = [~Const(0, 1)]  # to which of `retires` it belongs
+        turn = [Const(1)]  # to which of `retires` it belongs
         if len(retires) > 1:
             is_load = is_opcode(header.opcode, LOADS, config)
             turn = [~is_load, is_load]

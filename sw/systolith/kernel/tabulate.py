@@ -101,7 +101,7 @@ def _decimal(f: Callable[[float], float], name: str) -> Callable[[Decimal], Deci
     return value
 
 
-def _inputs(made: tables.CustomTable, domain: tuple[float, float]) -> np.ndarray:
+def _inputs(made: tables.Fitted, domain: tuple[float, float]) -> np.ndarray:
     """FP32 numbers at which a table is measured, those of its domain's binades."""
     rng = np.random.default_rng(1)
     random = rng.integers(0, 1 << 23, (254, _SAMPLES))

@@ -74,6 +74,17 @@ def _forward(
     return out
 
 
+def _gradients(
+    nc: KernelBuilder, x: DramTensor, gain: DramTensor, gradient: DramTensor, vectors: int
+) -> list[DramTensor]:
+    """Places for the gradient of x and for `vectors` more of the shape of the gain."""
+    rank(x, 2)
+    rank(gradient, 2)
+    same(x, gradient)
+    is_shape(gain, x.shape[1])
+    return [nc.output(t.shape, t.dtype) for t in (x, *[gain] * vectors)]
+
+
 def _backward(
     nc: KernelBuilder,
     x: DramTensor,
@@ -89,14 +100,9 @@ def _backward(
     without `centred`, mean(u) is left out. Those of gain and bias are sums over rows of g * h and
     g: each partition adds up its rows, and the partitions are added at the end, all in FP32.
     """
-    rank(x, 2)
-    rank(gradient, 2)
-    same(x, gradient)
+    dx, d_gain, *biases = _gradients(nc, x, gain, gradient, 1 + centred)
+    d_bias = biases[0] if biases else None
     rows, columns = x.shape
-    is_shape(gain, columns)
-    dx = nc.output(x.shape, x.dtype)
-    d_gain = nc.output(gain.shape, gain.dtype)
-    d_bias = nc.output(gain.shape, gain.dtype) if centred else None
     gains = everywhere(nc, gain)
     sums = [nc.sbuf.tile(columns) for _ in range(2 if centred else 1)]
     for total in sums:
@@ -210,13 +216,8 @@ def batch_norm_grad(
     With h = x normalized, those of gain and bias are the sums of g * h and g along columns, and
     that of x is ``(g - mean(g) - h * mean(g * h)) * gain * root``.
     """
-    rank(x, 2)
-    rank(gradient, 2)
-    same(x, gradient)
+    dx, d_gain, d_bias = _gradients(nc, x, gain, gradient, 2)
     rows, columns = x.shape
-    is_shape(gain, columns)
-    dx = nc.output(x.shape, x.dtype)
-    d_gain, d_bias = (nc.output(gain.shape, gain.dtype) for _ in range(2))
 
     def job(panel: Panel, tiles: list[View], small: list[View]) -> Iterator[None]:
         (h, g), (found, line, totals, shares) = tiles, small
