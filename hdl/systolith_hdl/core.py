@@ -38,6 +38,8 @@ class Core(wiring.Component):
     running, done, fault, cycles, macs, busy, conflicts, instructions, semaphores : Out, as the
         registers
     event : Out(1), high for a cycle when the program ends or faults
+    awake : Out(2 x engines), the sequencers, then the engines: while a bit is low, none of that
+        block's registers would change in a way that can be seen, and a clock gate may stop it
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -64,6 +66,7 @@ class Core(wiring.Component):
                 "conflicts": Out(32).array(len(MEMORIES)),
                 "instructions": Out(32).array(engines),
                 "semaphores": Out(16).array(config.semaphores),
+                "awake": Out(2 * engines),
             }
         )
 
@@ -252,6 +255,23 @@ class Core(wiring.Component):
                     self.busy[index].eq(self.busy[index] + sequencer.issue.busy),
                     self.instructions[index].eq(self.instructions[index] + done),
                 ]
+
+        # -- Blocks whose clock is needed. Behind its last instruction an engine goes on for a
+        # while, until whatever is left in its pipelines has passed.
+        settle = 16 + 2 * config.lanes
+        for index, sequencer in enumerate(sequencers):
+            idle = Signal(range(settle + 1), name=f"idle{index}")
+            issue = sequencer.issue
+            works = Signal(name=f"works{index}")
+            m.d.comb += works.eq(issue.instruction.valid | issue.busy)
+            with m.If(works):
+                m.d.sync += idle.eq(0)
+            with m.Elif(idle != settle):
+                m.d.sync += idle.eq(idle + 1)
+            m.d.comb += [
+                self.awake[index].eq(sequencer.awake),
+                self.awake[count + index].eq(works | (idle != settle)),
+            ]
 
         m.d.comb += self.quiet.eq(
             ~read_arbiter.outstanding

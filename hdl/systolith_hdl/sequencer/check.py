@@ -64,6 +64,7 @@ class Check(wiring.Component):
     instruction : In(stream of 512 bits)
     checked : Out(stream of {word, fault}); fault.cause is NONE for a legal instruction
     idle : Out(1), holds no instruction
+    moves : Out(1), some register may change
 
     Latency: 2 cycles, and ``2 + d`` for each local operand and vector of indices, whose bounds are
     worked out with one multiplier, d being the dimensions of more than one element; the next
@@ -83,6 +84,7 @@ class Check(wiring.Component):
                     )
                 ),
                 "idle": Out(1),
+                "moves": Out(1),
             }
         )
 
@@ -264,9 +266,14 @@ class Check(wiring.Component):
                     with m.If(indices):
                         m.d.comb += steps.eq((counts[0] - 1) >> config.lanes.bit_length() - 1)
 
+        m.d.comb += self.moves.eq(1)
         with m.FSM():
             with m.State("TAKE"):
-                m.d.comb += [self.instruction.ready.eq(1), self.idle.eq(1)]
+                m.d.comb += [
+                    self.instruction.ready.eq(1),
+                    self.idle.eq(1),
+                    self.moves.eq(self.instruction.valid),
+                ]
                 with m.If(self.instruction.valid):
                     m.d.sync += [word.eq(self.instruction.payload), fault.eq(0)]
                     m.next = "CHECK"
@@ -301,7 +308,7 @@ class Check(wiring.Component):
                     with m.Elif(~after.any()):
                         m.next = "GIVE"
             with m.State("GIVE"):
-                m.d.comb += self.checked.valid.eq(1)
+                m.d.comb += [self.checked.valid.eq(1), self.moves.eq(self.checked.ready)]
                 with m.If(self.checked.ready):
                     m.next = "TAKE"
 

@@ -52,6 +52,7 @@ class Fetch(wiring.Component):
     tested : Out(1), high for a cycle when its word has come
     test_error : Out(1), with `tested`: it came with an error response
     idle : Out(1), nothing is outstanding
+    moves : Out(1), some register may change
 
     A loop goes on, or ends, when its NEXT arrives, so that the next iteration is fetched while
     instructions before it execute. What was requested from behind the NEXT is dropped when it
@@ -86,6 +87,7 @@ class Fetch(wiring.Component):
                 "tested": Out(1),
                 "test_error": Out(1),
                 "idle": Out(1),
+                "moves": Out(1),
             }
         )
 
@@ -231,4 +233,13 @@ class Fetch(wiring.Component):
             free.eq(free - requested + left + dropped),
             outstanding.eq(after),
         ]
+        m.d.comb += self.moves.eq(
+            self.start
+            | (waiting != 0)
+            | requested
+            | (~offered & (can_fetch | can_test))
+            | r.valid
+            | left
+            | (self.stop & running)
+        )
         return m

@@ -110,6 +110,8 @@ class Sequencer(wiring.Component):
     completed : Out(3), instructions completed in this cycle, a bit each
     ended : Out(1), END is complete
     idle : Out(1), nothing fetched, waiting or in flight
+    awake : Out(1), some register may change: low while an instruction waits, for a semaphore or
+        for its engine, and nothing moves behind it
 
     An instruction passes fetch, check, wait and issue in order; it is issued as soon as its waits
     hold and the engine takes it. END, TEST and whatever else of `isa.CONTROL` signals wait until
@@ -140,6 +142,7 @@ class Sequencer(wiring.Component):
                 "completed": Out(3),
                 "ended": Out(1),
                 "idle": Out(1),
+                "awake": Out(1),
             }
         )
 
@@ -346,4 +349,29 @@ class Sequencer(wiring.Component):
             self.settled.eq(Cat(each.settled for each in retires).all()),
             self.idle.eq(fetch.idle & check.idle & ~holding & drained & ~running),
         ]
+
+        # -- Everything that moves, and what it moved for a little longer.
+        moves = Signal()
+        still = Signal(range(4))
+        m.d.comb += [
+            moves.eq(
+                self.start
+                | (stop & ~(fetch.idle & check.idle & ~holding))
+                | fetch.moves
+                | check.moves
+                | (holding & ~stop & Mux(pending.any(), Mux(acquire, own.ready, holds), is_test))
+                | leave
+                | self.issue.done
+                | ~self.settled
+                | self.overflow.any()
+            ),
+            self.awake.eq(moves | (still != 3)),
+        ]
+        with m.If(moves):
+            m.d.sync += still.eq(0)
+        with m.Elif(still != 3):
+            m.d.sync += still.eq(still + 1)
+        if self._kind is EngineKind.TENSOR:
+            with m.If(self.done_load):
+                m.d.comb += moves.eq(1)
         return m

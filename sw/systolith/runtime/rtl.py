@@ -33,8 +33,10 @@ from .verilog import (
     FAST_CELLS,
     FAST_CELLS_HEADER,
     with_calls,
+    with_clock_gates,
     with_fast_cells,
     with_held_inputs,
+    with_whole_writes,
 )
 
 _HARNESS = Path(__file__).with_name("rtl.cpp")
@@ -154,7 +156,7 @@ def verilate(
         if fast:
             verilog = with_fast_cells(verilog, cells)
         verilog, cpp = with_loops(verilog) if loops else (verilog, "")
-        verilog = with_calls(verilog)
+        verilog = with_whole_writes(with_calls(verilog))
         (folder / FAST_CELLS_HEADER.name).write_text(header)
         (folder / "lanes.cpp").write_text(cpp)
         (folder / "design.v").write_text(verilog)
@@ -182,20 +184,30 @@ def verilate(
 
 
 def build(
-    config: CoreConfig, progress: Progress = lambda message: None, *, fast: bool = False
+    config: CoreConfig,
+    progress: Progress = lambda message: None,
+    *,
+    fast: bool = False,
+    gated: bool = True,
 ) -> Path:
     """Builds the shared library of a config, or finds it in the cache; returns its path.
 
-    `fast` replaces the floating-point cells by C++ of the same latency and bits. The cache key is
-    the chip's sources, the config, the harness, the flags and the tools, so an unchanged design is
-    never built twice. Raises ToolError naming a missing tool, or the log of a failed build.
+    `fast` replaces the floating-point cells by C++ of the same latency and bits; `gated` stops the
+    clocks of blocks at rest. The cache key is the chip's sources, the config, the harness, the
+    flags and the tools, so an unchanged design is never built twice. Raises ToolError naming a
+    missing tool, or the log of a failed build.
     """
+
+    def emit() -> str:
+        text = chip_verilog(config)
+        return with_held_inputs(with_clock_gates(text, config) if gated else text, "chip", _TOP)
+
     return verilate(
-        f"chip-{config.name}{'-fast' if fast else ''}",
+        f"chip-{config.name}{'-fast' if fast else ''}{'' if gated else '-ungated'}",
         _TOP,
-        lambda: with_held_inputs(chip_verilog(config), "chip", _TOP),
+        emit,
         _HARNESS,
-        sources=content_hash(sources_hash(), repr(config)),
+        sources=content_hash(sources_hash(), repr(config), str(gated)),
         cflags=f"-DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
         fast=fast,
         progress=progress,
@@ -213,6 +225,7 @@ class RtlBackend(SharedDram):
     dram_bytes_per_cycle : bandwidth of each direction; 2 per lane if None
     progress : called with a line of text when a long step begins
     fast : the floating-point cells are C++ instead of gates: same bits, same cycles
+    gated : the clocks of blocks at rest stop; without, slower: same bits, same cycles
     """
 
     def __init__(
@@ -224,6 +237,7 @@ class RtlBackend(SharedDram):
         dram_bytes_per_cycle: int | None = None,
         progress: Progress = lambda message: None,
         fast: bool = False,
+        gated: bool = True,
     ) -> None:
         if dram_bytes_per_cycle is None:
             dram_bytes_per_cycle = 2 * config.lanes
@@ -233,7 +247,7 @@ class RtlBackend(SharedDram):
             raise BackendError(f"dram_bytes_per_cycle must be positive, not {dram_bytes_per_cycle}")
         self.config = config
         self.dram = np.zeros(dram_bytes, np.uint8)
-        library = ctypes.CDLL(str(build(config, progress, fast=fast)))
+        library = ctypes.CDLL(str(build(config, progress, fast=fast, gated=gated)))
         u32, u64, handle = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
         for name, result, arguments in (
             ("sim_create", handle, [handle, u64, u64, u64]),

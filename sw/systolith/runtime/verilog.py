@@ -3,10 +3,12 @@ floating-point cells."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
 from systolith_hdl.arith import FP32_LATENCY
+from systolith_hdl.config import CoreConfig
 from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY, PAIR_MUL_LATENCY
 from systolith_hdl.toolchain import ToolError
 
@@ -88,3 +90,73 @@ def with_held_inputs(text: str, name: str, top: str) -> str:
     heading = ",\n".join(f"  {way} {width} {port}" for port, (way, width) in inside.items())
     body = [f"module {top}(\n{heading}\n);", *lines, f"  {name} inner(", ",\n".join(pins), "  );"]
     return "\n".join([text, *body, "endmodule", ""])
+
+
+_INSTANCE = r"^  \S+ +{name} +\(\n.*?^  \);\n"
+
+
+def with_clock_gates(text: str, config: CoreConfig) -> str:
+    """Returns the Verilog `text` with a clock gate before each block of the core that says when it
+    is `awake`.
+
+    What a block's registers alone determine, Verilator works out at the edges of that block's
+    clock: what stands still costs nothing. The gate is the usual one, a latch that is open while
+    the clock is low, so that nothing changes but the registers of a block in cycles in which, by
+    its own word, none would change in a way that can be seen.
+    """
+    core = _module(text, "core")
+    gated, gates = core, []
+    blocks = [*(f"{name}_sequencer" for name in config.engines), *config.engines]
+    for bit, block in enumerate(blocks):
+        found = re.findall(_INSTANCE.format(name=block), core, re.MULTILINE | re.DOTALL)
+        if len(found) != 1 or found[0].count(".clk(clk)") != 1:
+            raise ToolError(
+                f"core has {len(found)} blocks {block} with a clock of their own, not 1"
+            )
+        gated = gated.replace(found[0], found[0].replace(".clk(clk)", f".clk(clk_{block})"))
+        gates += [
+            f"  reg runs_{block} = 1;",
+            f"  always_latch if (!clk) runs_{block} = awake[{bit}] | rst;",
+            f"  wire clk_{block} = clk & runs_{block};",
+        ]
+    end = gated.rindex("endmodule")
+    return text.replace(core, "\n".join([gated[:end], *gates, gated[end:]]))
+
+
+#: Writes of one word's lanes, each with an enable of its own.
+_LANE_WRITES = re.compile(
+    r"(?:    if \((?P<mask>\w+)\[\d+\]\)\n      (?P<ram>\w+)\[(?P<row>\w+)\]\[\d+:\d+\] <= "
+    r"(?P<data>\w+)\[\d+:\d+\];\n){2,}"
+)
+_LANE_WRITE = re.compile(r"if \((\w+\[\d+\])\)\n +(\w+\[\w+\])\[(\d+):(\d+)\] <= (\w+)\[\3:\4\];\n")
+
+
+def with_whole_writes(text: str) -> str:
+    """Returns the Verilog `text` with memories that are written in lanes written a word at a time.
+
+    Verilator keeps each write of a memory aside until the end of the cycle: one is kept faster than
+    N, of which each would be looked at in every cycle.
+    """
+
+    def whole(found: re.Match[str]) -> str:
+        writes = _LANE_WRITE.findall(found[0])
+        places = {place for _, place, _, _, _ in writes}
+        ends = [(int(high), int(low)) for _, _, high, low, _ in writes]
+        if (
+            len(places) != 1
+            or len({name for *_, name in writes}) != 1
+            or ends[0][1] != 0
+            or any(low != high + 1 for (high, _), (_, low) in itertools.pairwise(ends))
+        ):
+            return found[0]
+        (place,) = places
+        mask = ", ".join(
+            f"{{{int(high) - int(low) + 1}{{{enable}}}}}"
+            for enable, _, high, low, _ in reversed(writes)
+        )
+        return (
+            f"    if ({' | '.join(enable for enable, *_ in writes)})\n"
+            f"      {place} <= ({found['data']} & {{{mask}}}) | ({place} & ~{{{mask}}});\n"
+        )
+
+    return _LANE_WRITES.sub(whole, text)
