@@ -107,6 +107,7 @@ def test_figures() -> None:
     assert f"| lane latency | {scalar_lane.LANE_LATENCY}:" in text
     assert f"`n + {scalar.FIXED_CYCLES}` cycles" in text
     assert f"`{scalar.SUM_CYCLES} r` cycles more" in text and scalar.ROW_CYCLES == 1
+    assert f"`n + {scalar.TABLE_CYCLES}` cycles (`TABLE_CYCLES`)" in text
     turn = scalar_lane.TURN_CYCLES
     assert f"`{turn} n + {scalar.FIXED_CYCLES + 1}` cycles (`TURN_CYCLES`)" in text
 

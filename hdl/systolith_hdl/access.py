@@ -135,6 +135,47 @@ class AddressGenerator(wiring.Component):
         return m
 
 
+class DirectFIFO(wiring.Component):
+    """A FIFO through which a word passes in the cycle in which it comes, if none is before it.
+
+    Members
+    -------
+    w_data, w_en, w_rdy, r_data, r_rdy, r_en : as those of `amaranth.lib.fifo.SyncFIFO`
+    """
+
+    def __init__(self, *, width: int, depth: int) -> None:
+        self._width = width
+        self._depth = depth
+        super().__init__(
+            {
+                "w_data": In(width),
+                "w_en": In(1),
+                "w_rdy": Out(1),
+                "r_data": Out(width),
+                "r_rdy": Out(1),
+                "r_en": In(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.waiting = waiting = fifo.SyncFIFO(width=self._width, depth=self._depth)
+        m.d.comb += [
+            self.w_rdy.eq(waiting.w_rdy),
+            self.r_rdy.eq(waiting.r_rdy | self.w_en),
+            self.r_data.eq(Mux(waiting.r_rdy, waiting.r_data, self.w_data)),
+            waiting.r_en.eq(self.r_en),
+            waiting.w_data.eq(self.w_data),
+            waiting.w_en.eq(self.w_en & (waiting.r_rdy | ~self.r_en)),
+        ]
+        return m
+
+
+def _queue(direct: bool, *, width: int, depth: int) -> DirectFIFO | fifo.SyncFIFO:
+    queue = DirectFIFO if direct else fifo.SyncFIFO
+    return queue(width=width, depth=depth)
+
+
 class ReadStreamer(wiring.Component):
     """Reads the columns of a pattern from SBUF or PSUM.
 
@@ -143,22 +184,29 @@ class ReadStreamer(wiring.Component):
     psum : whether there is a PSUM port
     depth : columns requested and not yet taken, at most. The least, READ_LATENCY + 2, is what one
         column per cycle needs; more let a streamer run ahead of another that is read beside it
+    direct : columns are offered in the cycle in which the memory returns them, not one later
 
     Members
     -------
     start : In(stream of Pattern), as `AddressGenerator.start`
     sbuf, psum : Out(ReadPort)
-    columns : Out(stream of {data, last}); the first is valid 4 cycles after `start` is taken if
-        the memory does not stall.
+    columns : Out(stream of {data, last}); the first is valid 4 cycles after `start` is taken, 3 if
+        `direct`, if the memory does not stall.
 
     Throughput: one column per cycle.
     """
 
     def __init__(
-        self, config: CoreConfig, *, psum: bool = False, depth: int = READ_LATENCY + 2
+        self,
+        config: CoreConfig,
+        *,
+        psum: bool = False,
+        depth: int = READ_LATENCY + 2,
+        direct: bool = False,
     ) -> None:
         self._config = config
         self._psum = psum
+        self._direct = direct
         self._depth = depth
         members = {
             "start": In(stream.Signature(Pattern)),
@@ -179,7 +227,7 @@ class ReadStreamer(wiring.Component):
         wiring.connect(m, wiring.flipped(self.start), addresses.start)
 
         width = 32 * self._config.lanes
-        m.submodules.buffer = buffer = fifo.SyncFIFO(width=width + 1, depth=self._depth)
+        m.submodules.buffer = buffer = _queue(self._direct, width=width + 1, depth=self._depth)
         free = Signal(range(self._depth + 1), init=self._depth)
         request = addresses.address
         go = Signal()
@@ -224,6 +272,11 @@ class ReadStreamer(wiring.Component):
 class WriteStreamer(wiring.Component):
     """Writes a stream of columns to a pattern in SBUF or PSUM.
 
+    Parameters
+    ----------
+    psum : whether there is a PSUM port
+    direct : a column is offered to the memory in the cycle in which it comes, not one later
+
     Members
     -------
     start : In(stream of Pattern), as `AddressGenerator.start`
@@ -232,12 +285,13 @@ class WriteStreamer(wiring.Component):
     sbuf, psum : Out(WritePort)
     done : Out(1), high for one cycle after the last write of a pattern was accepted.
 
-    Throughput: one column per cycle; a column is offered to the memory one cycle after it is taken.
+    Throughput: one column per cycle.
     """
 
-    def __init__(self, config: CoreConfig, *, psum: bool = False) -> None:
+    def __init__(self, config: CoreConfig, *, psum: bool = False, direct: bool = False) -> None:
         self._config = config
         self._psum = psum
+        self._direct = direct
         members = {
             "start": In(stream.Signature(Pattern)),
             "columns": In(
@@ -260,7 +314,7 @@ class WriteStreamer(wiring.Component):
         wiring.connect(m, wiring.flipped(self.start), addresses.start)
 
         shape = self.columns.payload.shape()
-        m.submodules.buffer = buffer = fifo.SyncFIFO(width=shape.size, depth=2)
+        m.submodules.buffer = buffer = _queue(self._direct, width=shape.size, depth=2)
         m.d.comb += [
             buffer.w_data.eq(self.columns.payload.as_value()),
             buffer.w_en.eq(self.columns.valid),
@@ -305,13 +359,13 @@ _AHEAD = 8
 
 
 def place_streamers(
-    m: Module, engine: wiring.Component, config: CoreConfig
+    m: Module, engine: wiring.Component, config: CoreConfig, *, direct: bool = False
 ) -> tuple[ReadStreamer, ReadStreamer, WriteStreamer]:
     """Places the streamers src0, src1 and dst behind an engine's `elementwise_ports`."""
     streamers = (
-        ReadStreamer(config, psum=True, depth=_AHEAD),
-        ReadStreamer(config, psum=True, depth=_AHEAD),
-        WriteStreamer(config, psum=True),
+        ReadStreamer(config, psum=True, depth=_AHEAD, direct=direct),
+        ReadStreamer(config, psum=True, depth=_AHEAD, direct=direct),
+        WriteStreamer(config, psum=True, direct=direct),
     )
     for name, streamer in zip(("src0", "src1", "dst"), streamers, strict=True):
         m.submodules[name] = streamer

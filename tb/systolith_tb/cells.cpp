@@ -28,10 +28,11 @@ extern "C" void run_cells(uint64_t cycles, const uint32_t* inputs, uint32_t* out
         outputs[2] = top.mac_o;
         outputs[3] = top.pair_o;
         outputs[4] = top.word;
+        outputs[5] = top.total_short;
         top.clk = 1;
         top.eval();
         inputs += 8;
-        outputs += 5;
+        outputs += 6;
     }
     top.final();
 }

@@ -21,14 +21,15 @@ from systolith_hdl.toolchain import sources_hash
 
 
 class Cells(wiring.Component):
-    """FP32 adder, multipliers and both MACs side by side, placed as the chip does; the MACs behind
+    """FP32 adders, multipliers and both MACs side by side, placed as the chip does; the MACs behind
     their recoding.
 
     Members
     -------
-    en, a, b : In, of the adder and the multiplier
+    en, a, b : In, of the adders and the multipliers
     mode : In(MulMode), with them, of the multiplier with integers
     total, product, word : Out, FP32_LATENCY enabled cycles after `a` and `b`
+    total_short : Out, SHORT_LATENCY enabled cycles after them
     mac_a, mac_w : In, FP32 words of which the MAC sees OPERAND_BITS
     active : In, with `mac_a` and `mac_w`
     acc : In, MUL_LATENCY cycles later
@@ -43,6 +44,7 @@ class Cells(wiring.Component):
     a: In(32)
     b: In(32)
     total: Out(32)
+    total_short: Out(32)
     product: Out(32)
     mode: In(MulMode)
     word: Out(32)
@@ -59,12 +61,14 @@ class Cells(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.add = add = Once(Fp32Add(), "fp32_add")
+        m.submodules.add_short = add_short = Once(Fp32Add(short=True), "fp32_add_short")
         m.submodules.mul = mul = Once(Fp32Mul(), "fp32_mul")
         m.submodules.words = words = Once(Fp32Mul(words=True), "word_mul")
         m.d.comb += [words.mode.eq(self.mode), self.word.eq(words.o)]
         m.submodules.mac = mac = Once(Mac(), "mac_narrow")
         m.d.comb += [
             self.total.eq(add.o),
+            self.total_short.eq(add_short.o),
             self.product.eq(mul.o),
             self.mac_o.eq(mac.o),
             mac.a.as_value().eq(recode(m, self.mac_a[-OPERAND_BITS:])),
@@ -80,7 +84,7 @@ class Cells(wiring.Component):
         ):
             recoded = recode_factor(m, word[-OPERAND_BITS:], second[-SECOND_BITS:], pair)
             m.d.comb += factor.as_value().eq(recoded)
-        for cell in (add, mul, words):
+        for cell in (add, add_short, mul, words):
             m.d.comb += [cell.en.eq(self.en), cell.a.eq(self.a), cell.b.eq(self.b)]
         return m
 
@@ -95,7 +99,8 @@ def run_cells(inputs: np.ndarray, *, fast: bool = False) -> np.ndarray:
 
     Returns
     -------
-    uint32 [cycles, (total, product, mac_o, pair_o, word)], as they are at the end of each cycle
+    uint32 [cycles, (total, product, mac_o, pair_o, word, total_short)], as they are at the end of
+    each cycle
     """
     library = verilate(
         f"cells{'-fast' if fast else ''}",
@@ -107,7 +112,7 @@ def run_cells(inputs: np.ndarray, *, fast: bool = False) -> np.ndarray:
     )
     inputs = np.pad(inputs, ((0, 0), (0, 8 - inputs.shape[1])))
     inputs = np.ascontiguousarray(inputs, np.uint32)
-    outputs = np.zeros((len(inputs), 5), np.uint32)
+    outputs = np.zeros((len(inputs), 6), np.uint32)
     ctypes.CDLL(str(library)).run_cells(
         ctypes.c_uint64(len(inputs)),
         inputs.ctypes.data_as(ctypes.c_void_p),

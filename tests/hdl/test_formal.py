@@ -3,8 +3,8 @@
 The chip has the adder in FP32 only; the same functions (`add` and what it calls) make it in
 formats small enough for Yosys' SAT solver, which compares it with an exact sum (exact_sum.v) over
 all words, subnormals, infinities and NaNs included. The pipeline stays in: what is proven is the
-output three cycles after any inputs, from any state before. The same is proven of the adder as the
-MAC uses it, in four cycles, with products of any exponent that are not normalised.
+output three cycles after any inputs, or two, from any state before. The same is proven of the adder
+as the MAC uses it, in four cycles, with products of any exponent that are not normalised.
 """
 
 import inspect
@@ -19,8 +19,8 @@ from amaranth.hdl import Const, Module, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.sim import Simulator
-from systolith_hdl.arith import FP32_LATENCY, fp32, rounding
-from systolith_hdl.arith.fp32 import Addend, Adder, add, unpack
+from systolith_hdl.arith import FP32_LATENCY, SHORT_LATENCY, fp32, rounding
+from systolith_hdl.arith.fp32 import SHORT_CUTS, Addend, Adder, add, unpack
 from systolith_hdl.arith.rounding import Encoding
 from systolith_hdl.emit import to_verilog
 from systolith_hdl.tensor import ADD_LATENCY
@@ -65,15 +65,27 @@ class Accumulator(wiring.Component):
         return m
 
 
-def proven(component: wiring.Component, name: str, encoding: Encoding, folder: Path) -> bool:
-    """Whether the component gives the exact sum, rounded, for all inputs."""
+def proven(
+    component: wiring.Component,
+    name: str,
+    encoding: Encoding,
+    folder: Path,
+    *,
+    short: bool = False,
+) -> bool:
+    """Whether the component gives the exact sum, rounded, for all inputs; `short`: after
+    SHORT_LATENCY cycles."""
     (folder / f"{name}.v").write_text(to_verilog(component, name))
     (folder / SPECIFICATION.name).write_text(SPECIFICATION.read_text())
     miter = f"{name}_miter"
     latency = {"adder": FP32_LATENCY, "accumulator": ADD_LATENCY}[name]
+    parameters = {"E": encoding.exponent, "F": encoding.fraction}
+    if short:
+        latency = parameters["LATENCY"] = SHORT_LATENCY
+    chosen = " ".join(f"-chparam {key} {value}" for key, value in parameters.items())
     script = f"""
         read_verilog {name}.v {SPECIFICATION.name}
-        hierarchy -check -top {miter} -chparam E {encoding.exponent} -chparam F {encoding.fraction}
+        hierarchy -check -top {miter} {chosen}
         proc
         flatten
         opt -full
@@ -100,6 +112,11 @@ def proven(component: wiring.Component, name: str, encoding: Encoding, folder: P
 @pytest.mark.parametrize("encoding", [E4M3, E5M2, E3M4], ids=["e4m3", "e5m2", "e3m4"])
 def test_adder(encoding: Encoding, tmp_path: Path) -> None:
     assert proven(Adder(encoding), "adder", encoding, tmp_path)
+
+
+@pytest.mark.parametrize("encoding", [E4M3, E3M4], ids=["e4m3", "e3m4"])
+def test_short_adder(encoding: Encoding, tmp_path: Path) -> None:
+    assert proven(Adder(encoding, cuts=SHORT_CUTS), "adder", encoding, tmp_path, short=True)
 
 
 @pytest.mark.parametrize("encoding", [E4M3, E3M4], ids=["e4m3", "e3m4"])

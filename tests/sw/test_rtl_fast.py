@@ -19,7 +19,7 @@ from systolith.runtime.driver import Driver
 from systolith.runtime.rtl import FastRtlBackend, RtlBackend
 from systolith.runtime.verilog import FAST_CELLS, with_fast_cells
 from systolith.train import digits
-from systolith_hdl.arith import FP32_LATENCY, MulMode
+from systolith_hdl.arith import FP32_LATENCY, SHORT_LATENCY, MulMode
 from systolith_hdl.config import get_config
 from systolith_hdl.formats import CANONICAL_NAN, FLOATS, NARROW_FLOATS, WORDS, DType
 from systolith_hdl.isa import REDUCTIONS, AluOp, Function
@@ -116,7 +116,7 @@ def vectors(rng: np.random.Generator) -> np.ndarray:
     return np.ascontiguousarray(inputs.astype(np.uint32))
 
 
-NAMES = ("fp32_add", "fp32_mul", "mac_narrow", "mac_fp8x2", "word_mul")
+NAMES = ("fp32_add", "fp32_mul", "mac_narrow", "mac_fp8x2", "word_mul", "fp32_add_short")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -132,11 +132,15 @@ def test_the_cells_equal_the_gates_in_every_cycle() -> None:
         )
     # Both could be wrong in the same way only where numpy is, too.
     enabled = np.flatnonzero(inputs[:, 0] & 1)
-    a, b = (inputs[enabled[:-FP32_LATENCY], i].view(np.float32) for i in (1, 2))
-    for index, value in ((0, a + b), (1, a * b)):
+    a, b = (inputs[enabled, i].view(np.float32) for i in (1, 2))
+    for index, value, latency in (
+        (0, a + b, FP32_LATENCY),
+        (1, a * b, FP32_LATENCY),
+        (5, a + b, SHORT_LATENCY),
+    ):
         expected = np.where(np.isnan(value), CANONICAL_NAN, value.view(np.uint32))
-        # Seen in the cycle of the third enabled edge after, before that edge.
-        np.testing.assert_array_equal(fast[enabled[FP32_LATENCY:], index], expected)
+        # Seen in the cycle of the third (or second) enabled edge after, before that edge.
+        np.testing.assert_array_equal(fast[enabled[latency:], index], expected[:-latency])
     assert (fast[:, 0] == CANONICAL_NAN).sum() > 100
     assert len(np.unique(fast[:, 2])) > CYCLES / 4
     assert len(np.unique(fast[:, 3])) > CYCLES / 4

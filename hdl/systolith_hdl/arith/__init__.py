@@ -3,7 +3,7 @@ leads from it to narrow floats and integers and back."""
 
 from .convert import CONVERT_LATENCY, ConvertWord
 from .dither import DITHER_LATENCY, Dither, DitherStream, engine_key
-from .fp32 import FP32_LATENCY, Fp32Add, Fp32Mul, MulMode
+from .fp32 import FP32_LATENCY, SHORT_LATENCY, Fp32Add, Fp32Mul, MulMode
 from .integer import Fp32ToInt32, WidenInt8
 from .narrow import PackNarrow, RoundNarrow, WidenNarrow
 from .rounding import leading_zeros, pack_fp32
@@ -12,6 +12,7 @@ __all__ = [
     "CONVERT_LATENCY",
     "DITHER_LATENCY",
     "FP32_LATENCY",
+    "SHORT_LATENCY",
     "ConvertWord",
     "Dither",
     "DitherStream",

@@ -29,6 +29,10 @@ FP32_LATENCY = 3
 #: Steps of `add` after which an `Adder` has a register; the last is at its end.
 CUTS = ("swap", "level0")
 assert len(CUTS) + 1 == FP32_LATENCY
+#: Those of an `Adder` with a stage less, for where that counts and a slower clock limits anyway.
+SHORT_CUTS = ("sum",)
+#: Enabled cycles from its operands to its result.
+SHORT_LATENCY = len(SHORT_CUTS) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,12 +291,13 @@ class Adder(wiring.Component):
     """``o = a + b`` in an encoding, rounded to nearest even.
 
     Subnormals are kept, overflow gives infinity, every NaN result is the canonical one. To
-    subtract, flip the top bit of an operand. Latency `FP32_LATENCY` enabled cycles; one result per
-    enabled cycle.
+    subtract, flip the top bit of an operand. Latency ``len(cuts) + 1`` enabled cycles; one result
+    per enabled cycle.
 
     Parameters
     ----------
     encoding : of `a`, `b` and `o`
+    cuts : steps of `add` that end in a register
 
     Members
     -------
@@ -301,8 +306,9 @@ class Adder(wiring.Component):
     o : Out, registered
     """
 
-    def __init__(self, encoding: Encoding) -> None:
+    def __init__(self, encoding: Encoding, *, cuts: Collection[str] = CUTS) -> None:
         self._encoding = encoding
+        self._cuts = cuts
         bits = encoding.bits
         super().__init__({"en": In(1), "a": In(bits), "b": In(bits), "o": Out(bits)})
 
@@ -310,16 +316,21 @@ class Adder(wiring.Component):
         m = Module()
         encoding = self._encoding
         a, b = unpack(m, self.a, encoding), unpack(m, self.b, encoding)
-        total = add(m, en=self.en, a=a, b=b, lead=0, cuts=CUTS, encoding=encoding)
+        total = add(m, en=self.en, a=a, b=b, lead=0, cuts=self._cuts, encoding=encoding)
         m.d.comb += self.o.eq(total)
         return m
 
 
 class Fp32Add(Adder):
-    """The `Adder` for FP32: words of 32 bits, NaN results 0x7FC00000."""
+    """The `Adder` for FP32: words of 32 bits, NaN results 0x7FC00000.
 
-    def __init__(self) -> None:
-        super().__init__(FP32)
+    Parameters
+    ----------
+    short : latency `SHORT_LATENCY` in place of `FP32_LATENCY`
+    """
+
+    def __init__(self, *, short: bool = False) -> None:
+        super().__init__(FP32, cuts=SHORT_CUTS if short else CUTS)
 
 
 class MulMode(enum.Enum, shape=3):

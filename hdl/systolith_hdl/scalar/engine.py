@@ -21,7 +21,7 @@ from ..isa import (
     Rounding,
     RowSums,
 )
-from ..ports import IssuePort, lane_mask, split_words
+from ..ports import READ_LATENCY, IssuePort, lane_mask, split_words
 from . import tables as T
 from .lane import (
     FUNCTION_LATENCY,
@@ -35,18 +35,21 @@ from .lane import (
 )
 from .sums import Adding, RowSum
 
+#: Cycles from an instruction being taken to its first column in front of the lanes.
+_FIRST = 1 + READ_LATENCY
 #: Cycles an instruction takes from being taken to `done`, beyond one per column, when no memory
-#: port stalls: 4 to the first column, the lanes, 1 more to write.
-FIXED_CYCLES = 4 + LANE_LATENCY + 1
+#: port stalls: to the first column, and the lanes. Results are written in the cycle in which they
+#: leave the lanes.
+FIXED_CYCLES = _FIRST + LANE_LATENCY
 #: Cycles a row's sum adds: the accumulators are combined in pairs and then once more.
 SUM_CYCLES = 3 * (FP32_LATENCY + 1)
 #: Cycles ACTIVATE_ROWS adds for each row: its scale is fetched.
 ROW_CYCLES = 1
 #: Cycles LOAD_TABLE takes from being taken to `done`, beyond one per column.
-TABLE_CYCLES = 4
+TABLE_CYCLES = _FIRST
 
 # The first result finds its random words: stochastic rounding costs no cycle.
-assert DITHER_LATENCY <= 4 + LANE_LATENCY
+assert DITHER_LATENCY <= _FIRST + LANE_LATENCY
 
 
 class ScalarEngine(wiring.Component):
@@ -87,7 +90,7 @@ class ScalarEngine(wiring.Component):
         config = self._config
         lanes = config.lanes
 
-        src0, src1, dst = place_streamers(m, self, config)
+        src0, src1, dst = place_streamers(m, self, config, direct=True)
 
         # -- Issue: the streamers start in the cycle the instruction is taken.
         incoming = self.issue.instruction

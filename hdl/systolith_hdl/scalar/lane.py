@@ -6,20 +6,21 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigne
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arith import FP32_LATENCY, Fp32Add, Fp32Mul, leading_zeros, pack_fp32
+from ..arith import FP32_LATENCY, SHORT_LATENCY, Fp32Add, Fp32Mul, leading_zeros, pack_fp32
 from ..arith.rounding import EXP_BITS, RAW_BITS, RAW_INF, saturate5, shift_right_sticky
 from ..emit import Once
 from ..isa import SEGMENT_WORDS, TABLE_ROWS, TABLE_SEGMENTS, TABLE_WORDS
 from . import tables as T
 
 #: Enabled cycles from y to the function's result.
-FUNCTION_LATENCY = 10
+FUNCTION_LATENCY = 8
 #: Enabled cycles from a lane's operand to its result.
-LANE_LATENCY = 2 * FP32_LATENCY + FUNCTION_LATENCY
+LANE_LATENCY = FP32_LATENCY + SHORT_LATENCY + FUNCTION_LATENCY
 
 _M = T.MANTISSA
 _INDEX = T.MAX_COUNT_LOG2
 _EXP2_LOW = T.FIXED - T.EXP2_SEGMENTS_LOG2  # bits of f below the segment number
+_CURVE = 14  # of these, those that the square's term of 2**f has
 _UNIT = 11  # exponents: 9 bits of the table's, plus K (-298..254), plus p0's integer part
 
 
@@ -331,11 +332,13 @@ class FunctionUnit(wiring.Component):
             reducer.piece.eq(self.piece),
         ]
 
-        # Stage 1: unpack; the exact distance from the centre, or that of an angle.
+        # Stage 1: unpack; the exact distance from the centre, or that of an angle; how many zeros
+        # are in front.
         y = Signal(32)
         m.d.comb += y.eq(Mux(control.turn, reducer.held, self.y))
         biased, fraction, sign = y[_M:31], y[:_M], y[31]
         subnormal, extreme = Signal(), Signal()
+        magnitude, zeros = Signal(_DISTANCE), Signal(5)
         in_center = Signal(2)
         centered, below = Signal(), Signal()
         turned = Signal()
@@ -355,13 +358,20 @@ class FunctionUnit(wiring.Component):
         plain = Cat(0, fraction, ~subnormal)
         centre_distance = Mux(below, control.center - operand, distance)[: _M + 2]
         spare = Const(0, _DISTANCE - _M - 2)
-        s1 = stage(1, magnitude=_DISTANCE, exponent=signed(9), page=2, sign=1, extreme=1, nan=1)
+        m.d.comb += [
+            magnitude.eq(
+                Mux(turned, reducer.distance, Cat(spare, Mux(centered, centre_distance, plain)))
+            ),
+            zeros.eq(leading_zeros(m, magnitude)),
+        ]
+        s1 = stage(
+            1, magnitude=_DISTANCE, zeros=5, exponent=signed(9), page=2, sign=1, extreme=1, nan=1
+        )
         step(
             {},
             s1,
-            magnitude=Mux(
-                turned, reducer.distance, Cat(spare, Mux(centered, centre_distance, plain))
-            ),
+            magnitude=magnitude,
+            zeros=zeros,
             exponent=Mux(
                 turned,
                 reducer.exponent,
@@ -373,34 +383,21 @@ class FunctionUnit(wiring.Component):
             nan=extreme & (fraction != 0),
         )
 
-        # Stage 2: normalise.
-        zeros = Signal(5)
+        # Stage 2: normalise; directory.
         shifted = Signal(_DISTANCE)
-        m.d.comb += [
-            zeros.eq(leading_zeros(m, s1["magnitude"])),
-            shifted.eq(s1["magnitude"] << zeros),
-        ]
-        s2 = stage(2, m=_M, k=signed(9), zero=1, page=2, sign=1, extreme=1, nan=1)
-        step(
-            s1,
-            s2,
-            m=shifted[-1 - _M : -1],
-            k=s1["exponent"] - zeros,
-            zero=~shifted[-1],
-        )
-
-        # Stage 3: directory.
-        k = s2["k"]
+        k = Signal(signed(9))
         column = Signal(signed(9))
         offset = Signal(signed(10))
         row = Signal(7)
         m.d.comb += [
+            shifted.eq(s1["magnitude"] << s1["zeros"]),
+            k.eq(s1["exponent"] - s1["zeros"]),
             column.eq(Mux(control.parity, k[0], k)),
             offset.eq(column - control.low),
         ]
-        with m.If(s2["extreme"]):
+        with m.If(s1["extreme"]):
             m.d.comb += row.eq(control.span + (T.ROW_LOW + 1))
-        with m.Elif(s2["zero"]):
+        with m.Elif(s1["zeros"].all()):
             m.d.comb += row.eq(T.ROW_ZERO)
         with m.Elif(offset < 0):
             m.d.comb += row.eq(T.ROW_UNDER)
@@ -408,22 +405,22 @@ class FunctionUnit(wiring.Component):
             m.d.comb += row.eq(control.span + T.ROW_LOW)
         with m.Else():
             m.d.comb += row.eq(offset[:6] + T.ROW_LOW)
-        m.d.comb += self.row.eq(Mux(s2["nan"], T.NAN_ADDRESS, control.pages[s2["page"]] + row))
-        s3 = stage(3, m=_M, k=signed(9), sign=1)
-        step(s2, s3)
+        m.d.comb += self.row.eq(Mux(s1["nan"], T.NAN_ADDRESS, control.pages[s1["page"]] + row))
+        s2 = stage(2, m=_M, k=signed(9), sign=1)
+        step(s1, s2, m=shifted[-1 - _M : -1], k=k)
 
-        # Stage 4: segment.
+        # Stage 3: segment.
         split = Signal(_M + _INDEX)
         m.d.comb += [
-            split.eq(s3["m"] << self.entry.log2_count),
+            split.eq(s2["m"] << self.entry.log2_count),
             self.index.eq(self.entry.base + split[_M:]),
         ]
-        s4 = stage(4, t=_M, k=signed(9), sign=1)
-        step(s3, s4, t=split[:_M])
+        s3 = stage(3, t=_M, k=signed(9), sign=1)
+        step(s2, s3, t=split[:_M])
 
-        # Stages 5 to 7: Horner.
+        # Stages 4 to 6: Horner; the last also looks up 2**f.
         segment = self.segment
-        k = s4["k"]
+        k = s3["k"]
         scaling = Signal(signed(10))
         with m.Switch(control.scaling):
             with m.Case(T.Scaling.PLUS):
@@ -437,11 +434,11 @@ class FunctionUnit(wiring.Component):
             with m.Case(T.Scaling.DOUBLE):
                 m.d.comb += scaling.eq(k << 1)
         # An FPGA's multiplier takes 18 bits with the sign: the top one of these 18 is added apart.
-        c3, t18 = segment.c3, s4["t"][5:]
+        c3, t18 = segment.c3, s3["t"][5:]
         cubic = c3 * t18[:17] + (Mux(t18[17], c3, 0) << 17)
         flags = {"exp2": 1, "negate": 1, "nan": 1, "unit": signed(_UNIT)}
-        s5 = stage(
-            5,
+        s4 = stage(
+            4,
             t=_M,
             p=signed(25),
             c1=signed(T.P0_BITS),
@@ -450,86 +447,80 @@ class FunctionUnit(wiring.Component):
             **flags,
         )
         step(
+            s3,
             s4,
-            s5,
             p=segment.c2 + (cubic >> 18),
             c1=segment.c1,
             c0=segment.c0,
             log=Mux(segment.log, k * Const(T.LN2), 0),
             exp2=segment.exp2,
-            negate=segment.negate ^ (s4["sign"] & control.odd),
+            negate=segment.negate ^ (s3["sign"] & control.odd),
             nan=segment.nan,
             unit=segment.exponent + Mux(segment.relative, scaling, 0),
         )
-        s6 = stage(6, t=_M, p=signed(T.P0_BITS), c0=signed(T.P0_BITS), **flags)
+        s5 = stage(5, t=_M, p=signed(T.P0_BITS), c0=signed(T.P0_BITS), **flags)
         step(
+            s4,
             s5,
-            s6,
-            p=s5["c1"] + ((s5["p"] * s5["t"]) >> _M),
-            c0=s5["c0"] + s5["log"],
+            p=s4["c1"] + ((s4["p"] * s4["t"]) >> _M),
+            c0=s4["c0"] + s4["log"],
         )
-        s7 = stage(7, p=signed(T.P0_BITS), **flags)
-        step(s6, s7, p=s6["c0"] + ((s6["p"] * s6["t"]) >> _M))
+        s6 = stage(6, p=signed(T.P0_BITS), **flags)
+        p0 = Signal(signed(T.P0_BITS))
+        m.d.comb += [
+            p0.eq(s5["c0"] + ((s5["p"] * s5["t"]) >> _M)),
+            powers.addr.eq(p0[_EXP2_LOW : T.FIXED]),
+        ]
+        step(s5, s6, p=p0)
 
-        # Stage 8: absolute value; or look up 2**f.
-        p = s7["p"]
-        negative = p[-1] & ~s7["exp2"]
+        # Stage 7: absolute value, normalised; or the terms of 2**f.
+        p = s6["p"]
+        power = data.View(T.EXP2_ENTRY, powers.data)
         u = p[:_EXP2_LOW]
         square = u[8:] * u[8:]
-        m.d.comb += powers.addr.eq(p[_EXP2_LOW : T.FIXED])
-        s8 = stage(
-            8,
-            magnitude=T.P0_BITS,
-            u=_EXP2_LOW,
-            square=14,
-            exp2=1,
-            sign=1,
-            nan=1,
-            unit=signed(_UNIT),
-        )
-        step(
-            s7,
-            s8,
-            magnitude=Mux(p[-1], -p, p)[: T.P0_BITS],
-            u=u,
-            square=square[12:],
-            sign=s7["negate"] ^ negative,
-            # from here on: the biased exponent of the magnitude's top bit, or of the power
-            unit=s7["unit"]
-            + Mux(s7["exp2"], 127 + (p >> T.FIXED), Const(127 + T.P0_BITS - 1, signed(_UNIT))),
-        )
-
-        # Stage 9: normalise; or finish 2**f, which is in [1, 2).
-        power = data.View(T.EXP2_ENTRY, powers.data)
-        f = Signal(T.FIXED)
-        wide = s8["magnitude"]
+        linear = power.c1 * u
+        wide = Signal(T.P0_BITS)
         zeros = Signal(6)
-        shifted = Signal(T.P0_BITS)
-        normal = Signal(T.P0_BITS)
         unit = Signal(signed(_UNIT))
         m.d.comb += [
-            f.eq(power.c0 + ((power.c1 * s8["u"] + ((power.c2 * s8["square"]) << 7)) >> _EXP2_LOW)),
+            wide.eq(Mux(p[-1], -p, p)),
             zeros.eq(_zeros(m, wide)),
-            shifted.eq(wide << zeros),
-            normal.eq(Mux(s8["exp2"], Cat(Const(0, T.P0_BITS - 1 - T.FIXED), f, 1), shifted)),
-            unit.eq(s8["unit"] - Mux(s8["exp2"], 0, zeros)),
+            # the biased exponent of the top bit, or of the power
+            unit.eq(
+                s6["unit"]
+                + Mux(
+                    s6["exp2"],
+                    127 + (p >> T.FIXED),
+                    Const(127 + T.P0_BITS - 1, signed(_UNIT)) - zeros,
+                )
+            ),
         ]
-        s9 = stage(9, raw=RAW_BITS, exponent=EXP_BITS, shift=5, sign=1, nan=1)
-        cut = T.P0_BITS - RAW_BITS + 1
+        s7 = stage(
+            7, wide=T.P0_BITS, curve=T.FIXED + _CURVE, exp2=1, exponent=EXP_BITS, shift=5, sign=1,
+            nan=1,
+        )  # fmt: skip
         step(
-            s8,
-            s9,
-            raw=Cat(normal[:cut] != 0, normal[cut:]),
+            s6,
+            s7,
+            wide=Mux(s6["exp2"], linear[_EXP2_LOW - _CURVE :], wide << zeros)[: T.P0_BITS],
+            curve=Cat(Const(0, _CURVE), power.c0) + power.c2 * square[12:],
             exponent=Mux(unit <= 0, 0, Mux(unit > RAW_INF, RAW_INF, unit - 1))[:EXP_BITS],
             shift=Mux(unit <= 0, saturate5((1 - unit)[:_UNIT]), 0),
+            sign=s6["negate"] ^ (p[-1] & ~s6["exp2"]),
         )
 
-        # Stage 10: shift down into the subnormal range, round.
+        # Stage 8: finish 2**f, which is in [1, 2); shift down into the subnormal range, round.
+        f = (s7["wide"] + s7["curve"])[_CURVE : _CURVE + T.FIXED]
+        normal = Signal(T.P0_BITS)
+        cut = T.P0_BITS - RAW_BITS + 1
         down = Signal(RAW_BITS)
-        m.d.comb += down.eq(shift_right_sticky(m, s9["raw"], s9["shift"]))
+        m.d.comb += [
+            normal.eq(Mux(s7["exp2"], Cat(Const(0, T.P0_BITS - 1 - T.FIXED), f, 1), s7["wide"])),
+            down.eq(shift_right_sticky(m, Cat(normal[:cut] != 0, normal[cut:]), s7["shift"])),
+        ]
         with m.If(self.en):
             m.d.sync += self.o.eq(
-                pack_fp32(m, sign=s9["sign"], exponent=s9["exponent"], raw=down, nan=s9["nan"])
+                pack_fp32(m, sign=s7["sign"], exponent=s7["exponent"], raw=down, nan=s7["nan"])
             )
         return m
 
@@ -578,7 +569,7 @@ class ScalarLane(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.mul = mul = Once(Fp32Mul(), "fp32_mul")
-        m.submodules.add = add = Once(Fp32Add(), "fp32_add")
+        m.submodules.add = add = Once(Fp32Add(short=True), "fp32_add_short")
         m.submodules.function = function = FunctionUnit()
         bias = self.bias
         for number in range(FP32_LATENCY):  # as long as the product takes

@@ -21,6 +21,24 @@ module fp32_add(
         end
 endmodule
 
+module fp32_add_short(
+    input clk,
+    input rst,
+    input en,
+    input [31:0] a,
+    input [31:0] b,
+    output reg [31:0] o = 0
+);
+    wire [31:0] sum;
+    reg [31:0] stage_1 = 0;
+    fast_add add(.a(a), .b(b), .o(sum));
+    always @(posedge clk)
+        if (en) begin
+            stage_1 <= sum;
+            o <= stage_1;
+        end
+endmodule
+
 module fp32_mul(
     input clk,
     input rst,

@@ -7,7 +7,7 @@ import itertools
 import re
 from pathlib import Path
 
-from systolith_hdl.arith import FP32_LATENCY
+from systolith_hdl.arith import FP32_LATENCY, SHORT_LATENCY
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY, PAIR_MUL_LATENCY
 from systolith_hdl.toolchain import ToolError
@@ -17,7 +17,7 @@ from .lanes import cpp_call
 #: Cells with their arithmetic in C++, and that C++.
 FAST_CELLS = Path(__file__).with_name("fast_cells.v")
 FAST_CELLS_HEADER = Path(__file__).with_name("fast_cells.h")
-_MODULES = ("fp32_add", "fp32_mul", "word_mul", "mac_narrow", "mac_fp8x2")
+_MODULES = ("fp32_add", "fp32_add_short", "fp32_mul", "word_mul", "mac_narrow", "mac_fp8x2")
 
 _PORT = re.compile(
     r"(?:^|[(,])\s*(input|output)(?: reg| wire)?\s*(\[\d+:0\])?\s*(\w+)\b", re.MULTILINE
@@ -43,7 +43,8 @@ def with_fast_cells(text: str, cells: str) -> str:
     Cells that are not in `text` are left out. Raises ToolError if the ports or the latencies are
     not those of the gates.
     """
-    if (FP32_LATENCY, MUL_LATENCY, PAIR_MUL_LATENCY, ADD_LATENCY) != (3, 1, 3, 4):
+    latencies = (FP32_LATENCY, SHORT_LATENCY, MUL_LATENCY, PAIR_MUL_LATENCY, ADD_LATENCY)
+    if latencies != (3, 2, 1, 3, 4):
         raise ToolError(f"{FAST_CELLS.name} is written for other latencies than the gates have")
     used = [cell for cell in _MODULES if re.search(rf"^module {cell}\s*\(", text, re.MULTILINE)]
     replaced = []
