@@ -50,7 +50,7 @@ class BoardTarget:
 
 
 def _ulx3s() -> BoardTarget:
-    chip = get_target("ecp5-85k")
+    chip = get_target("ecp5-85k-area")
     options = list(chip.nextpnr)
     options[options.index("--speed") + 1] = ULX3S_85F_Platform.speed
     return BoardTarget(
@@ -58,7 +58,8 @@ def _ulx3s() -> BoardTarget:
         platform=ULX3S_85F_Platform(),
         target=dataclasses.replace(
             chip,
-            device=f"ULX3S, Lattice LFE5U-85F, speed grade {ULX3S_85F_Platform.speed}",
+            device=f"ULX3S, Lattice LFE5U-85F, speed grade {ULX3S_85F_Platform.speed}, mapped for "
+            "area",
             nextpnr=tuple(options),
         ),
         pins={
