@@ -22,7 +22,7 @@ LEFT_OUT = {
     "top": ("the instruction TOP", "REDUCE with MAX or MIN finds one word of each row"),
 }
 #: Fields that came later than programs that are stored.
-_LATER = frozenset({"banks", *LEFT_OUT})
+_LATER = frozenset({"banks", "prefetch", "outstanding", *LEFT_OUT})
 
 
 def axi_bytes(lanes: int) -> int:
@@ -49,6 +49,9 @@ class CoreConfig:
     fp8_rate : products that a PE adds up in a cycle when all operands are FP8: 1, or 2, which
         brings the instructions LOAD_STATIONARY_PAIR and MATMUL_PAIR
     banks : of SBUF and of PSUM, interleaved by the low address bits: 4 or 8
+    prefetch : instructions that each sequencer has fetched ahead: 1, or 4, with which the tensor
+        engine also takes 8 of either class ahead, else 1
+    outstanding : bursts that a DMA queue may have in flight: a power of two, 8 to 64
     divider : whether the vector engine has DIVIDE, MOD, RECIPROCAL, SQRT and RSQRT
     top : whether the vector engine has TOP
     """
@@ -61,6 +64,8 @@ class CoreConfig:
     semaphores: int = 32
     fp8_rate: int = 1
     banks: int = 8
+    prefetch: int = 4
+    outstanding: int = 64
     divider: bool = True
     top: bool = True
 
@@ -87,6 +92,8 @@ class CoreConfig:
         require(16 <= self.semaphores <= 64, "semaphores", "16 to 64")
         require(self.fp8_rate in (1, 2), "fp8_rate", "1 or 2")
         require(self.banks in (4, 8), "banks", "4 or 8")
+        require(self.prefetch in (1, 4), "prefetch", "1 or 4")
+        require(self.outstanding in (8, 16, 32, 64), "outstanding", "a power of two from 8 to 64")
         for unit in LEFT_OUT:
             require(isinstance(getattr(self, unit), bool), unit, "True or False")
 
@@ -153,6 +160,8 @@ PRESETS: dict[str, CoreConfig] = {
             dma_queues=1,
             semaphores=16,
             banks=4,
+            prefetch=1,
+            outstanding=16,
             divider=False,
             top=False,
         ),

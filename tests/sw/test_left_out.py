@@ -61,10 +61,13 @@ def test_the_hash_counts_what_is_left_out_and_nothing_else() -> None:
     small = PRESETS["small"]
     assert small.hash == 0xE418C2F6 and PRESETS["nano"].hash == 0x3564BF8B
     old = dataclasses.asdict(small)
-    for field in ("banks", *LEFT_OUT):
+    for field in ("banks", "prefetch", "outstanding", *LEFT_OUT):
         del old[field]
     assert CoreConfig(**old) == small
-    others = [dataclasses.replace(small, banks=4)]
+    others = [
+        dataclasses.replace(small, **{field: value})
+        for field, value in (("banks", 4), ("prefetch", 1), ("outstanding", 16))
+    ]
     others += [dataclasses.replace(small, **{field: False}) for field in LEFT_OUT]
     assert len({small.hash, *(other.hash for other in others)}) == 1 + len(others)
 
