@@ -224,6 +224,28 @@ def test_board(name: str, tmp_path: Path) -> None:
     assert "no bitstream: 12.5 MHz at most" in run_module._pack(board, [slow], tmp_path)
 
 
+def test_the_boards_report() -> None:
+    """What the documentation says of the bitstream is true of the present preset."""
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "docs" / "reports" / "tiny-ulx3s" / "report.json").read_text())
+    assert found["error"] is None and found["over_capacity"] == []
+    assert found["config"] == dataclasses.asdict(get_config("tiny"))
+    (ran,) = found["pnr"]["runs"]
+    assert ran["fmax"] * 1e6 > get_board("ulx3s").clock_hz
+    page = (root / "docs" / "board.md").read_text()
+    assert f"{found['pnr']['utilization']['TRELLIS_COMB'][0]:,} of 83,640 LUTs" in page
+    assert f"{ran['fmax']:.1f} MHz" in page
+
+
+def test_mapping_for_area_takes_fewer_luts() -> None:
+    adder = Design.of_chip(get_config("nano")).block("arith.add")
+    luts = {
+        name: flow.Synthesis(adder, get_target(name)).totals[adder.units()[-1].module]["occupied"]
+        for name in ("ecp5-85k", "ecp5-85k-area")
+    }
+    assert luts["ecp5-85k-area"] < luts["ecp5-85k"]
+
+
 def test_report_files(tmp_path: Path) -> None:
     config = get_config("nano")
     for _ in range(2):  # the second compares with the first
