@@ -8,8 +8,6 @@ from .config import CoreConfig
 from .emit import Once
 from .ports import READ_LATENCY, ReadPort, WritePort
 
-BANKS = 8
-
 
 class RoundRobin(wiring.Component):
     """Grants one of several requests, fairly: the search starts after the one granted last, so a
@@ -88,7 +86,7 @@ class BankRam(wiring.Component):
 
 
 class BankedMemory(wiring.Component):
-    """N partitions x `depth` words in 8 banks interleaved by the low address bits.
+    """N partitions x `depth` words in the config's banks, interleaved by the low address bits.
 
     Each bank is one column wide and has one read and one write port; per bank and cycle one read
     and one write is granted, round-robin. Different banks serve different requesters at once, so
@@ -96,7 +94,7 @@ class BankedMemory(wiring.Component):
 
     Parameters
     ----------
-    depth : words per partition, a multiple of 8
+    depth : words per partition, a multiple of the banks
     reads, writes : numbers of ports
     priority : port 0 of each kind always wins and so is never held back (the accumulator of the
         tensor engine, which cannot wait)
@@ -114,9 +112,10 @@ class BankedMemory(wiring.Component):
     def __init__(
         self, config: CoreConfig, *, depth: int, reads: int, writes: int, priority: bool = False
     ) -> None:
-        if depth % BANKS:
-            raise ValueError(f"depth must be a multiple of {BANKS}, not {depth}")
+        if depth % config.banks:
+            raise ValueError(f"depth must be a multiple of {config.banks}, not {depth}")
         self._config = config
+        self._low = config.banks.bit_length() - 1  # bits of an address that are the bank
         self._depth = depth
         self._priority = priority
         super().__init__(
@@ -130,9 +129,9 @@ class BankedMemory(wiring.Component):
     def _arbitrate(self, m: Module, name: str, ports: list, addresses: list[Value]) -> list[Value]:
         """Returns for each bank its one-hot grants over `ports`, and drives their `ready`."""
         grants: list[Value] = []
-        for bank in range(BANKS):
+        for bank in range(self._config.banks):
             wanted = Cat(
-                port.request.valid & (address[:3] == bank)
+                port.request.valid & (address[: self._low] == bank)
                 for port, address in zip(ports, addresses, strict=True)
             )
             if self._priority:
@@ -152,7 +151,8 @@ class BankedMemory(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
-        rows = self._depth // BANKS
+        low = self._low
+        rows = self._depth // config.banks
         row_bits = Shape.cast(range(rows)).width
 
         reads = list(self.read)
@@ -163,21 +163,21 @@ class BankedMemory(wiring.Component):
         write_grants = self._arbitrate(m, "write", writes, write_addresses)
 
         outputs = []
-        for bank in range(BANKS):
+        for bank in range(config.banks):
             m.submodules[f"bank{bank}"] = ram = Once(
                 BankRam(lanes=config.lanes, rows=rows), f"bank_ram_{config.lanes}x{rows}"
             )
             row = Signal(row_bits, name=f"read_row{bank}")
             for index, address in enumerate(read_addresses):
                 with m.If(read_grants[bank][index]):
-                    m.d.comb += row.eq(address[3:])
+                    m.d.comb += row.eq(address[low:])
             m.d.comb += [ram.read_row.eq(row), ram.read_enable.eq(read_grants[bank].any())]
             request = Signal(writes[0].request.payload.shape(), name=f"write_request{bank}")
             for index, port in enumerate(writes):
                 with m.If(write_grants[bank][index]):
                     m.d.comb += request.eq(port.request.payload)
             m.d.comb += [
-                ram.write_row.eq(request.address[3:]),
+                ram.write_row.eq(request.address[low:]),
                 ram.write_data.eq(request.data),
                 ram.write_mask.eq(Mux(write_grants[bank].any(), request.mask, 0)),
             ]
@@ -187,10 +187,10 @@ class BankedMemory(wiring.Component):
         columns = Array(outputs)
         for index, (port, address) in enumerate(zip(reads, read_addresses, strict=True)):
             granted = Signal(name=f"granted{index}")
-            bank_of = Signal(unsigned(3), name=f"bank{index}")
+            bank_of = Signal(unsigned(low), name=f"bank{index}")
             m.d.sync += [
                 granted.eq(port.request.valid & port.request.ready),
-                bank_of.eq(address[:3]),
+                bank_of.eq(address[:low]),
                 port.response.valid.eq(granted),
             ]
             with m.If(granted):

@@ -10,10 +10,19 @@ import dataclasses
 import json
 import zlib
 
-SBUF_BANKS = 8  #: interleaved by the low address bits
-PSUM_BANKS = 8  #: interleaved by the low address bits
 MAX_AXI_BITS = 1024  #: widest data bus AXI4 allows
 INSTRUCTION_BYTES = 64
+
+#: Fields that say whether a core has something -> what that is, and what does instead.
+LEFT_OUT = {
+    "divider": (
+        "the divider of the vector engine",
+        "the scalar engine has RECIPROCAL, SQRT and RSQRT, to multiply by",
+    ),
+    "top": ("the instruction TOP", "REDUCE with MAX or MIN finds one word of each row"),
+}
+#: Fields that came later than programs that are stored.
+_LATER = frozenset({"banks", "prefetch", "outstanding", *LEFT_OUT})
 
 
 def axi_bytes(lanes: int) -> int:
@@ -34,11 +43,17 @@ class CoreConfig:
     name : preset name, informative only
     lanes : N; a power of two, 2 to 128
     sbuf_depth : 32-bit words of SBUF per partition; a multiple of 8
-    psum_bank_depth : FP32 words per partition in each of the 8 PSUM banks; a power of two
+    psum_bank_depth : FP32 words per partition in each PSUM bank; a power of two
     dma_queues : DMA queues, each with a sequencer of its own; 1 to 4
     semaphores : counting semaphores of 16 bits each; 16 to 64
     fp8_rate : products that a PE adds up in a cycle when all operands are FP8: 1, or 2, which
         brings the instructions LOAD_STATIONARY_PAIR and MATMUL_PAIR
+    banks : of SBUF and of PSUM, interleaved by the low address bits: 4 or 8
+    prefetch : instructions that each sequencer has fetched ahead: 1, or 4, with which the tensor
+        engine also takes 8 of either class ahead, else 1
+    outstanding : bursts that a DMA queue may have in flight: a power of two, 8 to 64
+    divider : whether the vector engine has DIVIDE, MOD, RECIPROCAL, SQRT and RSQRT
+    top : whether the vector engine has TOP
     """
 
     name: str
@@ -48,6 +63,11 @@ class CoreConfig:
     dma_queues: int = 2
     semaphores: int = 32
     fp8_rate: int = 1
+    banks: int = 8
+    prefetch: int = 4
+    outstanding: int = 64
+    divider: bool = True
+    top: bool = True
 
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, wanted: str) -> None:
@@ -58,9 +78,9 @@ class CoreConfig:
 
         require(self.lanes in (2, 4, 8, 16, 32, 64, 128), "lanes", "a power of two from 2 to 128")
         require(
-            self.sbuf_depth % SBUF_BANKS == 0 and 64 <= self.sbuf_depth <= 1 << 20,
+            self.sbuf_depth % 8 == 0 and 64 <= self.sbuf_depth <= 1 << 20,
             "sbuf_depth",
-            f"a multiple of {SBUF_BANKS} from 64 to {1 << 20}",
+            f"a multiple of 8 from 64 to {1 << 20}",
         )
         require(
             self.psum_bank_depth & (self.psum_bank_depth - 1) == 0
@@ -71,11 +91,16 @@ class CoreConfig:
         require(1 <= self.dma_queues <= 4, "dma_queues", "1 to 4")
         require(16 <= self.semaphores <= 64, "semaphores", "16 to 64")
         require(self.fp8_rate in (1, 2), "fp8_rate", "1 or 2")
+        require(self.banks in (4, 8), "banks", "4 or 8")
+        require(self.prefetch in (1, 4), "prefetch", "1 or 4")
+        require(self.outstanding in (8, 16, 32, 64), "outstanding", "a power of two from 8 to 64")
+        for unit in LEFT_OUT:
+            require(isinstance(getattr(self, unit), bool), unit, "True or False")
 
     @property
     def psum_depth(self) -> int:
         """FP32 words of PSUM per partition, all banks."""
-        return PSUM_BANKS * self.psum_bank_depth
+        return self.banks * self.psum_bank_depth
 
     @property
     def axi_bytes(self) -> int:
@@ -95,9 +120,14 @@ class CoreConfig:
 
     @property
     def hash(self) -> int:
-        """32-bit identification of everything a program depends on (the name is left out)."""
+        """32-bit identification of everything a program depends on (the name is left out). The
+        fields of `_LATER` count where they are not the default, so it is the hash of before they
+        existed where they are."""
         fields = dataclasses.asdict(self)
         del fields["name"]
+        for field in dataclasses.fields(self):
+            if field.name in _LATER and fields[field.name] == field.default:
+                del fields[field.name]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
     def differences(self, other: dict[str, object]) -> list[str]:
@@ -109,18 +139,31 @@ class CoreConfig:
             if field != "name" and other.get(field) != mine[field]
         ]
 
+    def lacks(self, field: str, what: str) -> str:
+        """What is wrong with `what`, which needs a field of `LEFT_OUT` that is False here."""
+        name, instead = LEFT_OUT[field]
+        return (
+            f"config {self.name!r} is without {name} ({field}=False), which {what} needs; "
+            f"{instead}, or take a config that has it"
+        )
+
 
 PRESETS: dict[str, CoreConfig] = {
     preset.name: preset
     for preset in (
-        # An FPGA of 84,000 LUTs with DRAM and host bridge beside it: 8 KiB SBUF, 2 KiB PSUM.
+        # An FPGA of 84,000 LUTs with DRAM and host bridge beside it: 16 KiB SBUF, 4 KiB PSUM.
         CoreConfig(
             name="tiny",
             lanes=2,
-            sbuf_depth=1024,
-            psum_bank_depth=32,
+            sbuf_depth=2048,
+            psum_bank_depth=128,
             dma_queues=1,
             semaphores=16,
+            banks=4,
+            prefetch=1,
+            outstanding=16,
+            divider=False,
+            top=False,
         ),
         # Unit tests: 32 KiB SBUF, 8 KiB PSUM.
         CoreConfig(name="nano", lanes=4, sbuf_depth=2048, psum_bank_depth=64),

@@ -87,7 +87,9 @@ class Core(wiring.Component):
         m.submodules.scalar = scalar = ScalarEngine(config, number=scalar_number)
         queues = []
         for index in range(config.dma_queues):
-            m.submodules[f"dma{index}"] = queue = Once(DmaQueue(config), "dma_queue")
+            m.submodules[f"dma{index}"] = queue = Once(
+                DmaQueue(config, outstanding=config.outstanding), "dma_queue"
+            )
             m.d.comb += queue.key.eq(engine_key(config.engines.index(f"dma{index}")))
             queues.append(queue)
         m.submodules.semaphores = semaphores = SemaphoreFile(config, requesters=3 * count)

@@ -252,7 +252,8 @@ UNARY_OPERATIONS = frozenset(
         AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT,
     }
 )  # fmt: skip
-#: Operations of the divider, which only the second ALU has: a column takes as many cycles as bits.
+#: Operations of the divider, which only the second ALU has, if there is one: a column takes as many
+#: cycles as bits.
 DIVISIONS = frozenset({AluOp.DIVIDE, AluOp.MOD, AluOp.RECIPROCAL, AluOp.SQRT, AluOp.RSQRT})
 #: Operations that not all types have (else BAD_TYPE), with the types that src0 may have.
 OPERATION_TYPES: dict[AluOp, frozenset[DType]] = {
@@ -426,7 +427,8 @@ class FaultCause(enum.Enum, shape=8):
     ILLEGAL_OPCODE = 1
     #: a bit that the opcode's format leaves reserved is set
     RESERVED_BITS = 2
-    #: ALU operation, reduction, function, kind of sums or wait mode does not exist
+    #: ALU operation, reduction, function, kind of sums or wait mode does not exist, or not on this
+    #: core
     ILLEGAL_OPERATION = 3
     #: operand type not allowed there
     BAD_TYPE = 4
@@ -712,6 +714,7 @@ class Spec:
         fields, and the core's configuration
     alike : operands that must have the type of src0
     pairs : works on pairs of FP8 numbers, which only some cores have
+    needs : field of `CoreConfig` that says whether a core has the instruction; empty: all have it
     """
 
     kind: EngineKind | None
@@ -730,6 +733,7 @@ class Spec:
     )
     alike: frozenset[str] = frozenset()
     pairs: bool = False
+    needs: str = ""
 
     @property
     def indexed(self) -> bool:
@@ -738,7 +742,9 @@ class Spec:
 
     def exists(self, config: CoreConfig) -> bool:
         """Whether cores of that configuration have the instruction."""
-        return not self.pairs or config.fp8_rate == 2
+        if self.pairs and config.fp8_rate != 2:
+            return False
+        return not self.needs or getattr(config, self.needs)
 
     @property
     def layout(self) -> data.StructLayout:
@@ -959,6 +965,7 @@ SPECS: dict[Opcode, Spec] = {
             "kept": lambda field, config: (1, MAX_KEPT),
             "counts.3": lambda field, config: (field("kept"), (1 << 16) - 1),
         },
+        needs="top",
     ),
     Opcode.TRANSPOSE: Spec(
         kind=EngineKind.VECTOR,
@@ -1078,20 +1085,20 @@ _OPERATIONS: dict[tuple[Opcode, str], frozenset[AluOp]] = {
 }
 
 
-def legal_operations(opcode: Opcode, field: str) -> frozenset[int]:
-    """Returns the codes `opcode` accepts in op0 or op1."""
+def legal_operations(opcode: Opcode, field: str, config: CoreConfig) -> frozenset[int]:
+    """Returns the codes `opcode` accepts in op0 or op1 on cores of that configuration."""
     allowed = _OPERATIONS.get((opcode, field), operation_enums(opcode)[field])
     codes = {op.value for op in allowed}
-    if field == "op0" and SPECS[opcode].kind is EngineKind.VECTOR:
+    if SPECS[opcode].kind is EngineKind.VECTOR and (field == "op0" or not config.divider):
         codes -= {op.value for op in DIVISIONS}
     return frozenset(codes)
 
 
-def operation_types(opcode: Opcode) -> dict[AluOp, frozenset[DType]]:
+def operation_types(opcode: Opcode, config: CoreConfig) -> dict[AluOp, frozenset[DType]]:
     """Returns the operations of op1 that `opcode` has for some types of src0 only, and those."""
     if SPECS[opcode].kind is not EngineKind.VECTOR or "op1" not in SPECS[opcode].header:
         return {}
-    legal = legal_operations(opcode, "op1")
+    legal = legal_operations(opcode, "op1", config)
     return {op: types for op, types in OPERATION_TYPES.items() if op.value in legal}
 
 

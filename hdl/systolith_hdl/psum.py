@@ -107,7 +107,7 @@ class Lane(wiring.Component):
 
 
 class Psum(wiring.Component):
-    """N partitions x 8 banks of FP32 or INT32 words with read-add-write at the memory.
+    """N partitions x banks of FP32 or INT32 words with read-add-write at the memory.
 
     Parameters
     ----------

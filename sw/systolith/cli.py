@@ -268,7 +268,8 @@ def disasm(
 def synth(
     config: ConfigOption = "nano",  # type: ignore[assignment]
     target: Annotated[
-        str, typer.Option(help="Device: ecp5-25k, -45k, -85k, each also -speed; xilinx7.")
+        str,
+        typer.Option(help="Device: ecp5-25k, -45k, -85k, each also -speed and -area; xilinx7."),
     ] = "ecp5-85k",
     block: Annotated[str, typer.Option(help="A block of the chip alone, as tensor.mac.")] = "chip",
     board: Annotated[
@@ -276,7 +277,12 @@ def synth(
         typer.Option(help="Bitstream for a board (ulx3s), in place of --target and --block."),
     ] = None,
     pnr: Annotated[bool, typer.Option("--pnr", help="Place and route, for Fmax.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Place-and-route runs.")] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Place-and-route runs; 3 by default, for a board 1.", show_default=False
+        ),
+    ] = None,
     mhz: Annotated[float, typer.Option(min=1, help="Clock to reach for.")] = 100.0,
     gates: Annotated[
         bool, typer.Option(help="Also map to gates and estimate transistors; twice the time.")
@@ -311,7 +317,7 @@ def synth(
             folder,
             block=block,
             board=on_board,
-            seeds=seeds if pnr or on_board else 0,
+            seeds=(seeds or (1 if on_board else 3)) if pnr or on_board else 0,
             mhz=mhz,
             gates=gates,
             liberty=liberty,

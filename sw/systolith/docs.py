@@ -87,7 +87,9 @@ def _engine(opcode: Opcode) -> str:
 
 def _opcode(opcode: Opcode, doc: str) -> str:
     spec = SPECS[opcode]
-    text = f"### {opcode.name} ({opcode.value:#04x})\n\n{doc}.\n\nEngine: {_engine(opcode)}.\n\n"
+    where = f", on cores with `{spec.needs}`" if spec.needs else ""
+    text = f"### {opcode.name} ({opcode.value:#04x})\n\n{doc}.\n\n"
+    text += f"Engine: {_engine(opcode)}{where}.\n\n"
     if not spec.operands:
         return text
     if spec.operands:
@@ -170,7 +172,10 @@ of LOAD_STATIONARY and MATMUL: row k of the array holds a pair of FP8 numbers, a
 `src1`. `lanes` rows are read of both. Pairs meet pairs: a column that LOAD_STATIONARY loaded
 multiplies the first numbers of a MATMUL_PAIR alone, and a MATMUL multiplies the first numbers of
 what LOAD_STATIONARY_PAIR loaded, in both cases as if the second numbers did not exist. Two operands
-of the same strides whose bases differ by 4 modulo 8 never ask for the same bank of SBUF.
+of the same strides whose bases differ by 4 modulo 8 never ask for the same one of eight banks.
+
+Small cores are without some of the vector engine, as their `CoreConfig` says: without `divider`
+the operations {divisions} are ILLEGAL_OPERATION, without `top` TOP is ILLEGAL_OPCODE.
 
 ### DMA
 
@@ -223,6 +228,7 @@ def isa_page() -> str:
         bytes=INSTRUCTION_BYTES,
         waits=isa.MAX_WAITS,
         nan=formats.CANONICAL_NAN,
+        divisions=_names(isa.DIVISIONS),
         registers=isa.INDEX_REGISTERS,
         depth=isa.LOOP_DEPTH,
     )

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from amaranth_boards.ulx3s import ULX3S_85F_Platform
+from systolith_hdl.board.top import CLOCK_HZ
 
 from .targets import Target, TargetError, get_target
 
@@ -28,9 +29,14 @@ class BoardTarget:
     pins: dict[str, tuple[str, int, str]]
 
     @property
-    def clock_hz(self) -> int:
-        """Of the board's clock."""
+    def pin_hz(self) -> int:
+        """Of the pin of the board's clock."""
         return round(self.platform.default_clk_frequency)
+
+    @property
+    def divider(self) -> int:
+        """By which that becomes the clock of everything, CLOCK_HZ."""
+        return self.pin_hz // CLOCK_HZ
 
     def constraints(self) -> str:
         """The pins of the ports, as LPF."""
@@ -45,12 +51,12 @@ class BoardTarget:
             (pin,) = pins.names
             settings = " ".join(f"{key}={value}" for key, value in attributes.items())
             lines += [f'LOCATE COMP "{port}" SITE "{pin}";', f'IOBUF PORT "{port}" {settings};']
-        lines.append(f'FREQUENCY PORT "clk" {self.clock_hz / 1e6} MHZ;')
+        lines.append(f'FREQUENCY PORT "clk" {self.pin_hz / 1e6} MHZ;')
         return "\n".join(lines) + "\n"
 
 
 def _ulx3s() -> BoardTarget:
-    chip = get_target("ecp5-85k")
+    chip = get_target("ecp5-85k-area")
     options = list(chip.nextpnr)
     options[options.index("--speed") + 1] = ULX3S_85F_Platform.speed
     return BoardTarget(
@@ -58,8 +64,10 @@ def _ulx3s() -> BoardTarget:
         platform=ULX3S_85F_Platform(),
         target=dataclasses.replace(
             chip,
-            device=f"ULX3S, Lattice LFE5U-85F, speed grade {ULX3S_85F_Platform.speed}",
-            nextpnr=tuple(options),
+            device=f"ULX3S, Lattice LFE5U-85F, speed grade {ULX3S_85F_Platform.speed}, mapped for "
+            "area",
+            # The default, router1, makes no progress on a device this full.
+            nextpnr=(*options, "--router", "router2"),
         ),
         pins={
             "clk": (ULX3S_85F_Platform.default_clk, 0, ""),

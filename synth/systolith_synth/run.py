@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from systolith_hdl.board import PoweredBoard
+from systolith_hdl.board.top import CLOCK_HZ
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.toolchain import ToolError, nextpnr_ecp5, yosys
 
@@ -38,7 +39,7 @@ def run(
     board : the chip with its bridge goes onto the pins of a board, whose FPGA is `target`; of the
         runs that reach the board's clock the fastest becomes ``board.bit``
     seeds : place-and-route runs; 0 leaves it out
-    mhz : the clock that place-and-route tries to reach
+    mhz : the clock that place-and-route tries to reach; on a board it is the board's
     gates : also map to gates, for an estimate of transistors
     liberty : a cell library to map to, for area instead of a transistor estimate
     compare : an older ``report.json``; that in `folder`, if there is one, by default
@@ -60,7 +61,8 @@ def run(
         design = Design.of_chip(config).block(block)
     else:
         block = board.name
-        top = PoweredBoard(config, clock_hz=board.clock_hz)
+        top = PoweredBoard(config, divider=board.divider)
+        mhz = CLOCK_HZ / 1e6
         design = Design.of_component(top, "powered_board")
     synthesis = Synthesis(design, target, gates=gates, liberty=liberty, progress=progress)
     routes, error = None, ""
@@ -87,10 +89,10 @@ def run(
 def _pack(board: BoardTarget, routes: list[Route], folder: Path) -> str:
     """Makes the bitstream of the fastest run; returns what went wrong."""
     best = max(routes, key=lambda route: route.fmax or 0)
-    if not best.fmax or best.fmax * 1e6 < board.clock_hz:
+    if not best.fmax or best.fmax * 1e6 < CLOCK_HZ:
         return (
             f"no bitstream: {best.fmax or 0:.1f} MHz at most, the board's clock has "
-            f"{board.clock_hz / 1e6:g} MHz"
+            f"{CLOCK_HZ / 1e6:g} MHz"
         )
     folder.mkdir(parents=True, exist_ok=True)
     pack(best, folder / "board.bit")

@@ -83,18 +83,27 @@ _ECP5_CELLS = {
 }
 
 
-def _ecp5(size: int, *, luts: int, brams: int, dsps: int, speed: bool = False) -> Target:
+#: What LUT mapping is for -> how, and how if that fails. ABC9 knows the delay of carry chains, but
+#: ends without a word on some modules. LUTs wider than 4, made of multiplexers, are faster and cost
+#: more area: docs/synthesis.md.
+_ECP5_MAPPERS = {
+    "": ("abc9 -maxlut 4 -W 300", "abc -lut 4"),
+    "speed": ("abc9 -W 300", "abc -lut 4"),
+    "area": ("abc -lut 4 -script +strash;ifraig;scorr;dc2;fraig;dch,-f;if,-a;mfs2;lutpack,-S,1",),
+}
+
+
+def _ecp5(size: int, *, luts: int, brams: int, dsps: int, mapped_for: str) -> Target:
     return Target(
-        name=f"ecp5-{size}k{'-speed' if speed else ''}",
-        device=f"Lattice LFE5U-{size}F, speed grade 8{', mapped for speed' if speed else ''}",
+        name=f"ecp5-{size}k" + (f"-{mapped_for}" if mapped_for else ""),
+        device=f"Lattice LFE5U-{size}F, speed grade 8"
+        + (f", mapped for {mapped_for}" if mapped_for else ""),
         cells=_ECP5_CELLS,
         capacity={Kind.lut: luts, Kind.ff: luts, Kind.bram: brams, Kind.dsp: dsps},
         bram_bits=18432,
         before="synth_ecp5 -latches warn -top unit -run :map_luts",
         after="synth_ecp5 -latches warn -run map_cells:check\nautoname",
-        # ABC9 knows the delay of carry chains, but ends without a word on some modules. LUTs wider
-        # than 4, made of multiplexers, are faster and cost more area: docs/synthesis.md.
-        mappers=(f"abc9 {'' if speed else '-maxlut 4 '}-W 300", "abc -lut 4"),
+        mappers=_ECP5_MAPPERS[mapped_for],
         library="read_verilog -lib +/lattice/cells_sim_ecp5.v +/lattice/cells_bb_ecp5.v",
         nextpnr=(f"--{size}k", "--package", "CABGA381", "--speed", "8"),
         simulation=("lattice/cells_sim_ecp5.v",),
@@ -132,13 +141,13 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         *(
-            _ecp5(size, luts=luts, brams=brams, dsps=dsps, speed=speed)
+            _ecp5(size, luts=luts, brams=brams, dsps=dsps, mapped_for=mapped_for)
             for size, luts, brams, dsps in (
                 (25, 24288, 56, 28),
                 (45, 43848, 108, 72),
                 (85, 83640, 208, 156),
             )
-            for speed in (False, True)
+            for mapped_for in _ECP5_MAPPERS
         ),
         Target(
             name="xilinx7",

@@ -1,7 +1,8 @@
 """The banked memory and its controller: contents, order, latency, fairness and throughput.
 
-The design under test has 4 read and 3 write ports; port 0 of each has priority if
-``SYSTOLITH_BENCH_PRIORITY`` is 1; ``SYSTOLITH_BENCH_DEPTH`` is its depth, 128 by default.
+The design under test has 4 read and 3 write ports and the banks of the configuration; port 0 of
+each has priority if ``SYSTOLITH_BENCH_PRIORITY`` is 1; ``SYSTOLITH_BENCH_DEPTH`` is its depth, 128
+by default.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import cocotb
 import numpy as np
 from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, RisingEdge
-from systolith_hdl.banked import BANKS
-from systolith_hdl.config import get_config
 from systolith_hdl.ports import READ_LATENCY
 
-CONFIG = get_config("nano")
+from .configs import bench_config
+
+CONFIG = bench_config()
 N = CONFIG.lanes
+BANKS = CONFIG.banks
 DEPTH = int(os.environ.get("SYSTOLITH_BENCH_DEPTH", "128"))
 READS, WRITES = 4, 3
 PRIORITY = os.environ.get("SYSTOLITH_BENCH_PRIORITY") == "1"

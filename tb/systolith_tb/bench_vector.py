@@ -175,7 +175,7 @@ def random_instruction() -> bytes:
     rng = np.random.default_rng(random.getrandbits(32))
     for name, (_, shape) in FIELDS[opcode].items():
         if name in ("op0", "op1"):
-            legal = sorted(legal_operations(opcode, name))
+            legal = sorted(legal_operations(opcode, name, CONFIG))
             legal = [code for code in legal if computes in OPERATION_TYPES.get(AluOp(code), WORDS)]
             fields[name] = random.choice(legal)
         elif name == "rounding":

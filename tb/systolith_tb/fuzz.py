@@ -182,7 +182,7 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
             whole = random.random() < 0.5
             fields[name] = config.lanes if whole else random.randint(1, config.lanes)
         elif name in ("op0", "op1"):
-            fields[name] = random.choice(sorted(legal_operations(opcode, name)))
+            fields[name] = random.choice(sorted(legal_operations(opcode, name, config)))
         elif name == "dram_dtype":
             fields[name] = random.choice(sorted(DMA_TYPES, key=lambda t: t.value)).value
         elif head in spec.operands and tail == "dtype":
@@ -191,7 +191,7 @@ def _draw(config: CoreConfig, opcode: Opcode) -> dict[str, Any] | None:
         elif head not in spec.operands and not name.startswith("dram") and name != "lane_stride":
             fields[name] = _any_value(name, opcode)
     fields |= {f"{name}.dtype": fields["src0.dtype"] for name in spec.alike}
-    for operation, legal in operation_types(opcode).items():
+    for operation, legal in operation_types(opcode, config).items():
         if fields["op1"] == operation.value:
             dtype = random.choice(sorted(legal, key=lambda t: t.value)).value
             fields |= {f"{name}.dtype": dtype for name in ("src0", *spec.alike)}

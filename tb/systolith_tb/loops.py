@@ -29,7 +29,7 @@ LANES = 2
 #: name -> component, and what its copies share: everything that the chip places side by side
 COMPONENTS: dict[str, tuple[Callable[[], wiring.Component], tuple[str, ...]]] = {
     "vector_lane": (
-        VectorLane,
+        lambda: VectorLane(divider=True),
         (
             *("en", "op0", "op1", "dtype", "chain", "divide", "start", "divides", "second"),
             *("index", "clear"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -148,8 +149,9 @@ def operand_fields(
 def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> bytes:
     """64 bytes of an instruction for an engine, without waits and signals: mostly legal, or, with
     `mutate`, often wrong in a field or a bit."""
-    # Sometimes one that only other cores have.
+    # Sometimes one that only other cores have, or an operation that they have.
     foreign = mutate and random.random() < 0.05
+    having = dataclasses.replace(config, divider=True) if foreign else config
     opcodes = [o for o, s in SPECS.items() if s.kind is kind and (foreign or s.exists(config))]
     opcode = random.choice([*opcodes, Opcode.NOP])
     spec = SPECS[opcode]
@@ -164,7 +166,7 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
         elif part[0] in ("lanes", "columns"):
             fields[name] = random.randint(1, config.lanes)
         elif part[0] in ("op0", "op1"):
-            fields[name] = random.choice(sorted(legal_operations(opcode, name)))
+            fields[name] = random.choice(sorted(legal_operations(opcode, name, having)))
         elif part[0] in spec.operands:
             spaces, types = spec.operands[part[0]]
             space = random.choice(sorted(spaces, key=lambda s: s.value))
@@ -185,7 +187,7 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
             fields[name] = random.randint(low, low + (1 << width) - 1)
     if spec.alike and (not mutate or random.random() < 0.8):
         fields |= {f"{name}.dtype": fields["src0.dtype"] for name in spec.alike}
-    for operation, legal in operation_types(opcode).items():
+    for operation, legal in operation_types(opcode, having).items():
         if fields["op1"] == operation.value and (not mutate or random.random() < 0.8):
             dtype = random.choice(sorted(legal, key=lambda t: t.value))
             fields |= {f"{name}.dtype": dtype for name in ("src0", *spec.alike)}

@@ -27,7 +27,7 @@ def test_mac() -> None:
 def test_scratchpad() -> None:
     config = get_config("nano")
     memory = BankedMemory(config, depth=config.sbuf_depth, reads=4, writes=3)
-    env = {"SYSTOLITH_BENCH_DEPTH": str(config.sbuf_depth)}
+    env = {"SYSTOLITH_CONFIG": "nano", "SYSTOLITH_BENCH_DEPTH": str(config.sbuf_depth)}
     assert run_gates(memory, "banked_gates", "bench_banked", cell="DP16KD", env=env) == 3
 
 

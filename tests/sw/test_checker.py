@@ -53,7 +53,7 @@ def legal_fields(opcode: Opcode) -> dict[str, int]:
             fields[name] = 4
     for name in ("op0", "op1"):
         if name in spec.header:
-            fields[name] = min(legal_operations(opcode, name))
+            fields[name] = min(legal_operations(opcode, name, NANO))
     for name, limit in spec.limits.items():
         least, most = limit(fields.__getitem__, NANO)
         fields[name] = min(max(fields.get(name, 0), least), most)

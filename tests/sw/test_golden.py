@@ -63,7 +63,7 @@ def random_instruction(rng: random.Random, opcode: Opcode) -> bytes:
             if name not in FIELDS[opcode]:
                 continue
             if name.startswith("op"):
-                fields[name] = rng.choice(sorted(legal_operations(opcode, name)))
+                fields[name] = rng.choice(sorted(legal_operations(opcode, name, NANO)))
             else:
                 fields[name] = rng.randint(0, 1) if name == "accumulate" else rng.randint(1, 4)
         for name, limit in spec.limits.items():

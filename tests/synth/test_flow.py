@@ -12,6 +12,7 @@ from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 from systolith import cli
 from systolith_hdl.board import PoweredBoard
+from systolith_hdl.board.top import CLOCK_HZ
 from systolith_hdl.config import get_config
 from systolith_hdl.emit import Once
 from systolith_hdl.toolchain import ToolError, nextpnr_ecp5, yosys
@@ -209,7 +210,7 @@ class Echo(wiring.Component):
 def test_board(name: str, tmp_path: Path) -> None:
     board = get_board(name)
     design = Design.of_component(Echo(), "echo")
-    whole = PoweredBoard(get_config("tiny"), clock_hz=board.clock_hz)
+    whole = PoweredBoard(get_config("tiny"), divider=board.divider)
     ports = {".".join(map(str, path)) for path, _, _ in whole.signature.flatten(whole)}
     assert set(board.pins) == ports == {port for port, _, _ in design.ports()}
     whole._MustUse__used = True  # only its ports are of interest
@@ -220,8 +221,30 @@ def test_board(name: str, tmp_path: Path) -> None:
     assert route.error == "" and route.fmax is not None
     assert run_module._pack(board, [route], tmp_path) == ""
     assert b"Part: LFE5U-85F" in (tmp_path / "board.bit").read_bytes()[:200]
-    slow = dataclasses.replace(route, fmax=board.clock_hz / 2e6)
-    assert "no bitstream: 12.5 MHz at most" in run_module._pack(board, [slow], tmp_path)
+    slow = dataclasses.replace(route, fmax=CLOCK_HZ / 2e6)
+    assert "no bitstream: 6.2 MHz at most" in run_module._pack(board, [slow], tmp_path)
+
+
+def test_the_boards_report() -> None:
+    """What the documentation says of the bitstream is true of the present preset."""
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "docs" / "reports" / "tiny-ulx3s" / "report.json").read_text())
+    assert found["error"] is None and found["over_capacity"] == []
+    assert found["config"] == dataclasses.asdict(get_config("tiny"))
+    (ran,) = found["pnr"]["runs"]
+    assert ran["fmax"] * 1e6 > CLOCK_HZ
+    page = (root / "docs" / "board.md").read_text()
+    assert f"{found['pnr']['utilization']['TRELLIS_COMB'][0]:,} of 83,640 LUTs" in page
+    assert f"{ran['fmax']:.1f} MHz" in page
+
+
+def test_mapping_for_area_takes_fewer_luts() -> None:
+    adder = Design.of_chip(get_config("nano")).block("arith.add")
+    luts = {
+        name: flow.Synthesis(adder, get_target(name)).totals[adder.units()[-1].module]["occupied"]
+        for name in ("ecp5-85k", "ecp5-85k-area")
+    }
+    assert luts["ecp5-85k-area"] < luts["ecp5-85k"]
 
 
 def test_report_files(tmp_path: Path) -> None:

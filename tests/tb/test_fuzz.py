@@ -39,11 +39,19 @@ from systolith_tb.fuzz import (
 )
 
 NANO = get_config("nano")
+#: Without divider and TOP: neither is drawn for legal programs.
+TINY = get_config("tiny")
 
 
 @pytest.mark.parametrize(
     ("config", "first", "latency", "rate"),
-    [(NANO, 0, 20, None), (NANO, 1000, 1, 64), (NANO_FP8, 2000, 100, None), (NANO_FP8, 3000, 7, 3)],
+    [
+        (NANO, 0, 20, None),
+        (NANO, 1000, 1, 64),
+        (NANO_FP8, 2000, 100, None),
+        (NANO_FP8, 3000, 7, 3),
+        (TINY, 4000, 3, 8),
+    ],
 )
 def test_random_programs(config: CoreConfig, first: int, latency: int, rate: int | None) -> None:
     """Everything equal after legal programs, the same fault of illegal ones."""

@@ -6,7 +6,7 @@ from systolith_tb.runner import run_bench
 from systolith_tb.sequencing import Sequencing
 
 
-@pytest.mark.parametrize("config", ["nano", "nano-fp8"])
+@pytest.mark.parametrize("config", ["nano", "nano-fp8", "tiny"])
 def test_sequencers(config: str) -> None:
     ran = run_bench(
         Sequencing(CONFIGS[config]),

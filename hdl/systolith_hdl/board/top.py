@@ -1,6 +1,6 @@
 """The chip with everything that a board without DRAM of its own needs around it."""
 
-from amaranth.hdl import ClockDomain, ClockSignal, Module, ResetSignal, Signal
+from amaranth.hdl import ClockDomain, ClockSignal, Module, ResetSignal, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
@@ -12,8 +12,9 @@ from .ram import AxiRam
 from .uart import UartReceiver, UartTransmitter
 
 DRAM_BYTES = 1 << 16
-CLOCK_HZ = 25_000_000
-BAUD = 1_000_000
+#: Of everything on the board: what the pin of its clock is divided down to, by a power of two.
+CLOCK_HZ = 12_500_000
+BAUD = 500_000
 #: Cycles that the reset lasts after the FPGA has been configured.
 _RESET_CYCLES = 16
 
@@ -80,6 +81,10 @@ class Board(wiring.Component):
 class PoweredBoard(wiring.Component):
     """`Board` with the clock pin of the board, and a reset when it is switched on.
 
+    Parameters
+    ----------
+    divider : of the pin's clock, by which it is CLOCK_HZ: a power of two
+
     Members
     -------
     clk, rx, tx, irq : pins
@@ -90,22 +95,31 @@ class PoweredBoard(wiring.Component):
     tx: Out(1)
     irq: Out(1)
 
-    def __init__(self, config: CoreConfig, *, clock_hz: int) -> None:
+    def __init__(self, config: CoreConfig, *, divider: int) -> None:
+        if divider < 1 or divider & (divider - 1):
+            raise ValueError(f"divider must be a power of two, not {divider!r}")
         self._config = config
-        self._clock_hz = clock_hz
+        self._divider = divider
         super().__init__()
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.domains.sync = ClockDomain("sync")
         m.domains.start = ClockDomain("start", reset_less=True)
-        m.submodules.board = board = Board(self._config, clock_hz=self._clock_hz)
+        m.submodules.board = board = Board(self._config)
+        clock: Value = self.clk
+        if self._divider > 1:
+            m.domains.pin = ClockDomain("pin", reset_less=True)
+            divided = Signal(range(self._divider))
+            m.d.comb += ClockSignal("pin").eq(self.clk)
+            m.d.pin += divided.eq(divided + 1)
+            clock = divided[-1]
         left = Signal(range(_RESET_CYCLES), init=_RESET_CYCLES - 1)
         with m.If(left != 0):
             m.d.start += left.eq(left - 1)
         m.d.comb += [
-            ClockSignal("sync").eq(self.clk),
-            ClockSignal("start").eq(self.clk),
+            ClockSignal("sync").eq(clock),
+            ClockSignal("start").eq(clock),
             ResetSignal("sync").eq(left != 0),
             board.rx.eq(self.rx),
             self.tx.eq(board.tx),

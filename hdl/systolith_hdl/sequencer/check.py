@@ -124,7 +124,7 @@ class Check(wiring.Component):
                     bad_operation = [w.mode.as_value() > last_mode for w in header.wait]
                     for name in operation_enums(opcode):
                         code = getattr(header, name)
-                        bad_operation.append(~_one_of(code, legal_operations(opcode, name)))
+                        bad_operation.append(~_one_of(code, legal_operations(opcode, name, config)))
                     bad_type, bad_space = [], []
                     for name, (spaces, types) in spec.operands.items():
                         operand = operands[_slot(name)]
@@ -142,7 +142,7 @@ class Check(wiring.Component):
                         operand = operands[_slot(name)]
                         src0 = operands[_OPERAND_SLOTS["src0"]]
                         bad_type.append(operand.dtype.as_value() != src0.dtype.as_value())
-                    for operation, types in operation_types(opcode).items():
+                    for operation, types in operation_types(opcode, config).items():
                         src0 = operands[_slot("src0")]
                         legal = _one_of(src0.dtype.as_value(), {t.value for t in types})
                         bad_type.append((header.op1 == operation) & ~legal)
@@ -246,7 +246,7 @@ class Check(wiring.Component):
         m.d.comb += inner.eq(counts[3])
         with m.Switch(word[:8]):
             for opcode, spec in SPECS.items():
-                if not spec.inner or spec.kind is not self._kind:
+                if not spec.inner or spec.kind is not self._kind or not spec.exists(config):
                     continue
                 field = functools.partial(field_of, word, opcode)
                 with m.Case(opcode.value):

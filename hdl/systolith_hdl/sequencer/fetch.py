@@ -1,12 +1,13 @@
 """Instruction fetch."""
 
 from amaranth.hdl import Module, Mux, Signal, Value, unsigned
-from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..config import INSTRUCTION_BYTES, CoreConfig
 from ..isa import INSTRUCTION_BITS, EngineKind, Opcode
 from ..ports import axi4_read
+from ..queue import queue_of
 from .loops import Loops
 
 _OFFSET_BITS = (INSTRUCTION_BYTES - 1).bit_length()
@@ -98,9 +99,7 @@ class Fetch(wiring.Component):
         beat_bytes = min(bus, INSTRUCTION_BYTES)
 
         m.submodules.loops = loops = Loops(self._config, self._kind)
-        m.submodules.buffer = buffer = fifo.SyncFIFO(
-            width=Fetched.as_shape().size, depth=self._depth
-        )
+        m.submodules.buffer = buffer = queue_of(Fetched.as_shape().size, self._depth)
         running = Signal()
         address = Signal(48)  # of the next request
         free = Signal(range(self._depth + 1), init=self._depth)

@@ -151,9 +151,15 @@ class Sequencer(wiring.Component):
         config = self._config
         # Of the first instructions, those of the DMA queues are urgent: the others wait for data.
         if self._kind is EngineKind.DMA:
-            fetch = Fetch(config, self._kind)
+            fetch = Fetch(config, self._kind, depth=config.prefetch)
         else:
-            fetch = Fetch(config, self._kind, ahead=2, delay=2 * config.dma_queues)
+            fetch = Fetch(
+                config,
+                self._kind,
+                depth=config.prefetch,
+                ahead=min(2, config.prefetch),
+                delay=2 * config.dma_queues,
+            )
         m.submodules.fetch = fetch
         m.submodules.check = check = Check(config, self._kind)
         m.submodules.retire = retire = Retire()

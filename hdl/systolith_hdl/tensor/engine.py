@@ -1,7 +1,7 @@
 """The tensor engine: LOAD_STATIONARY and MATMUL, and the same of pairs where the core has them."""
 
 from amaranth.hdl import Cat, Module, Mux, ShapeLike, Signal, Value, ValueLike, unsigned
-from amaranth.lib import data, fifo, wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..access import AddressGenerator, Pattern, ReadStreamer, pattern
@@ -12,17 +12,23 @@ from ..formats import DType
 from ..isa import LOADS, PAIRS, SPECS, Opcode, is_opcode
 from ..ports import READ_LATENCY, IssuePort, ReadPort, split_words
 from ..psum import ACCUMULATE_LATENCY, AccumulatePort, accumulate_tag
+from ..queue import queue_of
 from .array import SystolicArray, array_latency
 from .mac import OPERAND_BITS
 from .mac_fp8x2 import SECOND_BITS
 
-#: Instructions of each class taken from the sequencer ahead of their turn. From being taken to its
-#: first column being sent one needs 5 cycles, in which others of one column each may follow.
-QUEUE = 8
+
+def queue_depth(config: CoreConfig) -> int:
+    """Instructions of each class taken from the sequencer ahead of their turn, at most 8. From
+    being taken to its first column being sent one needs 5 cycles, in which others of one column
+    each may follow."""
+    return 2 * config.prefetch if config.prefetch > 1 else 1
+
+
 #: Columns each streamer may be ahead by where pairs are read. Two walks in step that meet in a bank
 #: would meet again in the next cycle if neither could run ahead.
 PAIR_DEPTH = 8
-#: Numbers of loads and swaps, counted modulo 16: at most QUEUE + 1 are under way.
+#: Numbers of loads and swaps, counted modulo 16: at most 9 are under way.
 _COUNT = unsigned(4)
 
 
@@ -118,10 +124,10 @@ class TensorEngine(wiring.Component):
 
         # -- Take instructions apart: the operand to read goes to the streamer's queue, the rest
         #    waits for the columns to come back.
-        m.submodules.load_sources = load_sources = _Queue(Pattern)
-        m.submodules.loads = loads = _Queue(_load_entry(config))
-        m.submodules.moving_sources = moving_sources = _Queue(Pattern)
-        m.submodules.matmuls = matmuls = _Queue(_matmul_entry(config))
+        m.submodules.load_sources = load_sources = _Queue(config, Pattern)
+        m.submodules.loads = loads = _Queue(config, _load_entry(config))
+        m.submodules.moving_sources = moving_sources = _Queue(config, Pattern)
+        m.submodules.matmuls = matmuls = _Queue(config, _matmul_entry(config))
 
         stream = self.issue.instruction
         instruction = data.View(SPECS[Opcode.MATMUL].layout, stream.payload)
@@ -140,8 +146,8 @@ class TensorEngine(wiring.Component):
             pair_body = data.View(SPECS[Opcode.MATMUL_PAIR].layout, stream.payload).body
             is_pair = is_opcode(header.opcode, PAIRS, config)
             columns = Mux(is_pair, pair_body.columns, body.columns)
-            m.submodules.load_seconds = load_seconds = _Queue(Pattern)
-            m.submodules.moving_seconds = moving_seconds = _Queue(Pattern)
+            m.submodules.load_seconds = load_seconds = _Queue(config, Pattern)
+            m.submodules.moving_seconds = moving_seconds = _Queue(config, Pattern)
             room = room & Mux(is_load, load_seconds.w_rdy, moving_seconds.w_rdy)
         loads_taken, loads_sent = Signal(_COUNT), Signal(_COUNT)
         swaps_taken, swaps_sent = Signal(_COUNT), Signal(_COUNT)
@@ -329,7 +335,7 @@ class TensorEngine(wiring.Component):
             self.issue.done.eq(self.psum.done),
         ]
         # At most one matmul per stage of the pipeline, and the queues.
-        under_way = Signal(range(matmul_latency(config) + 4 * QUEUE))
+        under_way = Signal(range(matmul_latency(config) + 4 * queue_depth(config) + 4))
         m.d.sync += under_way.eq(
             under_way + take_load + take_matmul - self.done_load - self.issue.done
         )
@@ -354,9 +360,10 @@ def _rounded(m: Module, column: data.View, dtype: ValueLike, *, name: str) -> li
 
 
 class _Queue(wiring.Component):
-    """FIFO of `QUEUE` entries of a given shape, as `amaranth.lib.fifo.SyncFIFO`."""
+    """Queue of `queue_depth` entries of a given shape, as `amaranth.lib.fifo.SyncFIFO`."""
 
-    def __init__(self, shape: ShapeLike) -> None:
+    def __init__(self, config: CoreConfig, shape: ShapeLike) -> None:
+        self._depth = queue_depth(config)
         super().__init__(
             {
                 "w_data": In(shape),
@@ -371,7 +378,7 @@ class _Queue(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         width = len(self.w_data.as_value())
-        m.submodules.fifo = queue = fifo.SyncFIFO(width=width, depth=QUEUE)
+        m.submodules.fifo = queue = queue_of(width, self._depth)
         m.d.comb += [
             queue.w_data.eq(self.w_data),
             queue.w_en.eq(self.w_en),

@@ -154,6 +154,8 @@ class VectorEngine(wiring.Component):
     ``c + (b - 1) * max(c, l) + l + 1 + FIXED_CYCLES``. What makes integers of FP32, FP32 of
     integers, or INT8 takes CONVERT_LATENCY more; with one of `isa.DIVISIONS` each column takes up
     to DIVIDE_CYCLES or DIVIDE_INTEGER_CYCLES more. The next is taken in the cycle of `done`.
+
+    Without `config.divider` there is none of these, without `config.top` no TOP.
     """
 
     def __init__(self, config: CoreConfig, *, number: int) -> None:
@@ -253,7 +255,7 @@ class VectorEngine(wiring.Component):
             is_scalar.eq(code == Opcode.SCALAR_TENSOR_TENSOR),
             is_tensor_tensor.eq((code == Opcode.TENSOR_TENSOR) | is_scalar),
             is_scan.eq(code == Opcode.SCAN),
-            is_top.eq(code == Opcode.TOP),
+            is_top.eq(config.top & (code == Opcode.TOP)),
             is_transpose.eq(code == Opcode.TRANSPOSE),
             is_statistics.eq(code == Opcode.STATISTICS),
             is_stepped.eq(is_opcode(code, stepped, config)),
@@ -265,6 +267,8 @@ class VectorEngine(wiring.Component):
         op0, op1, imm0 = Signal(6), Signal(6), Signal(32)
         with m.Switch(code):
             for opcode, form in FORMS.items():
+                if not SPECS[opcode].exists(config):
+                    continue
                 with m.Case(opcode.value):
                     m.d.comb += [front_data.eq(form.data), condition.eq(form.condition)]
                     if form.operations:
@@ -329,8 +333,10 @@ class VectorEngine(wiring.Component):
         busy = Signal()
         m.d.comb += divide.eq(divides & steering.arrived & (~started | busy))
         m.d.sync += started.eq(divide)
-        with m.If(take):
-            m.d.sync += divides.eq(Cat(new.header.op1 == each.value for each in _DIVISIONS).any())
+        if config.divider:
+            division = Cat(new.header.op1 == each.value for each in _DIVISIONS).any()
+            with m.If(take):
+                m.d.sync += divides.eq(division)
         converted: Value = steering.result & converts
         for stage in range(CONVERT_LATENCY):
             moved = Signal(name=f"converted{stage}")
@@ -360,7 +366,10 @@ class VectorEngine(wiring.Component):
             m.d.sync += bounds.eq(Cat(new.header.opcode == Opcode.RANGE_SELECT, has_scalar))
         with m.Elif(src1.columns.valid):
             m.d.sync += bounds.eq(bounds << 1)
-        m.submodules.top = top = Top(config)
+        found_ready: Value = Const(0)
+        if config.top:
+            m.submodules.top = top = Top(config)
+            found_ready = top.columns.ready & is_top
         m.submodules.transposer = transposer = Transposer(config)
         m.submodules.shuffle = shuffle = Shuffle(config)
         shuffled = data.View(SPECS[Opcode.SHUFFLE].layout, word).body
@@ -369,7 +378,7 @@ class VectorEngine(wiring.Component):
             & (src1.columns.valid | ~reads1)
             & (affine.element.valid | ~is_stepped)
             & (dither.valid | ~is_random)
-            & (top.results.valid | ~is_top)
+            & (~is_top | (top.results.valid if config.top else 1))
             & (transposer.results.valid | ~is_transpose)
             & ~bounds.any()
         )
@@ -379,18 +388,12 @@ class VectorEngine(wiring.Component):
             enter.eq(offered & enable & ~steering.closed & scan.turn),
             src0.columns.ready.eq(
                 (enter & reads0 & (steering.again | ~is_statistics))
-                | (top.columns.ready & is_top)
+                | found_ready
                 | (transposer.columns.ready & is_transpose)
             ),
             src1.columns.ready.eq((enter & reads1) | bounds.any()),
             affine.element.ready.eq(enter & is_stepped),
             dither.take.eq(Mux(is_random, enter, written & stochastic)),
-            top.smallest.eq(running.header.op0 == AluOp.MIN),
-            top.kept.eq(data.View(SPECS[Opcode.TOP].layout, word).body.kept),
-            top.length.eq(running.body.counts[3]),
-            top.columns.valid.eq(src0.columns.valid & is_top),
-            top.columns.payload.eq(src0.columns.payload.data),
-            top.results.ready.eq(enter & is_top),
             transposer.into.eq(running.body.counts[3]),
             transposer.out_of.eq(running.header.lanes),
             transposer.columns.valid.eq(src0.columns.valid & is_transpose),
@@ -415,6 +418,15 @@ class VectorEngine(wiring.Component):
             steering.length.eq(running.body.counts[3]),
             steering.begin.eq(take),
         ]
+        if config.top:
+            m.d.comb += [
+                top.smallest.eq(running.header.op0 == AluOp.MIN),
+                top.kept.eq(data.View(SPECS[Opcode.TOP].layout, word).body.kept),
+                top.length.eq(running.body.counts[3]),
+                top.columns.valid.eq(src0.columns.valid & is_top),
+                top.columns.payload.eq(src0.columns.payload.data),
+                top.results.ready.eq(enter & is_top),
+            ]
 
         # -- Lanes.
         fill = data.View(SPECS[Opcode.AFFINE_SELECT].layout, word).body.fill
@@ -432,7 +444,7 @@ class VectorEngine(wiring.Component):
             ),
         )  # fmt: skip
         m.submodules.lanes = cells = side_by_side(
-            VectorLane(), "vector_lane", lanes,
+            VectorLane(divider=config.divider), "vector_lane", lanes,
             shared=(
                 "en", "op0", "op1", "dtype", "chain", "divide", "start", "divides", "second",
                 "index", "clear",
@@ -494,11 +506,7 @@ class VectorEngine(wiring.Component):
                 front.src0[lane].eq(src0.columns.payload.data[lane]),
                 front.src1[lane].eq(src1.columns.payload.data[lane]),
                 front.found[lane].eq(
-                    Mux(
-                        is_top,
-                        top.results.payload[lane],
-                        Mux(is_transpose, transposer.results.payload[lane], shuffle.o[lane]),
-                    )
+                    Mux(is_transpose, transposer.results.payload[lane], shuffle.o[lane])
                 ),
                 front.random[lane].eq(random[lane]),
                 front.chosen[lane].eq(affine.chosen[lane]),
@@ -510,6 +518,9 @@ class VectorEngine(wiring.Component):
                 rounding.random[lane].eq(random[lane]),
                 column.data[lane].eq(rounding.o[lane]),
             ]
+            if config.top:
+                with m.If(is_top):
+                    m.d.comb += front.found[lane].eq(top.results.payload[lane])
         nonzero: Value = Cat(cells.nonzero)
         for stage in range(CONVERT_LATENCY):
             moved = Signal(lanes, name=f"nonzero{stage}")

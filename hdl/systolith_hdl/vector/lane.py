@@ -30,6 +30,10 @@ class Second(enum.Enum, shape=2):
 class VectorLane(wiring.Component):
     """Two ALUs in a row, with the accumulators of REDUCE and STATISTICS around the second.
 
+    Parameters
+    ----------
+    divider : whether there is one; without, `divide`, `start`, `divides` and `busy` stay low
+
     Members
     -------
     en : In(1), low freezes the lane
@@ -69,6 +73,10 @@ class VectorLane(wiring.Component):
     o: Out(32)
     nonzero: Out(1)
 
+    def __init__(self, *, divider: bool) -> None:
+        self._divider = divider
+        super().__init__()
+
     def elaborate(self, platform: object) -> Module:
         m = Module()
         assert REDUCE_ACCUMULATORS == ALU_LATENCY + 1
@@ -105,28 +113,26 @@ class VectorLane(wiring.Component):
                         with m.Case(dtype):
                             m.d.comb += identity.eq(start)
 
-        m.submodules.divider = divider = Divide()
-        m.d.comb += [
-            divider.step.eq(self.divide),
-            divider.start.eq(self.start),
-            divider.op.eq(self.op1),
-            divider.dtype.eq(self.dtype),
-            divider.a.eq(first.o),
-            divider.b.eq(b),
-            self.busy.eq(divider.busy),
-        ]
+        x, operation = first.o, self.op1
+        if self._divider:
+            m.submodules.divider = divider = Divide()
+            m.d.comb += [
+                divider.step.eq(self.divide),
+                divider.start.eq(self.start),
+                divider.op.eq(self.op1),
+                divider.dtype.eq(self.dtype),
+                divider.a.eq(first.o),
+                divider.b.eq(b),
+                self.busy.eq(divider.busy),
+            ]
+            x = Mux(self.divides, divider.o, x)
+            operation = Mux(self.divides, AluOp.BYPASS.value, operation)
 
         accumulator = accumulators[self.index]
-        m.d.comb += [
-            second.en.eq(self.en),
-            second.op.eq(Mux(self.divides, AluOp.BYPASS.value, self.op1)),
-        ]
+        m.d.comb += [second.en.eq(self.en), second.op.eq(operation)]
         with m.Switch(self.second):
             with m.Case(Second.OPERAND):
-                m.d.comb += [
-                    second.a.eq(Mux(self.divides, divider.o, first.o)),
-                    second.b.eq(b),
-                ]
+                m.d.comb += [second.a.eq(x), second.b.eq(b)]
             with m.Case(Second.ACCUMULATE):
                 m.d.comb += [second.a.eq(accumulator), second.b.eq(first.o)]
             with m.Case(Second.COMBINE, Second.FINISH):

@@ -114,7 +114,7 @@ def compile_step(
         dumps[after] = graph.dump()
         verify_ir(graph, after)
 
-    graph = trace(closed, [binding.name for binding in inputs], MATMUL_TYPES[matmul])
+    graph = trace(closed, [binding.name for binding in inputs], MATMUL_TYPES[matmul], config)
     passed(graph, "trace")
     eliminate_dead(graph)
     passed(graph, "dead code")

@@ -18,6 +18,7 @@ import jax
 import jax.extend.core
 import jax.extend.source_info_util
 import numpy as np
+from systolith_hdl.config import CoreConfig
 from systolith_hdl.formats import FORMATS, INTEGERS, DType
 from systolith_hdl.isa import DIVISIONS, AluOp, Function
 
@@ -149,10 +150,12 @@ class Tracer:
     Parameters
     ----------
     matmul : narrow float that FP32 operands of matrix products are rounded to; FP32: not rounded
+    config : the core that it is for
     """
 
-    def __init__(self, matmul: DType) -> None:
+    def __init__(self, matmul: DType, config: CoreConfig) -> None:
         self.matmul = matmul
+        self._config = config
         self.graph = Graph()
         self._source: str | None = None
         self._label = ""
@@ -192,6 +195,8 @@ class Tracer:
         **attrs: Any,
     ) -> Use:
         """Appends an operation, or finds the one that already computes the same."""
+        if attrs.get("op1") in DIVISIONS and not self._config.divider:
+            raise _Refuse(self._config.lacks("divider", attrs["op1"].name))
         key = (kind, tuple(operands), tuple(map(repr, attrs.items())), shape, dtype, nearest)
         if key not in self._known_ops:
             result = self.value(shape, dtype, self._label)
@@ -1220,7 +1225,7 @@ def _scatter_add(t: Tracer, eqn: Any, table: Ref, start: Ref, updates: Ref) -> R
     return _rows_call(t, eqn, scatter_add, {}, uses, (shape, index.shape[:1], rows, shape))
 
 
-def trace(closed: Any, names: Sequence[str], matmul: DType = DType.BF16) -> Graph:
+def trace(closed: Any, names: Sequence[str], matmul: DType, config: CoreConfig) -> Graph:
     """Lowers a whole step.
 
     Parameters
@@ -1228,12 +1233,13 @@ def trace(closed: Any, names: Sequence[str], matmul: DType = DType.BF16) -> Grap
     closed : what `jax.make_jaxpr` returned
     names : of its arguments, for messages
     matmul : narrow float that FP32 operands of matrix products are rounded to; FP32: not rounded
+    config : the core that it is for
 
     Raises
     ------
     UnsupportedError : names the primitive, the shapes and the user's source line
     """
-    tracer = Tracer(matmul)
+    tracer = Tracer(matmul, config)
     inputs = [
         tracer.input(var.aval.shape, var.aval.dtype, name)
         for var, name in zip(closed.jaxpr.invars, names, strict=True)

@@ -49,8 +49,8 @@ def _codes(kind: type[Enum]) -> frozenset[int]:
 
 
 @functools.cache
-def _legal(opcode: Opcode, field: str) -> frozenset[int]:
-    return legal_operations(opcode, field)
+def _legal(opcode: Opcode, field: str, config: CoreConfig) -> frozenset[int]:
+    return legal_operations(opcode, field, config)
 
 
 def _allowed(codes: frozenset[Any]) -> frozenset[int]:
@@ -101,10 +101,11 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
 
     The checks are made in the order of `FaultCause`, each on the whole instruction:
 
-    1. ILLEGAL_OPCODE: the opcode does not exist, is another engine's, or works on pairs and
-       ``fp8_rate`` is 1
+    1. ILLEGAL_OPCODE: the opcode does not exist, is another engine's, or one that cores of this
+       configuration do not have: those of pairs if ``fp8_rate`` is 1, TOP without ``top``
     2. RESERVED_BITS: a bit that no field of the opcode's format holds is set
-    3. ILLEGAL_OPERATION: op0, op1 or a wait mode has a code the opcode does not accept
+    3. ILLEGAL_OPERATION: op0, op1 or a wait mode has a code the opcode does not accept, or one of
+       `isa.DIVISIONS` without ``divider``
     4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or
        that of an operand that must have the type of src0 is another, or op1 is an operation that
        this type does not have, or a MATMUL's dst is INT32 and its src0 is not INT8
@@ -131,7 +132,7 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
         return Fault(FaultCause.RESERVED_BITS)
 
     for name in ("op0", "op1"):
-        if name in fields and fields[name] not in _legal(opcode, name):
+        if name in fields and fields[name] not in _legal(opcode, name, config):
             return Fault(FaultCause.ILLEGAL_OPERATION)
     for i in range(MAX_WAITS):
         if fields[f"wait.{i}.mode"] not in _codes(WaitMode):
@@ -143,7 +144,7 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
             return Fault(FaultCause.BAD_TYPE)
     if any(fields[f"{name}.dtype"] != fields["src0.dtype"] for name in spec.alike):
         return Fault(FaultCause.BAD_TYPE)
-    for operation, legal in operation_types(opcode).items():
+    for operation, legal in operation_types(opcode, config).items():
         if fields["op1"] == operation.value and DType(fields["src0.dtype"]) not in legal:
             return Fault(FaultCause.BAD_TYPE)
     if (

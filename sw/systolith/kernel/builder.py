@@ -559,6 +559,8 @@ class _Vector(_Elementwise):
         }
         if op0 in DIVISIONS:
             refuse(f"op0 must not be {op0.name}, which only the second operation can be")
+        if op1 in DIVISIONS and not self._builder.config.divider:
+            refuse(self._builder.config.lacks("divider", f"op1 = {op1.name}"))
         types = OPERATION_TYPES.get(op1)
         if types is not None and computes not in types:
             allowed = " or ".join(dtype.name for dtype in WORDS if dtype in types)
@@ -1018,6 +1020,8 @@ class _Vector(_Elementwise):
         an integer; the greatest (of the smallest, the least) is first. The pairs must lie at one
         stride. A NaN comes before any number; of equal words, the one of the lower index.
         """
+        if not self._builder.config.top:
+            refuse(self._builder.config.lacks("top", "top"))
         self._operand("dst", dst, self._BOTH, (DType.FP32,))
         self._operand("src0", src0, self._BOTH, FLOATS)
         rows = src0.shape[:-1]
