@@ -66,7 +66,7 @@ def _ulx3s() -> BoardTarget:
             chip,
             device=f"ULX3S, Lattice LFE5U-85F, speed grade {ULX3S_85F_Platform.speed}, mapped for "
             "area",
-            # The default, router1, makes no progress on a device this full.
+            # The default, router1, hardly gets on with a device this full.
             nextpnr=(*options, "--router", "router2"),
         ),
         pins={

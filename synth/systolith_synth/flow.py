@@ -449,7 +449,7 @@ def place_and_route(
     progress: Progress = lambda text: None,
 ) -> list[Route]:
     """Places and routes the design, once for each seed from 1 to `seeds`, for a clock of `mhz`. A
-    run that fails is returned with its `error`.
+    run that fails is returned with its `error`; one that a signal ends raises FlowError.
 
     Parameters
     ----------
@@ -494,6 +494,8 @@ def place_and_route(
                         stderr=subprocess.STDOUT,
                         check=False,
                     ).returncode
+                if status < 0:  # no result of this design: not to be found again
+                    raise FlowError(f"nextpnr was ended by signal {-status}, seed {seed}")
                 (build.folder / "netlist.json").unlink()
                 done = {"status": status, "seconds": time.perf_counter() - began}
                 (build.folder / "done.json").write_text(json.dumps(done))

@@ -77,7 +77,7 @@ def run(
             failed = [route for route in routes if route.error]
             if failed:
                 error = f"seed {failed[0].seed} of {seeds}: {failed[0].error}"
-            if board:
+            if board and any(route.fmax for route in routes):
                 error = _pack(board, routes, folder) or error
         except (FlowError, ToolError) as problem:
             error = str(problem)

@@ -225,19 +225,6 @@ def test_board(name: str, tmp_path: Path) -> None:
     assert "no bitstream: 6.2 MHz at most" in run_module._pack(board, [slow], tmp_path)
 
 
-def test_the_boards_report() -> None:
-    """What the documentation says of the bitstream is true of the present preset."""
-    root = Path(__file__).parents[2]
-    found = json.loads((root / "docs" / "reports" / "tiny-ulx3s" / "report.json").read_text())
-    assert found["error"] is None and found["over_capacity"] == []
-    assert found["config"] == dataclasses.asdict(get_config("tiny"))
-    (ran,) = found["pnr"]["runs"]
-    assert ran["fmax"] * 1e6 > CLOCK_HZ
-    page = (root / "docs" / "board.md").read_text()
-    assert f"{found['pnr']['utilization']['TRELLIS_COMB'][0]:,} of 83,640 LUTs" in page
-    assert f"{ran['fmax']:.1f} MHz" in page
-
-
 def test_mapping_for_area_takes_fewer_luts() -> None:
     adder = Design.of_chip(get_config("nano")).block("arith.add")
     luts = {
@@ -324,6 +311,21 @@ def test_routing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["total"]["lut"] > 0
     text = (tmp_path / "report.md").read_text()
     assert "**Incomplete: seed 1 of 1: Failed to route" in text
+
+
+def test_a_run_that_is_killed_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one runs again, and the report says what happened."""
+    tool, runs = tmp_path / "nextpnr-ecp5", tmp_path / "runs"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {runs}\nkill -9 $$\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SYSTOLITH_CACHE", str(tmp_path / "cache"))
+    for number in (1, 2):
+        found = run(
+            get_config("nano"), get_target("ecp5-25k"), tmp_path, block="arith.round", seeds=1
+        )
+        assert found["error"] == "nextpnr was ended by signal 9, seed 1"
+        assert runs.read_text().count("--json") == number
 
 
 def test_synthesis_fails() -> None:
