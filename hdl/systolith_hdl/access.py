@@ -3,12 +3,13 @@
 import functools
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed, unsigned
-from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from .config import CoreConfig
 from .isa import SPECS, EngineKind, Opcode, Space, field_of, operand_counts
 from .ports import READ_LATENCY, ReadPort, WritePort, column_shape
+from .queue import Direct, queue_of
 
 #: Bits of a word address.
 ADDRESS_BITS = 24
@@ -135,47 +136,6 @@ class AddressGenerator(wiring.Component):
         return m
 
 
-class DirectFIFO(wiring.Component):
-    """A FIFO through which a word passes in the cycle in which it comes, if none is before it.
-
-    Members
-    -------
-    w_data, w_en, w_rdy, r_data, r_rdy, r_en : as those of `amaranth.lib.fifo.SyncFIFO`
-    """
-
-    def __init__(self, *, width: int, depth: int) -> None:
-        self._width = width
-        self._depth = depth
-        super().__init__(
-            {
-                "w_data": In(width),
-                "w_en": In(1),
-                "w_rdy": Out(1),
-                "r_data": Out(width),
-                "r_rdy": Out(1),
-                "r_en": In(1),
-            }
-        )
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        m.submodules.waiting = waiting = fifo.SyncFIFO(width=self._width, depth=self._depth)
-        m.d.comb += [
-            self.w_rdy.eq(waiting.w_rdy),
-            self.r_rdy.eq(waiting.r_rdy | self.w_en),
-            self.r_data.eq(Mux(waiting.r_rdy, waiting.r_data, self.w_data)),
-            waiting.r_en.eq(self.r_en),
-            waiting.w_data.eq(self.w_data),
-            waiting.w_en.eq(self.w_en & (waiting.r_rdy | ~self.r_en)),
-        ]
-        return m
-
-
-def _queue(direct: bool, *, width: int, depth: int) -> DirectFIFO | fifo.SyncFIFO:
-    queue = DirectFIFO if direct else fifo.SyncFIFO
-    return queue(width=width, depth=depth)
-
-
 class ReadStreamer(wiring.Component):
     """Reads the columns of a pattern from SBUF or PSUM.
 
@@ -227,7 +187,9 @@ class ReadStreamer(wiring.Component):
         wiring.connect(m, wiring.flipped(self.start), addresses.start)
 
         width = 32 * self._config.lanes
-        m.submodules.buffer = buffer = _queue(self._direct, width=width + 1, depth=self._depth)
+        m.submodules.buffer = buffer = (Direct if self._direct else queue_of)(
+            width + 1, self._depth
+        )
         free = Signal(range(self._depth + 1), init=self._depth)
         request = addresses.address
         go = Signal()
@@ -314,7 +276,7 @@ class WriteStreamer(wiring.Component):
         wiring.connect(m, wiring.flipped(self.start), addresses.start)
 
         shape = self.columns.payload.shape()
-        m.submodules.buffer = buffer = _queue(self._direct, width=shape.size, depth=2)
+        m.submodules.buffer = buffer = (Direct if self._direct else queue_of)(shape.size, 2)
         m.d.comb += [
             buffer.w_data.eq(self.columns.payload.as_value()),
             buffer.w_en.eq(self.columns.valid),

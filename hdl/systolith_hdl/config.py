@@ -21,8 +21,6 @@ LEFT_OUT = {
     ),
     "top": ("the instruction TOP", "REDUCE with MAX or MIN finds one word of each row"),
 }
-#: Fields that came later than programs that are stored.
-_LATER = frozenset({"banks", "prefetch", "outstanding", *LEFT_OUT})
 
 
 def axi_bytes(lanes: int) -> int:
@@ -120,14 +118,9 @@ class CoreConfig:
 
     @property
     def hash(self) -> int:
-        """32-bit identification of everything a program depends on (the name is left out). The
-        fields of `_LATER` count where they are not the default, so it is the hash of before they
-        existed where they are."""
+        """32-bit identification of everything a program depends on (the name is left out)."""
         fields = dataclasses.asdict(self)
         del fields["name"]
-        for field in dataclasses.fields(self):
-            if field.name in _LATER and fields[field.name] == field.default:
-                del fields[field.name]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
     def differences(self, other: dict[str, object]) -> list[str]:

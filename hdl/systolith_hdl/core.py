@@ -22,6 +22,11 @@ from .tensor.engine import TensorEngine
 from .toolchain import cached, content_hash, sources_hash
 from .vector.engine import VectorEngine
 
+#: Cycles for which an engine without an instruction keeps its clock. What it had begun is finished
+#: by then or goes on with the next instruction; without them that one could be later than it is on
+#: an engine whose clock never stops, as what is prepared ahead of it would not be.
+_SETTLE = 31
+
 
 class Core(wiring.Component):
     """Everything but the host port.
@@ -38,8 +43,8 @@ class Core(wiring.Component):
     running, done, fault, cycles, macs, busy, conflicts, instructions, semaphores : Out, as the
         registers
     event : Out(1), high for a cycle when the program ends or faults
-    awake : Out(2 x engines), the sequencers, then the engines: while a bit is low, none of that
-        block's registers would change in a way that can be seen, and a clock gate may stop it
+    awake : Out(2 x engines), the sequencers, then the engines: while a bit is low, a clock gate may
+        stop that block, and nothing that can be seen changes
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -87,9 +92,7 @@ class Core(wiring.Component):
         m.submodules.scalar = scalar = ScalarEngine(config, number=scalar_number)
         queues = []
         for index in range(config.dma_queues):
-            m.submodules[f"dma{index}"] = queue = Once(
-                DmaQueue(config, outstanding=config.outstanding), "dma_queue"
-            )
+            m.submodules[f"dma{index}"] = queue = Once(DmaQueue(config), "dma_queue")
             m.d.comb += queue.key.eq(engine_key(config.engines.index(f"dma{index}")))
             queues.append(queue)
         m.submodules.semaphores = semaphores = SemaphoreFile(config, requesters=3 * count)
@@ -258,21 +261,17 @@ class Core(wiring.Component):
                     self.instructions[index].eq(self.instructions[index] + done),
                 ]
 
-        # -- Blocks whose clock is needed. Behind its last instruction an engine goes on for a
-        # while, until whatever is left in its pipelines has passed.
-        settle = 16 + 2 * config.lanes
+        # -- Blocks whose clock is needed.
         for index, sequencer in enumerate(sequencers):
-            idle = Signal(range(settle + 1), name=f"idle{index}")
-            issue = sequencer.issue
-            works = Signal(name=f"works{index}")
-            m.d.comb += works.eq(issue.instruction.valid | issue.busy)
+            works = sequencer.issue.instruction.valid | sequencer.issue.busy
+            idle = Signal(range(_SETTLE + 1), name=f"idle{index}")
             with m.If(works):
                 m.d.sync += idle.eq(0)
-            with m.Elif(idle != settle):
+            with m.Elif(idle != _SETTLE):
                 m.d.sync += idle.eq(idle + 1)
             m.d.comb += [
                 self.awake[index].eq(sequencer.awake),
-                self.awake[count + index].eq(works | (idle != settle)),
+                self.awake[count + index].eq(works | (idle != _SETTLE)),
             ]
 
         m.d.comb += self.quiet.eq(

@@ -98,18 +98,14 @@ class DmaQueue(wiring.Component):
     column; of a store that adds, each load and each store is also waited for.
     Stochastic rounding changes no throughput: its random words are drawn ahead, and only those of
     the first column, `DRAW_DELAY` cycles later than the column itself, may be waited for.
-    At most `outstanding` bursts, and of reads about four times as many beats, are answered per
-    round trip to DRAM, which is what limits runs of one beat (columns or turned of narrow types,
-    aligned; single) once the latency exceeds some 50 cycles.
+    At most `config.outstanding` bursts, and of reads about four times as many beats, are answered
+    per round trip to DRAM, which is what limits runs of one beat (columns or turned of narrow
+    types, aligned; single) once the latency exceeds some 50 cycles.
 
     Instructions overlap, but none sees another half done. Loads follow loads and stores follow
     stores without a bubble: while data of one is in flight, bursts of the next ones are issued;
     SBUF is written, and DRAM is, in program order. A store after a load begins when all columns of
     the load are in SBUF; a load after a store when every burst of the store has been answered.
-
-    Parameters
-    ----------
-    outstanding : bursts in flight at most, a power of two
 
     Members
     -------
@@ -130,11 +126,8 @@ class DmaQueue(wiring.Component):
         index outside its table, address is the index; the rows before it are finished.
     """
 
-    def __init__(self, config: CoreConfig, *, outstanding: int = 64) -> None:
-        if outstanding < 8 or outstanding & (outstanding - 1):
-            raise ValueError(f"outstanding must be a power of two from 8 up, not {outstanding!r}")
+    def __init__(self, config: CoreConfig) -> None:
         self._config = config
-        self._outstanding = outstanding
         super().__init__(
             {
                 "issue": In(IssuePort()),
@@ -301,7 +294,7 @@ class DmaQueue(wiring.Component):
         draw = Signal.like(draws.start.payload)
         m.submodules.to_draw = to_draw = fifo.SyncFIFO(width=draw.shape().size, depth=_LOOKAHEAD)
         store = Signal()
-        most = self._outstanding + 4 * _LOOKAHEAD
+        most = config.outstanding + 4 * _LOOKAHEAD
         pending = Signal(range(most))  # launched and not done
         m.submodules.finals = finals = fifo.SyncFIFO(width=1, depth=most)  # of each pending
         done = Signal()
@@ -350,7 +343,7 @@ class DmaQueue(wiring.Component):
         # ---------------------------------------------------------------------- runs and bursts
         # A run goes to the splitter, its place to the aligner, in the same cycle.
         position = run_position(config)
-        m.submodules.places = places = fifo.SyncFIFO(width=position.size, depth=self._outstanding)
+        m.submodules.places = places = fifo.SyncFIFO(width=position.size, depth=config.outstanding)
         running = Signal.like(job)
         dense_running = Signal.like(dense_elements)
         goes_on = Signal()
@@ -416,9 +409,9 @@ class DmaQueue(wiring.Component):
 
         # Bursts in flight, counted from when they are committed to their address channel. Beats
         # of reads are limited too: what is asked for is ahead of anyone else's reads.
-        beats = Signal(range(4 * self._outstanding + 16))
+        beats = Signal(range(4 * config.outstanding + 16))
         flight = data.StructLayout({"beat": ADDRESS_BITS - log_beat, "last": 1})
-        m.submodules.flying = flying = fifo.SyncFIFO(width=flight.size, depth=self._outstanding)
+        m.submodules.flying = flying = fifo.SyncFIFO(width=flight.size, depth=config.outstanding)
         oldest = data.View(flight, flying.r_data)
         ar, aw = self.axi_read.ar, self.axi_write.aw
         burst = splitter.burst
@@ -428,7 +421,7 @@ class DmaQueue(wiring.Component):
                 flying.w_rdy
                 & ~self.stop
                 & ~failed
-                & (beats < 4 * self._outstanding)
+                & (beats < 4 * config.outstanding)
                 & Mux(store, ~aw.valid | aw.ready, ~ar.valid | ar.ready)
             ),
             commit.eq(burst.valid & burst.ready),

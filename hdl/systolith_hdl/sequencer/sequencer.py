@@ -252,7 +252,8 @@ class Sequencer(wiring.Component):
         own = self.update[0]
         acquire = pending.any() & (wait.mode == WaitMode.ACQUIRE)
         holds = values[wait.sem] >= wait.value
-        with m.If(holding & pending.any() & Mux(acquire, own.ready, holds)):
+        satisfied = holding & pending.any() & Mux(acquire, own.ready, holds)
+        with m.If(satisfied):
             m.d.sync += pending.eq(pending & ~slot)
 
         # -- Issue.
@@ -356,28 +357,14 @@ class Sequencer(wiring.Component):
             self.idle.eq(fetch.idle & check.idle & ~holding & drained & ~running),
         ]
 
-        # -- Everything that moves, and what it moved for a little longer.
-        moves = Signal()
-        still = Signal(range(4))
-        m.d.comb += [
-            moves.eq(
-                self.start
-                | (stop & ~(fetch.idle & check.idle & ~holding))
-                | fetch.moves
-                | check.moves
-                | (holding & ~stop & Mux(pending.any(), Mux(acquire, own.ready, holds), is_test))
-                | leave
-                | self.issue.done
-                | ~self.settled
-                | self.overflow.any()
-            ),
-            self.awake.eq(moves | (still != 3)),
-        ]
-        with m.If(moves):
-            m.d.sync += still.eq(0)
-        with m.Elif(still != 3):
-            m.d.sync += still.eq(still + 1)
-        if self._kind is EngineKind.TENSOR:
-            with m.If(self.done_load):
-                m.d.comb += moves.eq(1)
+        # -- What can change a register here, in the fetch or in the check.
+        m.d.comb += self.awake.eq(
+            fetch.moves
+            | check.moves
+            | (stop & holding)
+            | satisfied
+            | leave
+            | Cat(each.done | ~each.settled for each in retires).any()
+            | self.overflow.any()
+        )
         return m

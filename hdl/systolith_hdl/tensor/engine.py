@@ -12,7 +12,7 @@ from ..formats import DType
 from ..isa import LOADS, PAIRS, SPECS, Opcode, is_opcode
 from ..ports import READ_LATENCY, IssuePort, ReadPort, split_words
 from ..psum import ACCUMULATE_LATENCY, AccumulatePort, accumulate_tag
-from ..queue import queue_of
+from ..queue import queue_members, queue_of
 from .array import SystolicArray, array_latency
 from .mac import OPERAND_BITS
 from .mac_fp8x2 import SECOND_BITS
@@ -364,16 +364,7 @@ class _Queue(wiring.Component):
 
     def __init__(self, config: CoreConfig, shape: ShapeLike) -> None:
         self._depth = queue_depth(config)
-        super().__init__(
-            {
-                "w_data": In(shape),
-                "w_en": In(1),
-                "w_rdy": Out(1),
-                "r_data": Out(shape),
-                "r_en": In(1),
-                "r_rdy": Out(1),
-            }
-        )
+        super().__init__(queue_members(shape))
 
     def elaborate(self, platform: object) -> Module:
         m = Module()

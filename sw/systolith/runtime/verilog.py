@@ -126,10 +126,10 @@ def with_clock_gates(text: str, config: CoreConfig) -> str:
 
 #: Writes of one word's lanes, each with an enable of its own.
 _LANE_WRITES = re.compile(
-    r"(?:    if \((?P<mask>\w+)\[\d+\]\)\n      (?P<ram>\w+)\[(?P<row>\w+)\]\[\d+:\d+\] <= "
-    r"(?P<data>\w+)\[\d+:\d+\];\n){2,}"
+    r"    if \(\w+\[\d+\]\)\n      (\w+\[\w+\])\[(\d+:0)\] <= (\w+)\[\2\];\n"
+    r"(?:    if \(\w+\[\d+\]\)\n      \1\[(\d+:\d+)\] <= \3\[\4\];\n)+"
 )
-_LANE_WRITE = re.compile(r"if \((\w+\[\d+\])\)\n +(\w+\[\w+\])\[(\d+):(\d+)\] <= (\w+)\[\3:\4\];\n")
+_LANE = re.compile(r"\((\w+\[\d+\])\)\n.*\[(\d+):(\d+)\] <=")
 
 
 def with_whole_writes(text: str) -> str:
@@ -140,24 +140,14 @@ def with_whole_writes(text: str) -> str:
     """
 
     def whole(found: re.Match[str]) -> str:
-        writes = _LANE_WRITE.findall(found[0])
-        places = {place for _, place, _, _, _ in writes}
-        ends = [(int(high), int(low)) for _, _, high, low, _ in writes]
-        if (
-            len(places) != 1
-            or len({name for *_, name in writes}) != 1
-            or ends[0][1] != 0
-            or any(low != high + 1 for (high, _), (_, low) in itertools.pairwise(ends))
-        ):
+        lanes = [(enable, int(high), int(low)) for enable, high, low in _LANE.findall(found[0])]
+        if any(low != high + 1 for (_, high, _), (_, _, low) in itertools.pairwise(lanes)):
             return found[0]
-        (place,) = places
-        mask = ", ".join(
-            f"{{{int(high) - int(low) + 1}{{{enable}}}}}"
-            for enable, _, high, low, _ in reversed(writes)
-        )
+        place, data = found[1], found[3]
+        mask = ", ".join(f"{{{high - low + 1}{{{enable}}}}}" for enable, high, low in lanes[::-1])
         return (
-            f"    if ({' | '.join(enable for enable, *_ in writes)})\n"
-            f"      {place} <= ({found['data']} & {{{mask}}}) | ({place} & ~{{{mask}}});\n"
+            f"    if ({' | '.join(enable for enable, _, _ in lanes)})\n"
+            f"      {place} <= ({data} & {{{mask}}}) | ({place} & ~{{{mask}}});\n"
         )
 
     return _LANE_WRITES.sub(whole, text)
