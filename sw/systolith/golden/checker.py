@@ -48,9 +48,8 @@ def _codes(kind: type[Enum]) -> frozenset[int]:
     return frozenset(member.value for member in kind)
 
 
-@functools.cache
-def _legal(opcode: Opcode, field: str, config: CoreConfig) -> frozenset[int]:
-    return legal_operations(opcode, field, config)
+_legal = functools.cache(legal_operations)
+_types = functools.cache(operation_types)
 
 
 def _allowed(codes: frozenset[Any]) -> frozenset[int]:
@@ -144,7 +143,7 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
             return Fault(FaultCause.BAD_TYPE)
     if any(fields[f"{name}.dtype"] != fields["src0.dtype"] for name in spec.alike):
         return Fault(FaultCause.BAD_TYPE)
-    for operation, legal in operation_types(opcode, config).items():
+    for operation, legal in _types(opcode, config).items():
         if fields["op1"] == operation.value and DType(fields["src0.dtype"]) not in legal:
             return Fault(FaultCause.BAD_TYPE)
     if (
