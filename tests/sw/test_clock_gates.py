@@ -2,7 +2,7 @@
 
 import pytest
 from systolith.runtime.rtl import RtlBackend
-from systolith.runtime.verilog import with_clock_gates, with_whole_writes
+from systolith.runtime.verilog import with_clock_gates, with_registers, with_whole_writes
 from systolith_hdl.config import get_config
 from systolith_hdl.core import chip_verilog
 from systolith_hdl.toolchain import ToolError
@@ -50,3 +50,46 @@ def test_whole_writes() -> None:
         lanes.replace("ram[row][15", "ram[low][15"),
     ):
         assert with_whole_writes(other) == other
+
+
+REGISTER = "  always @(posedge clk)\n    q <= \\$1 ;\n"
+NEXT = """\
+  always @* begin
+    if (\\$dump ) begin end
+    \\$1  = q;
+    if (en) begin
+      \\$1 [3:0] = q[7:4];
+    end
+  end
+"""
+ONE = """\
+  always @(posedge clk) begin
+    if (en) begin
+      q[3:0] <= q[7:4];
+    end
+  end
+"""
+
+
+def _module(*parts: str) -> str:
+    return "".join(["module m(clk, en, q);\n  reg [7:0] \\$1 ;\n", *parts, "endmodule\n"])
+
+
+def test_registers() -> None:
+    """A register and its next value become one process; a value that is read elsewhere, as well or
+    instead, or assigned together with another, stays."""
+    assert with_registers(_module(REGISTER, NEXT)) == _module(ONE)
+    for other in (
+        _module(REGISTER, NEXT, "  assign o = \\$1 ;\n"),
+        _module(REGISTER, REGISTER.replace("q", "p"), NEXT),
+        _module(REGISTER, NEXT.replace("q[7:4]", "\\$1 [7:4]")),
+        _module(REGISTER, NEXT.replace("\\$1 [3:0]", "\\$2 [3:0]")),
+        _module(NEXT),
+    ):
+        assert with_registers(other) == other
+
+
+def test_nearly_all_registers_of_the_chip_are_one_process() -> None:
+    text = chip_verilog(NANO)
+    separate = with_registers(text).count("  always @(posedge clk)\n")
+    assert separate < text.count("  always @(posedge clk)\n") / 10

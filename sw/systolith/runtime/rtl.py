@@ -36,6 +36,7 @@ from .verilog import (
     with_clock_gates,
     with_fast_cells,
     with_held_inputs,
+    with_registers,
     with_whole_writes,
 )
 
@@ -158,7 +159,7 @@ def verilate(
         if fast:
             verilog = with_fast_cells(verilog, cells)
         verilog, cpp = with_loops(verilog) if loops else (verilog, "")
-        verilog = with_whole_writes(with_calls(verilog))
+        verilog = with_registers(with_whole_writes(with_calls(verilog)))
         (folder / FAST_CELLS_HEADER.name).write_text(header)
         (folder / "lanes.cpp").write_text(cpp)
         (folder / "design.v").write_text(verilog)

@@ -1,8 +1,9 @@
-"""What the simulator changes in the chip's Verilog: how its inputs arrive, and, for `rtl-fast`, the
-floating-point cells."""
+"""What the simulator changes in the chip's Verilog: how inputs arrive, when what is worked out, and
+for `rtl-fast` the floating-point cells."""
 
 from __future__ import annotations
 
+import collections
 import itertools
 import re
 from pathlib import Path
@@ -151,3 +152,46 @@ def with_whole_writes(text: str) -> str:
         )
 
     return _LANE_WRITES.sub(whole, text)
+
+
+_WHOLE_MODULE = re.compile(r"^module .*?^endmodule\n", re.MULTILINE | re.DOTALL)
+_NAME = re.compile(r"\\\S+|[A-Za-z_]\w*")
+_REGISTER = re.compile(r"  always @\(posedge (\w+)\)\n    (\\\S+ |\w+) <= (\\\S+|\w+) ?;\n")
+_COMBINATIONAL = re.compile(
+    r"  always @\* begin\n    if \(\S+ \) begin end\n((?:    .*\n)+?)  end\n"
+)
+_ASSIGNMENT = re.compile(r"^( +)(\\\S+|\w+) *(\[[\d:]+\])? = ", re.MULTILINE)
+
+
+def with_registers(text: str) -> str:
+    """Returns the Verilog `text` with each register's next value worked out at its clock's edge.
+
+    Yosys writes a register as two processes, one of them for its next value. Verilator works that
+    one out whenever anything it reads has changed, which is nearly always; as a part of the other
+    it waits for the edge, and that of a gated clock does not come.
+    """
+    return _WHOLE_MODULE.sub(lambda module: _with_registers(module[0]), text)
+
+
+def _with_registers(module: str) -> str:
+    registers = {value: (clock, name) for clock, name, value in _REGISTER.findall(module)}
+    uses = collections.Counter(_NAME.findall(module)) if registers else {}
+    done = set()
+
+    def clocked(found: re.Match[str]) -> str:
+        body = found[1]
+        targets = [target for _, target, _ in _ASSIGNMENT.findall(body)]
+        value = targets[0]
+        # A value that is read elsewhere as well, or here, stays a signal. What is left of one that
+        # is not: its declaration, its register, and its assignments.
+        if set(targets) - {value} or value not in registers or uses[value] != 2 + len(targets):
+            return found[0]
+        done.add(value)
+        clock, name = registers[value]
+        changed = _ASSIGNMENT.sub(lambda place: f"{place[1]}{name}{place[3] or ''} <= ", body)
+        # That it keeps its value goes without saying.
+        kept = changed.removeprefix(f"    {name} <= {name};\n")
+        return f"  always @(posedge {clock}) begin\n{kept}  end\n"
+
+    module = _COMBINATIONAL.sub(clocked, module)
+    return _REGISTER.sub(lambda found: "" if found[3] in done else found[0], module)
