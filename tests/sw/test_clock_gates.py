@@ -84,6 +84,8 @@ def test_registers() -> None:
         _module(REGISTER, REGISTER.replace("q", "p"), NEXT),
         _module(REGISTER, NEXT.replace("q[7:4]", "\\$1 [7:4]")),
         _module(REGISTER, NEXT.replace("\\$1 [3:0]", "\\$2 [3:0]")),
+        _module(REGISTER, NEXT.replace("\\$1 [3:0]", "\\$2 [3:0]"), "  assign o = \\$1 ;\n"),
+        _module(REGISTER, NEXT.replace("    end\n", "    end\n    m[a] = q;\n")),
         _module(NEXT),
     ):
         assert with_registers(other) == other

@@ -26,7 +26,8 @@ from typing import Any
 from systolith_hdl.emit import LANES_NAME
 from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, yosys
 
-_MODULE = re.compile(r"^module (\S+?) ?\(.*?^endmodule\n", re.MULTILINE | re.DOTALL)
+#: A module of Yosys' Verilog, and its name.
+MODULE = re.compile(r"^module (\S+?) ?\(.*?^endmodule\n", re.MULTILINE | re.DOTALL)
 _INSTANCE = re.compile(r"^ +(\\\S+|\w+) +(?:\\\S+ |\w+) ?\(", re.MULTILINE)
 _PORT = re.compile(r"^  (input|output) (?:\[(\d+):0\] )?(\\\S+|\w+) ?;", re.MULTILINE)
 #: Modules that stand for C++ functions of fast_cells.h.
@@ -71,7 +72,7 @@ Bit = int | str  # as in Yosys' JSON: the number of a net's bit, or "0", "1", "x
 
 def _modules(text: str) -> dict[str, str]:
     """The modules of a Verilog text, by name."""
-    return {found[1].lstrip("\\"): found[0] for found in _MODULE.finditer(text)}
+    return {found[1].lstrip("\\"): found[0] for found in MODULE.finditer(text)}
 
 
 def _parts(modules: dict[str, str], name: str) -> str:

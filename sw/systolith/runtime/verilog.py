@@ -13,7 +13,7 @@ from systolith_hdl.config import CoreConfig
 from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY, PAIR_MUL_LATENCY
 from systolith_hdl.toolchain import ToolError
 
-from .lanes import cpp_call
+from .lanes import MODULE, cpp_call
 
 #: Cells with their arithmetic in C++, and that C++.
 FAST_CELLS = Path(__file__).with_name("fast_cells.v")
@@ -154,12 +154,12 @@ def with_whole_writes(text: str) -> str:
     return _LANE_WRITES.sub(whole, text)
 
 
-_WHOLE_MODULE = re.compile(r"^module .*?^endmodule\n", re.MULTILINE | re.DOTALL)
 _NAME = re.compile(r"\\\S+|[A-Za-z_]\w*")
 _REGISTER = re.compile(r"  always @\(posedge (\w+)\)\n    (\\\S+ |\w+) <= (\\\S+|\w+) ?;\n")
 _COMBINATIONAL = re.compile(
     r"  always @\* begin\n    if \(\S+ \) begin end\n((?:    .*\n)+?)  end\n"
 )
+_STATEMENT = re.compile(r"^ +(?![ /]).*;$", re.MULTILINE)
 _ASSIGNMENT = re.compile(r"^( +)(\\\S+|\w+) *(\[[\d:]+\])? = ", re.MULTILINE)
 
 
@@ -170,21 +170,22 @@ def with_registers(text: str) -> str:
     one out whenever anything it reads has changed, which is nearly always; as a part of the other
     it waits for the edge, and that of a gated clock does not come.
     """
-    return _WHOLE_MODULE.sub(lambda module: _with_registers(module[0]), text)
+    return MODULE.sub(lambda module: _with_registers(module[0]), text)
 
 
 def _with_registers(module: str) -> str:
     registers = {value: (clock, name) for clock, name, value in _REGISTER.findall(module)}
-    uses = collections.Counter(_NAME.findall(module)) if registers else {}
+    uses = collections.Counter(_NAME.findall(module))
     done = set()
 
     def clocked(found: re.Match[str]) -> str:
         body = found[1]
         targets = [target for _, target, _ in _ASSIGNMENT.findall(body)]
-        value = targets[0]
-        # A value that is read elsewhere as well, or here, stays a signal. What is left of one that
-        # is not: its declaration, its register, and its assignments.
-        if set(targets) - {value} or value not in registers or uses[value] != 2 + len(targets):
+        value = targets[0] if targets else ""
+        # All that is done here is to assign it, and all else that it is in is its declaration and
+        # its register: a value that is read, here or elsewhere, stays a signal.
+        alone = set(targets) == {value} and len(targets) == len(_STATEMENT.findall(body))
+        if value not in registers or not alone or uses[value] != 2 + len(targets):
             return found[0]
         done.add(value)
         clock, name = registers[value]
