@@ -404,6 +404,44 @@ async def loops_with_stalls(dut: Any) -> None:
 
 
 @cocotb.test(timeout_time=5, timeout_unit="ms")
+async def tests_of_indexed_words(dut: Any) -> None:
+    """On every engine: TEST reads the word that its index register leads to, however far."""
+    bench = Bench(dut)
+    await bench.reset()
+    words = [base + STREAM_BYTES // 2 for base in bench.bases]
+    end = encode(Opcode.END, {})
+
+    def walk(e: int, count: int, step: int) -> list[bytes]:
+        return [
+            encode(Opcode.LOOP, {"count": count}),
+            encode(Opcode.TEST, {"dram_base": words[e], "dram_index": 2}),
+            encode(Opcode.NEXT, {"steps.1": step, "conditional": 1}),
+            end,
+        ]
+
+    bench.load([walk(e, 10, 8) for e in range(COUNT)])
+    for e, word in enumerate(words):
+        bench.memory.bytes[word + 8 * (e + 1) :][:8] = 0
+    await bench.start()
+    await bench.ended()
+    # LOOP, a TEST and a NEXT for each word up to the zero, END.
+    assert bench.completed == [2 + 2 * (e + 2) for e in range(COUNT)]
+
+    far = 1 << 24
+    bench.load([walk(e, 2, far) for e in range(COUNT)])
+    await bench.start()
+    for _ in range(3000):
+        await RisingEdge(dut.clk)
+        if all(bench.high("fault", e) for e in range(COUNT)):
+            break
+    await ClockCycles(dut.clk, 3)
+    beat = min(CONFIG.axi_bytes, INSTRUCTION_BYTES)
+    for e, word in enumerate(words):
+        assert FaultCause(int(getattr(dut, f"cause__{e}").value)) is FaultCause.AXI_READ_ERROR
+        assert int(getattr(dut, f"address__{e}").value) == (word + far) // beat * beat
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
 async def loops_that_do_not_match(dut: Any) -> None:
     """BAD_LOOP at the instruction that is one too many, and TEST of a word that does not exist."""
     bench = Bench(dut)

@@ -1,6 +1,6 @@
 """Loops of an instruction stream, and the index registers that make its addresses move."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -124,15 +124,25 @@ class Loops(wiring.Component):
         with m.If(self.start):
             m.d.sync += [number.eq(0), depth.eq(0), indices.eq(0), flag.eq(0)]
 
+        # Opcodes may have fields of different width in one place: one adder, and a carry out of a
+        # narrow field ends there.
         m.d.comb += self.indexed.eq(self.word)
-        for position, (field, opcodes) in enumerate(self._fields().items()):
-            selected = self.word[field.index : field.index + 2]
+        places: dict[int, list[tuple[IndexedField, Value]]] = {}
+        for field, opcodes in self._fields().items():
             here = Cat(opcode == code.value for code in opcodes).any()
-            value = Signal(signed(32), name=f"index{position}")
-            with m.Switch(Mux(here, selected, 0)):
-                for register in range(INDEX_REGISTERS):
-                    with m.Case(register + 1):
-                        m.d.comb += value.eq(indices[register])
-            base = slice(field.base, field.base + field.width)
-            m.d.comb += self.indexed[base].eq(self.word[base] + value)
+            places.setdefault(field.base, []).append((field, here))
+        for base, fields in places.items():
+            value = Signal(signed(32), name=f"index{base}")
+            for field, here in fields:
+                with m.Switch(Mux(here, self.word[field.index : field.index + 2], 0)):
+                    for register in range(INDEX_REGISTERS):
+                        with m.Case(register + 1):
+                            m.d.comb += value.eq(indices[register])
+            end = base + max(field.width for field, _ in fields)
+            m.d.comb += self.indexed[base:end].eq(self.word[base:end] + value)
+            for field, here in fields:
+                beyond = slice(base + field.width, end)
+                if beyond.start < end:
+                    with m.If(here):
+                        m.d.comb += self.indexed[beyond].eq(self.word[beyond])
         return m
