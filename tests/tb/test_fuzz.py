@@ -28,6 +28,7 @@ from systolith_tb.configs import NANO_FP8
 from systolith_tb.fuzz import (
     CAUSES,
     Case,
+    Loop,
     Pair,
     describe,
     draw_case,
@@ -90,6 +91,24 @@ def test_everything_is_drawn() -> None:
         fields[f"wait.{slot}.mode"] for _, fields in everything for slot in range(3)
     )
     assert min(waits[mode] for mode in (0, 1, 2)) > 100
+
+
+def test_data_end_loops() -> None:
+    """Of the loops that data may end, some do all their iterations and some do not."""
+    rig = Pair(NANO, GoldenDevice(NANO, dram_bytes=1 << 20)).golden
+    found: collections.Counter[bool] = collections.Counter()
+    for seed in range(300):
+        case = draw_case(NANO, seed, length=12)
+        for loop in case.elements:
+            if isinstance(loop, Loop) and loop.conditional and loop.count > 2:
+                executed = [
+                    rig.run(program(dataclasses.replace(case, elements=(variant,))), seed)
+                    .state["instructions"]
+                    .sum()
+                    for variant in (loop, dataclasses.replace(loop, conditional=False))
+                ]
+                found[bool(executed[0] < executed[1])] += 1
+    assert min(found[True], found[False]) > 5, found
 
 
 def test_every_fault_is_met() -> None:
