@@ -3,13 +3,15 @@ cached."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,25 @@ def _verilator_args(top: str, cflags: str) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def _run_time_library(
+    binary: str, environment: dict[str, str], arguments: list[str], top: str
+) -> Iterator[None]:
+    """Compiles Verilator's run-time library into the cache of objects (objcache.py), if nothing is
+    there yet, beside what is done inside, which keeps one core busy. A build with the same
+    arguments finds it there; what fails here fails in that build too, which reports it."""
+    if (cache_dir() / "objects").exists():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / FAST_CELLS_HEADER.name).touch()
+        (Path(folder) / "empty.v").write_text(f"module {top}; endmodule\n")
+        command = [binary, *arguments, "--Mdir", "empty", "empty.v"]
+        quiet = subprocess.DEVNULL
+        with subprocess.Popen(command, cwd=folder, env=environment, stdout=quiet, stderr=quiet):
+            yield
+
+
 def verilate(
     name: str,
     top: str,
@@ -155,7 +176,8 @@ def verilate(
         if library.exists():
             return library
         progress(f"emitting the Verilog of {name}")
-        verilog = emit()
+        with _run_time_library(binary, environment, arguments, top):
+            verilog = emit()
         if fast:
             verilog = with_fast_cells(verilog, cells)
         verilog, cpp = with_loops(verilog) if loops else (verilog, "")
