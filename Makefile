@@ -59,7 +59,8 @@ synth: setup
 baseline: setup
 	$(BIN)/python -m systolith_synth.baseline
 
-# Netlists of nano's MAC, scratchpad and vector engine under the benches of the sources.
+# Netlists of nano's MAC, scratchpad and vector engine under the benches of the sources, and that of
+# the whole chip, training.
 gatesim: setup
 	$(BIN)/python -m pytest tests/gatesim
 

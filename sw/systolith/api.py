@@ -34,7 +34,8 @@ class Device:
     Parameters
     ----------
     kind : "rtl", the chip's gates; "rtl-fast", the same with floating-point cells in C++: same
-        results and cycles; or "golden", the chip's numpy model: same results, no clock
+        results and cycles; "golden", the chip's numpy model: same results, no clock; or "netlist",
+        the FPGA's cells that Yosys makes of the chip: same results and cycles, minutes to build
     config : preset name or `CoreConfig`
     dram_bytes : size of the device DRAM
     dram_latency : cycles from an accepted burst to its first beat ("golden" has no clock)
@@ -67,7 +68,7 @@ class Device:
             if kind != "golden":
                 raise BackendError(f'check=True needs the device "golden", not {kind!r}')
             options["check"] = True
-        if kind in ("rtl", "rtl-fast"):
+        if kind in ("rtl", "rtl-fast", "netlist"):
             options["dram_latency"] = dram_latency
             options["dram_bytes_per_cycle"] = dram_bytes_per_cycle
             if progress is not None:

@@ -1,4 +1,5 @@
-"""Netlists for simulation: a component as the FPGA's cells, in Verilog.
+"""Netlists for simulation: a component as the FPGA's cells, in Verilog, and the whole chip as a
+device.
 
 The simulation models of most cells are Yosys' own. Those of the multiplier and the block RAM, which
 Yosys has only as black boxes, are here; they know the modes that synthesis uses and stop the
@@ -7,7 +8,15 @@ simulation in any other.
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from amaranth.lib import wiring
+from systolith.runtime.rtl import Progress as Report
+from systolith.runtime.rtl import RtlBackend, build_of
+from systolith_hdl.config import CoreConfig
+from systolith_hdl.core import Chip
+from systolith_hdl.toolchain import content_hash
 
 from .flow import Progress, Synthesis
 from .netlist import Design
@@ -118,3 +127,33 @@ def netlist(
     synthesis = Synthesis(Design.of_component(component, name), device, progress=progress)
     text = synthesis.verilog(name)
     return "\n".join([text, _multiplier(), _block_ram()])
+
+
+class NetlistBackend(RtlBackend):
+    """The `netlist` device: `RtlBackend` with the cells that Yosys makes of the chip; options
+    `dram_bytes`, `dram_latency`, `dram_bytes_per_cycle` and `progress` as its.
+
+    Slow: minutes to build, some hundred cycles a second.
+    """
+
+    def __init__(
+        self, config: CoreConfig, *, progress: Report = lambda message: None, **options: Any
+    ) -> None:
+        progress(f"synthesizing {config.name}")
+        text = netlist(Chip(config), "chip", progress=progress)
+        # Each unit once, however often it is placed: else Verilator takes many times as long.
+        text = re.sub(
+            r"^module u_.*?;\n",
+            lambda head: f"{head[0]}  /*verilator no_inline_module*/\n",
+            text,
+            flags=re.MULTILINE | re.DOTALL,
+        )
+        library = build_of(
+            f"netlist-{config.name}",
+            config,
+            lambda: text,
+            sources=content_hash(text),
+            loops=False,
+            progress=progress,
+        )
+        super().__init__(config, library=library, **options)

@@ -1,8 +1,13 @@
-"""What Yosys makes of blocks of nano, in the FPGA's cells, under the benches of the sources."""
+"""What Yosys makes of blocks of nano, in the FPGA's cells, under the benches of the sources; and of
+the whole chip, training."""
 
 import re
 
+import jax
+import numpy as np
+import systolith
 from amaranth.lib import wiring
+from systolith.train import digits
 from systolith_hdl.banked import BankedMemory
 from systolith_hdl.config import get_config
 from systolith_hdl.vector.engine import VectorEngine
@@ -34,4 +39,19 @@ def test_scratchpad() -> None:
 def test_vector_lanes() -> None:
     config = get_config("nano")
     engine = VectorEngine(config, number=config.engines.index("vector"))
-    assert run_gates(engine, "vector_gates", "bench_vector", cell="MULT18X18D") == 5
+    assert run_gates(engine, "vector_gates", "bench_vector", cell="MULT18X18D") == 6
+
+
+def test_whole_chip_trains() -> None:
+    """A step of the digits training: parameters and loss those of golden, cycles those of `rtl`."""
+    data, batch = digits.load(), 32
+    results, cycles = {}, {}
+    for kind in ("golden", "rtl", "netlist"):
+        with systolith.Device(kind, config="nano") as device:
+            step = systolith.jit(digits.make_step(1e-3), device=device)
+            images, labels = data.train_images[:batch], data.train_labels[:batch]
+            state, loss = step(digits.initial_state(0, 0.15), images, labels)
+            results[kind] = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state, loss))]
+            cycles[kind] = step.stats().get("cycles")
+    assert results["netlist"] == results["golden"] == results["rtl"]
+    assert cycles["netlist"] == cycles["rtl"] > 0

@@ -85,6 +85,7 @@ BACKENDS: dict[str, str] = {
     "golden": "systolith.golden.device:GoldenDevice",
     "rtl": "systolith.runtime.rtl:RtlBackend",
     "rtl-fast": "systolith.runtime.rtl:FastRtlBackend",
+    "netlist": "systolith_synth.gatesim:NetlistBackend",
     "board": "systolith.runtime.board:SimulatedBoard",
     "uart": "systolith.runtime.serial:SerialBackend",
 }

@@ -208,6 +208,19 @@ def verilate(
     return library
 
 
+def build_of(name: str, config: CoreConfig, emit: Callable[[], str], **options: Any) -> Path:
+    """Builds the shared library of a chip from the Verilog that `emit` returns, module ``chip``;
+    options as of `verilate`."""
+    return verilate(
+        name,
+        _TOP,
+        lambda: with_held_inputs(emit(), "chip", _TOP),
+        _HARNESS,
+        cflags=f"-DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
+        **options,
+    )
+
+
 def build(
     config: CoreConfig,
     progress: Progress = lambda message: None,
@@ -225,15 +238,13 @@ def build(
 
     def emit() -> str:
         text = chip_verilog(config)
-        return with_held_inputs(with_clock_gates(text, config) if gated else text, "chip", _TOP)
+        return with_clock_gates(text, config) if gated else text
 
-    return verilate(
+    return build_of(
         f"chip-{config.name}{'-fast' if fast else ''}{'' if gated else '-ungated'}",
-        _TOP,
+        config,
         emit,
-        _HARNESS,
         sources=content_hash(sources_hash(), repr(config)),
-        cflags=f"-DSYSTOLITH_AXI_BYTES={config.axi_bytes}",
         fast=fast,
         progress=progress,
     )
@@ -251,6 +262,7 @@ class RtlBackend(SharedDram):
     progress : called with a line of text when a long step begins
     fast : the floating-point cells are C++ instead of gates: same bits, same cycles
     gated : the clocks of blocks at rest stop; without, slower: same bits, same cycles
+    library : a simulator of the chip that was built from something else, by `build_of`
     """
 
     def __init__(
@@ -263,6 +275,7 @@ class RtlBackend(SharedDram):
         progress: Progress = lambda message: None,
         fast: bool = False,
         gated: bool = True,
+        library: Path | None = None,
     ) -> None:
         if dram_bytes_per_cycle is None:
             dram_bytes_per_cycle = 2 * config.lanes
@@ -272,7 +285,8 @@ class RtlBackend(SharedDram):
             raise BackendError(f"dram_bytes_per_cycle must be positive, not {dram_bytes_per_cycle}")
         self.config = config
         self.dram = np.zeros(dram_bytes, np.uint8)
-        library = ctypes.CDLL(str(build(config, progress, fast=fast, gated=gated)))
+        path = library or build(config, progress, fast=fast, gated=gated)
+        simulator = ctypes.CDLL(str(path))
         u32, u64, handle = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
         for name, result, arguments in (
             ("sim_create", handle, [handle, u64, u64, u64]),
@@ -284,10 +298,10 @@ class RtlBackend(SharedDram):
             ("sim_write", ctypes.c_int, [handle, u32, u32]),
             ("sim_read", ctypes.c_int, [handle, u32, ctypes.POINTER(u32)]),
         ):
-            function = getattr(library, name)
+            function = getattr(simulator, name)
             function.restype, function.argtypes = result, arguments
-        self._library = library
-        self._sim = library.sim_create(
+        self._library = simulator
+        self._sim = simulator.sim_create(
             self.dram.ctypes.data, dram_bytes, dram_latency, dram_bytes_per_cycle
         )
 
