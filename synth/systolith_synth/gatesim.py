@@ -12,7 +12,6 @@ import re
 from typing import Any
 
 from amaranth.lib import wiring
-from systolith.runtime.rtl import Progress as Report
 from systolith.runtime.rtl import RtlBackend, build_of
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.core import Chip
@@ -122,10 +121,16 @@ def netlist(
     progress: Progress = lambda text: None,
 ) -> str:
     """Synthesizes a component; returns its netlist as Verilog, module `name` and below it a
-    module for each unit, with models of the cells that Yosys has none for."""
+    module for each unit, which Verilator is to work out once, however often it is placed, with
+    models of the cells that Yosys has none for."""
     device = get_target(target)
     synthesis = Synthesis(Design.of_component(component, name), device, progress=progress)
-    text = synthesis.verilog(name)
+    text = re.sub(
+        r"^module u_.*?;\n",
+        lambda head: f"{head[0]}  /*verilator no_inline_module*/\n",
+        synthesis.verilog(name),
+        flags=re.MULTILINE | re.DOTALL,
+    )
     return "\n".join([text, _multiplier(), _block_ram()])
 
 
@@ -133,21 +138,14 @@ class NetlistBackend(RtlBackend):
     """The `netlist` device: `RtlBackend` with the cells that Yosys makes of the chip; options
     `dram_bytes`, `dram_latency`, `dram_bytes_per_cycle` and `progress` as its.
 
-    Slow: minutes to build, some hundred cycles a second.
+    Nano takes minutes to build.
     """
 
     def __init__(
-        self, config: CoreConfig, *, progress: Report = lambda message: None, **options: Any
+        self, config: CoreConfig, *, progress: Progress = lambda message: None, **options: Any
     ) -> None:
         progress(f"synthesizing {config.name}")
         text = netlist(Chip(config), "chip", progress=progress)
-        # Each unit once, however often it is placed: else Verilator takes many times as long.
-        text = re.sub(
-            r"^module u_.*?;\n",
-            lambda head: f"{head[0]}  /*verilator no_inline_module*/\n",
-            text,
-            flags=re.MULTILINE | re.DOTALL,
-        )
         library = build_of(
             f"netlist-{config.name}",
             config,

@@ -6,10 +6,11 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from amaranth.lib import wiring
+from systolith.runtime.rtl import OPTIMIZATION
 from systolith_hdl.emit import to_verilog
 from systolith_hdl.toolchain import cache_dir, content_hash, verilator_env
 
@@ -26,8 +27,6 @@ _BUILD_ARGS = [
     # signals stay so (see _CONTROL).
     "--no-public-flat-rw",
 ]
-#: Cheap to build: benches are short, and what Verilator calls slow runs once.
-_OPTIMIZATION = "OPT_FAST=-O1 OPT_SLOW=-O0 OPT_GLOBAL=-O2"
 #: Verilator control file: the bench reaches the DUT's signals, none deeper.
 _CONTROL = """`verilator_config
 public_flat_rw -module "{name}" -var "*"
@@ -57,30 +56,24 @@ def run_bench(
     seed: int | None = None,
     testcase: str | None = None,
     env: Mapping[str, str] | None = None,
-    keep: Sequence[str] = (),
 ) -> int:
     """Builds `component` (cached by the hash of its Verilog) and runs the cocotb tests of
     `test_module` on it. In place of a component it may be a Verilog text with module `name`.
 
     The DUT's ports are named ``member__submember``, its clock ``clk``, its reset ``rst``.
     The seed (`seed`, else ``$SYSTOLITH_SEED``, else drawn) is printed and seeds Python's
-    `random` in the simulation. Modules named in `keep` are not inlined, which makes the builds of
-    large designs short. Returns the number of tests that ran; raises AssertionError when one
+    `random` in the simulation. Returns the number of tests that ran; raises AssertionError when one
     failed, or when none ran.
     """
     from cocotb_tools.runner import get_results, get_runner
 
     verilog = component if isinstance(component, str) else to_verilog(component, name)
     binary, environment, flags = verilator_env()
-    config = "\n".join(["`verilator_config", *(f'no_inline -module "{k}"' for k in keep), ""])
     build_args = [*_BUILD_ARGS, *flags]
-    key = content_hash(verilog, repr(build_args), _OPTIMIZATION, _CONTROL, binary)
+    key = content_hash(verilog, repr(build_args), OPTIMIZATION, _CONTROL, binary)
     build_dir = cache_dir() / f"bench-{name}-{key}"
     build_dir.mkdir(parents=True, exist_ok=True)
     source = build_dir / f"{name}.v"
-    kept = build_dir / "keep.vlt"
-    if keep:
-        build_args.append(str(kept))
     control = build_dir / f"{name}.vlt"
     if seed is None:
         seed = seed_of_run()
@@ -88,13 +81,12 @@ def run_bench(
 
     saved = dict(os.environ)
     os.environ.update(environment)
-    os.environ["MAKEFLAGS"] = f"{environment.get('MAKEFLAGS', ' --')} {_OPTIMIZATION}"
+    os.environ["MAKEFLAGS"] = f"{environment.get('MAKEFLAGS', ' --')} {OPTIMIZATION}"
     os.environ["PATH"] = f"{Path(binary).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         runner = get_runner("verilator")
         with _locked(build_dir / "lock"):
             if not source.exists() or source.read_text() != verilog:
-                kept.write_text(config)
                 source.write_text(verilog)
                 control.write_text(_CONTROL.format(name=name))
             runner.build(
