@@ -16,6 +16,8 @@ from systolith_tb.numerics import canonical, double, random_words, round_to
 
 #: FP32 words of the operands of some cases, one array for each operand.
 Operands = tuple[np.ndarray, ...]
+#: Draws as many words of one kind.
+Words = Callable[[np.random.Generator, int], np.ndarray]
 Make = Callable[[np.random.Generator, int], Operands]
 
 _SIGN = np.uint32(1 << 31)
@@ -55,13 +57,15 @@ def _choose(rng: np.random.Generator, *choices: np.ndarray) -> np.ndarray:
     return np.choose(rng.integers(0, len(choices), len(choices[0])), choices)
 
 
-def _with(rng: np.random.Generator, special: np.ndarray, *operands: np.ndarray) -> Operands:
-    """Puts a special word into one operand of each case, sometimes into several."""
+def _with(rng: np.random.Generator, special: Words, *operands: np.ndarray) -> Operands:
+    """Puts a special word into one operand of each case, sometimes into several; each its own, as
+    infinities of both signs meet in no other way."""
     placed = []
-    where = rng.integers(0, len(operands), len(special))
+    count = len(operands[0])
+    where = rng.integers(0, len(operands), count)
     for index, operand in enumerate(operands):
-        here = (where == index) | (rng.random(len(special)) < 0.1)
-        placed.append(np.where(here, special, operand))
+        here = (where == index) | (rng.random(count) < 0.1)
+        placed.append(np.where(here, special(rng, count), operand))
     return tuple(placed)
 
 
@@ -128,9 +132,9 @@ ADDITIONS: dict[str, Make] = {
     "cancellation": _add_cancel,
     "far apart": _add_far,
     "overflow": _add_overflow,
-    "zero": lambda r, n: _with(r, _signs(r, n), _uniform(r, n), _uniform(r, n)),
-    "infinity": lambda r, n: _with(r, _infinities(r, n), _uniform(r, n), _uniform(r, n)),
-    "NaN": lambda r, n: _with(r, _nans(r, n), _uniform(r, n), _uniform(r, n)),
+    "zero": lambda r, n: _with(r, _signs, _uniform(r, n), _uniform(r, n)),
+    "infinity": lambda r, n: _with(r, _infinities, _uniform(r, n), _uniform(r, n)),
+    "NaN": lambda r, n: _with(r, _nans, _uniform(r, n), _uniform(r, n)),
 }
 
 
@@ -181,7 +185,7 @@ PRODUCTS: dict[str, Make] = {
     "next to a tie": _mul_near_tie,
     "overflow": _product_range(250, 258),
     "zero": ADDITIONS["zero"],
-    "infinity": lambda r, n: _with(r, _infinities(r, n), random_words(r, n), random_words(r, n)),
+    "infinity": lambda r, n: _with(r, _infinities, random_words(r, n), random_words(r, n)),
     "NaN": ADDITIONS["NaN"],
 }
 
@@ -268,11 +272,11 @@ def _mac_overflow(rng: np.random.Generator, count: int) -> Operands:
     return _exponents(rng, 250, 254, count), a & mask, w & mask
 
 
-def _mac_special(special: Callable[[np.random.Generator, int], np.ndarray]) -> Make:
+def _mac_special(special: Words) -> Make:
     def make(rng: np.random.Generator, count: int) -> Operands:
         a, w = _factors(rng, count)
         # In the array every NaN is the canonical one.
-        words = _with(rng, special(rng, count), _uniform(rng, count), a, w)
+        words = _with(rng, special, _uniform(rng, count), a, w)
         return tuple(canonical(operand) for operand in words)
 
     return make

@@ -10,12 +10,12 @@ CASES = 4000
 #: class -> (what of its results must be there, least share of the cases)
 PROVES = {
     "exact tie": ("tie", 0.75),
-    "cancellation": ("cancelled", 0.75),
+    "cancellation": ("cancelled", 0.7),
     "overflow": ("overflow", 0.3),
     "subnormal result": ("subnormal", 0.6),
-    "subnormal": ("subnormal", 0.02),
+    "subnormal": ("subnormal", 0.01),
     "NaN": ("NaN", 1.0),
-    "infinity": ("NaN", 0.002),
+    "infinity": ("NaN", 0.005),
 }
 
 
