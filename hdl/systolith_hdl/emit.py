@@ -96,6 +96,11 @@ class Once(wiring.Component):
         return m
 
 
+def _connected(to: Any, value: Any) -> Any:
+    """One member connected to another of its shape."""
+    return Value.cast(to).eq(Value.cast(value))
+
+
 #: Module name of `side_by_side`: name of the component, number of lanes.
 LANES_NAME = re.compile(r"(\w+)_x(\d+)")
 
@@ -130,8 +135,8 @@ class _Lanes(wiring.Component):
                 outside, inside = getattr(self, member), getattr(cell, member)
                 if member not in self._shared:
                     outside = outside[lane]
-                to, value = (inside, outside) if port.flow is In else (outside, inside)
-                m.d.comb += Value.cast(to).eq(Value.cast(value))
+                ends = (inside, outside) if port.flow is In else (outside, inside)
+                m.d.comb += _connected(*ends)
         return m
 
 
@@ -152,6 +157,110 @@ def side_by_side(
         list, ``m[0]`` to ``m[count - 1]``
     """
     return Once(_Lanes(component, name, count, frozenset(shared)), f"{name}_x{count}")
+
+
+#: Module name of `grid`: name of the component, rows, columns.
+GRID_NAME = re.compile(r"(\w+)_grid(\d+)x(\d+)")
+
+
+class _Row(wiring.Component):
+    """One row of a `grid`: what goes right has one input, what goes down an input and an output for
+    each column."""
+
+    def __init__(
+        self, component: wiring.Component, name: str, columns: int, down: frozenset[str]
+    ) -> None:
+        self._component = component
+        self._name = name
+        self._columns = columns
+        members = component.signature.members
+        links = {member.removesuffix("_in") for member in members if member.endswith("_in")}
+        if {f"{link}{end}" for link in links for end in ("_in", "_out")} != set(members):
+            raise ValueError(
+                f"{name}: members of a grid are pairs x_in, x_out, not {list(members)}"
+            )
+        if not down <= links:
+            raise ValueError(f"{name} has no {', '.join(sorted(down - links))}")
+        component._MustUse__used = True  # only the first of a name is elaborated, on purpose
+        self.down = sorted(down)
+        self.right = sorted(links - down)
+        super().__init__(
+            {f"{link}_in": members[f"{link}_in"] for link in self.right}
+            | {
+                f"{link}{end}": members[f"{link}{end}"].array(columns)
+                for link in self.down
+                for end in ("_in", "_out")
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        left = {link: getattr(self, f"{link}_in") for link in self.right}
+        for column in range(self._columns):
+            m.submodules[f"column{column}"] = cell = Once(self._component, self._name)
+            for link in self.right:
+                m.d.comb += _connected(getattr(cell, f"{link}_in"), left[link])
+                left[link] = getattr(cell, f"{link}_out")
+            for link in self.down:
+                above, below = (getattr(self, f"{link}{end}")[column] for end in ("_in", "_out"))
+                m.d.comb += _connected(getattr(cell, f"{link}_in"), above)
+                m.d.comb += _connected(below, getattr(cell, f"{link}_out"))
+        return m
+
+
+class _Grid(wiring.Component):
+    """See `grid`."""
+
+    def __init__(
+        self, component: wiring.Component, name: str, rows: int, columns: int, down: frozenset[str]
+    ) -> None:
+        self._rows = rows
+        self._name = f"{name}_row{columns}"
+        self._row = _Row(component, name, columns, down)
+        members = self._row.signature.members
+        super().__init__(
+            {f"{link}_in": members[f"{link}_in"].array(rows) for link in self._row.right}
+            | {f"{link}{end}": members[f"{link}{end}"] for link in down for end in ("_in", "_out")}
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        above = {link: getattr(self, f"{link}_in") for link in self._row.down}
+        for number in range(self._rows):
+            m.submodules[f"row{number}"] = row = Once(self._row, self._name)
+            for link in self._row.right:
+                m.d.comb += _connected(
+                    getattr(row, f"{link}_in"), getattr(self, f"{link}_in")[number]
+                )
+            for link in self._row.down:
+                for to, value in zip(getattr(row, f"{link}_in"), above[link], strict=True):
+                    m.d.comb += _connected(to, value)
+                above[link] = getattr(row, f"{link}_out")
+        for link in self._row.down:
+            for to, value in zip(getattr(self, f"{link}_out"), above[link], strict=True):
+                m.d.comb += _connected(to, value)
+        return m
+
+
+def grid(
+    component: wiring.Component, name: str, rows: int, columns: int, *, down: Iterable[str]
+) -> Once:
+    """Copies of a component in rows and columns, each linked to its neighbours, emitted once, in a
+    module ``{name}_grid{rows}x{columns}``. The simulator works it out in one loop as well.
+
+    Parameters
+    ----------
+    component : not yet elaborated; its members are pairs, an output `x_out` that leads to the input
+        `x_in` of the next copy
+    name : its module name
+    down : the pairs `x` of which the next copy is that below; of the others it is that to the right
+
+    Of a pair that goes right the result has the inputs of the leftmost copies, ``x_in[0]`` to
+    ``x_in[rows - 1]``; of one that goes down the inputs of the topmost and the outputs of the
+    lowest, ``x_in[0]`` and ``x_out[0]`` to ``x_in[columns - 1]`` and ``x_out[columns - 1]``.
+    """
+    whole = _Grid(component, name, rows, columns, frozenset(down))
+    return Once(whole, f"{name}_grid{rows}x{columns}")
 
 
 def _relative(rtlil: str) -> str:

@@ -1,5 +1,6 @@
-"""Components side by side, as Verilog that Verilator writes out lane by lane and as the loops that
-the simulator makes of them: driven alike, every output of every cycle goes into a signature."""
+"""Components side by side, in a grid and skewed, as Verilog that Verilator writes out one by one
+and as the loops that the simulator makes of them: driven alike, every output of every cycle goes
+into a signature."""
 
 import ctypes
 import inspect
@@ -15,46 +16,67 @@ from systolith_hdl import psum
 from systolith_hdl.arith import PackNarrow, RoundNarrow, WidenInt8, WidenNarrow
 from systolith_hdl.arith.dither import DitherLane
 from systolith_hdl.config import get_config
-from systolith_hdl.emit import side_by_side, to_verilog
+from systolith_hdl.emit import Once, grid, side_by_side, to_verilog
 from systolith_hdl.scalar.lane import FunctionTables, ScalarLane
 from systolith_hdl.scalar.sums import RowSum
-from systolith_hdl.tensor.array import ProcessingElement
+from systolith_hdl.tensor.array import Edge, ProcessingElement
+from systolith_hdl.tensor.delay import skew
 from systolith_hdl.toolchain import sources_hash
 from systolith_hdl.vector.front import FrontLane
 from systolith_hdl.vector.lane import VectorLane
 from systolith_hdl.vector.top import TopLane
 
 LANES = 2
+ROWS, COLUMNS = 2, 3
 
-#: name -> component, and what its copies share: everything that the chip places side by side
-COMPONENTS: dict[str, tuple[Callable[[], wiring.Component], tuple[str, ...]]] = {
-    "vector_lane": (
+#: Places what is named so.
+Place = Callable[[str], Once]
+
+
+def _lanes(make: Callable[[], wiring.Component], *shared: str) -> Place:
+    return lambda name: side_by_side(make(), name, LANES, shared=shared)
+
+
+def _grid(preset: str) -> Place:
+    config = get_config(preset)
+    return lambda name: grid(ProcessingElement(config), name, ROWS, COLUMNS, down=("acc",))
+
+
+def _skew(width: int, count: int, first: int, step: int) -> Place:
+    return lambda name: skew(width, count, first=first, step=step)
+
+
+#: name -> everything that the chip places side by side, in rows and columns, or skewed
+COMPONENTS: dict[str, Place] = {
+    "vector_lane": _lanes(
         lambda: VectorLane(divider=True),
-        (
-            *("en", "op0", "op1", "dtype", "chain", "divide", "start", "divides", "second"),
-            *("index", "clear"),
-        ),
+        *("en", "op0", "op1", "dtype", "chain", "divide", "start", "divides", "second"),
+        *("index", "clear"),
     ),
-    "vector_front": (
+    "vector_front": _lanes(
         FrontLane,
-        (
-            *("data", "condition", "holds", "otherwise", "index", "bounds", "start", "base"),
-            *("step", "increment", "threshold", "initial", "imm0", "predicated", "tensor"),
-            *("imm1", "load", "scalar"),
-        ),
+        *("data", "condition", "holds", "otherwise", "index", "bounds", "start", "base"),
+        *("step", "increment", "threshold", "initial", "imm0", "predicated", "tensor"),
+        *("imm1", "load", "scalar"),
     ),
-    "vector_top": (TopLane, ("smallest", "used", "take", "index", "shift", "value")),
-    "scalar_lane": (ScalarLane, ("en", "control", "turning")),
-    "function_tables": (FunctionTables, ("en",)),
-    "row_sum": (RowSum, ("en", "adding", "index", "store", "clear")),
-    "psum_lane": (psum.Lane, ("integer", "accumulate")),
-    "processing_element": (lambda: ProcessingElement(get_config("nano")), ()),
-    "processing_element_fp8x2": (lambda: ProcessingElement(get_config("medium-fp8")), ()),
-    "dither_lane": (DitherLane, ("move", "x", "shared")),
-    "round_narrow": (RoundNarrow, ("dtype", "stochastic")),
-    "pack_narrow": (PackNarrow, ("dtype",)),
-    "widen_narrow": (WidenNarrow, ("dtype",)),
-    "widen_int8": (WidenInt8, ()),
+    "vector_top": _lanes(TopLane, "smallest", "used", "take", "index", "shift", "value"),
+    "scalar_lane": _lanes(ScalarLane, "en", "control", "turning"),
+    "function_tables": _lanes(FunctionTables, "en"),
+    "row_sum": _lanes(RowSum, "en", "adding", "index", "store", "clear"),
+    "psum_lane": _lanes(psum.Lane, "integer", "accumulate"),
+    "array_edge": _lanes(lambda: Edge(get_config("nano"))),
+    "array_edge_fp8x2": _lanes(
+        lambda: Edge(get_config("medium-fp8")), "moving_pair", "weight_pair"
+    ),
+    "processing_element": _grid("nano"),
+    "processing_element_fp8x2": _grid("medium-fp8"),
+    "skew": _skew(50, 6, 0, 4),
+    "deskew": _skew(32, 5, 4, -1),
+    "dither_lane": _lanes(DitherLane, "move", "x", "shared"),
+    "round_narrow": _lanes(RoundNarrow, "dtype", "stochastic"),
+    "pack_narrow": _lanes(PackNarrow, "dtype"),
+    "widen_narrow": _lanes(WidenNarrow, "dtype"),
+    "widen_int8": _lanes(WidenInt8),
 }
 
 
@@ -72,13 +94,13 @@ class Signatures(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        for place, (name, (make, shared)) in enumerate(COMPONENTS.items()):
-            m.submodules[name] = cells = side_by_side(make(), name, LANES, shared=shared)
+        for mark, (name, place) in enumerate(COMPONENTS.items()):
+            m.submodules[name] = cells = place(name)
             outputs = []
             number = 0
             for member, port in cells.signature.members.items():
                 signals = getattr(cells, member)
-                for signal in [signals] if member in shared else list(signals):
+                for signal in list(signals) if port.dimensions else [signals]:
                     value = Value.cast(signal)
                     if port.flow is not In:
                         outputs.append(value)
@@ -95,11 +117,11 @@ class Signatures(wiring.Component):
                         )
                         words.append(word)
                     m.d.comb += value.eq(Cat(words))
-            mixed = self.marks[place].rotate_left(1)
+            mixed = self.marks[mark].rotate_left(1)
             bits = Cat(outputs)
             for first in range(0, len(bits), 32):
                 mixed = mixed ^ bits[first : first + 32].rotate_left(first // 32 % 31)
-            m.d.sync += self.marks[place].eq(mixed)
+            m.d.sync += self.marks[mark].eq(mixed)
         return m
 
 

@@ -18,14 +18,14 @@ Both are conditions on the sender only, whatever N is, and with them matmuls of 
 each other without a bubble while each loads the stationary operand of the next.
 """
 
-from amaranth.hdl import Cat, Const, Module, Mux, ShapeLike, Signal, Value, unsigned
+from amaranth.hdl import Cat, Module, Mux, Shape, ShapeLike, Signal, Value, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..config import CoreConfig
-from ..emit import Once, side_by_side
+from ..emit import Once, grid, side_by_side
 from ..ports import column_shape, split_words
-from .delay import Delay
+from .delay import Delay, skew
 from .mac import ADD_LATENCY, MUL_LATENCY, OPERAND_BITS, Mac, Narrow, recode
 from .mac_fp8x2 import PAIR_MUL_LATENCY, SECOND_BITS, Factor, MacFp8x2, recode_factor
 
@@ -44,11 +44,6 @@ def array_latency(config: CoreConfig) -> int:
 def _factor(config: CoreConfig) -> type[data.Struct]:
     """What the PEs multiply."""
     return Narrow if config.fp8_rate == 1 else Factor
-
-
-def row_name(config: CoreConfig) -> str:
-    """Module name of a `Row`."""
-    return f"pe_row_{config.lanes}{_variant(config)}"
 
 
 def _variant(config: CoreConfig) -> str:
@@ -135,44 +130,54 @@ class ProcessingElement(wiring.Component):
         return m
 
 
-class Row(wiring.Component):
-    """N processing elements side by side: the unit that Verilator keeps whole.
+class Edge(wiring.Component):
+    """What an element of each operand passes on its way into the array: recoded for the PEs, once.
 
     Members
     -------
-    moving : In(moving_element), at PE 0 in this cycle
-    weight : In(weight_element), at PE 0 in this cycle
-    acc_in : In, sums from the row above; that of PE m belongs to the element `moving` held
-        m + `mul_latency` cycles ago
-    acc_out : Out, ADD_LATENCY cycles after `acc_in`
+    moving, weight : In(OPERAND_BITS)
+    active : In(1), the row takes part in the sum
+    moving_out : Out({value, active}), registered
+    weight_out : Out, the factor, registered
+
+    With an `fp8_rate` of 2 also the seconds of pairs, ``moving_second`` and ``weight_second``, and
+    whether they count, ``moving_pair`` and ``weight_pair``.
     """
 
     def __init__(self, config: CoreConfig) -> None:
         self._config = config
+        factor = _factor(config)
+        members: dict[str, ShapeLike] = {"active": 1}
+        for bus in ("moving", "weight"):
+            members[bus] = OPERAND_BITS
+            if config.fp8_rate == 2:
+                members |= {f"{bus}_second": SECOND_BITS, f"{bus}_pair": 1}
         super().__init__(
             {
-                "moving": In(moving_element(config)),
-                "weight": In(weight_element(config)),
-                "acc_in": In(column_shape(config)),
-                "acc_out": Out(column_shape(config)),
+                **{member: In(shape) for member, shape in members.items()},
+                "moving_out": Out(data.StructLayout({"value": factor, "active": 1})),
+                "weight_out": Out(factor),
             }
         )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        moving, weight = self.moving, self.weight
-        name = f"processing_element{_variant(self._config)}"
-        m.submodules.pes = pes = side_by_side(
-            ProcessingElement(self._config), name, self._config.lanes
-        )
-        for lane, acc_in in enumerate(split_words(m, self.acc_in, name="acc_in")):
-            m.d.comb += [
-                pes.moving_in[lane].eq(moving),
-                pes.weight_in[lane].eq(weight),
-                pes.acc_in[lane].eq(acc_in),
-            ]
-            moving, weight = pes.moving_out[lane], pes.weight_out[lane]
-        m.d.comb += self.acc_out.as_value().eq(Cat(pes.acc_out))
+
+        def recoded(bus: str) -> Value:
+            word = getattr(self, bus)
+            if self._config.fp8_rate == 1:
+                return recode(m, word)
+            second, pair = getattr(self, f"{bus}_second"), getattr(self, f"{bus}_pair")
+            return recode_factor(m, word, second, pair)
+
+        moving = Signal(self.moving_out.shape(), reset_less=True)
+        weight = Signal(self.weight_out.shape(), reset_less=True)
+        m.d.sync += [
+            moving.value.as_value().eq(recoded("moving")),
+            moving.active.eq(self.active),
+            weight.as_value().eq(recoded("weight")),
+        ]
+        m.d.comb += [self.moving_out.eq(moving), self.weight_out.eq(weight)]
         return m
 
 
@@ -224,59 +229,47 @@ class SystolicArray(wiring.Component):
         config = self._config
         lanes = config.lanes
 
-        above: data.View = data.View(column_shape(config), Const(0, 32 * lanes))
         weight_valid, weight_first, swap = Signal(), Signal(), Signal()
         m.d.sync += [
             weight_valid.eq(self.weight.valid),
             weight_first.eq(self.weight.first),
             swap.eq(self.moving.swap),
         ]
-        moving_words = split_words(m, self.moving.data, name="moving_word")
-        weight_words = split_words(m, self.weight.data, name="weight_word")
-        moving_seconds: list[Signal] = []
-        weight_seconds: list[Signal] = []
-        if config.fp8_rate == 2:
-            moving_seconds = split_words(m, self.moving.second, name="moving_second")
-            weight_seconds = split_words(m, self.weight.second, name="weight_second")
 
-        def recoded(bus: data.View, words: list[Signal], seconds: list[Signal], lane: int) -> Value:
-            if config.fp8_rate == 1:
-                return recode(m, words[lane])
-            return recode_factor(m, words[lane], seconds[lane], bus.pair)
-
+        # The array's edge: recode, then wait for the row's turn.
+        pairs = ("moving_pair", "weight_pair") if config.fp8_rate == 2 else ()
+        name = f"array_edge{_variant(config)}"
+        m.submodules.edge = edge = side_by_side(Edge(config), name, lanes, shared=pairs)
+        size = Shape.cast(moving_element(config)).width + Shape.cast(weight_element(config)).width
+        m.submodules.skew = rows = skew(size, lanes, first=0, step=ADD_LATENCY)
+        m.submodules.pes = pes = grid(
+            ProcessingElement(config),
+            f"processing_element{_variant(config)}",
+            lanes,
+            lanes,
+            down=("acc",),
+        )
+        m.submodules.deskew = columns = skew(32, lanes, first=lanes - 1, step=-1)
+        for bus, operand in (("moving", self.moving), ("weight", self.weight)):
+            for lane, word in enumerate(split_words(m, operand.data, name=f"{bus}_word")):
+                m.d.comb += getattr(edge, bus)[lane].eq(word)
+            if pairs:
+                m.d.comb += getattr(edge, f"{bus}_pair").eq(operand.pair)
+                seconds = split_words(m, operand.second, name=f"{bus}_second")
+                for lane, word in enumerate(seconds):
+                    m.d.comb += getattr(edge, f"{bus}_second")[lane].eq(word)
         for lane in range(lanes):
-            # The array's edge: recode, then wait for the row's turn.
-            moving = Signal(moving_element(config), name=f"moving{lane}", reset_less=True)
-            weight = Signal(_factor(config), name=f"weight{lane}", reset_less=True)
-            m.d.sync += [
-                moving.value.as_value().eq(
-                    recoded(self.moving, moving_words, moving_seconds, lane)
-                ),
-                moving.active.eq(self.moving.rows[lane]),
-                weight.as_value().eq(recoded(self.weight, weight_words, weight_seconds, lane)),
-            ]
-            edge = Cat(moving.value, moving.active, swap, weight, weight_valid, weight_first)
-            cycles = lane * ADD_LATENCY
-            m.submodules[f"skew{lane}"] = skew = Once(
-                Delay(width=len(edge), cycles=cycles), f"delay_{len(edge)}x{cycles}"
-            )
-            m.submodules[f"row{lane}"] = row = Once(Row(config), row_name(config))
+            moving, weight = edge.moving_out[lane], edge.weight_out[lane]
             m.d.comb += [
-                skew.i.eq(edge),
-                Cat(row.moving.as_value(), row.weight.as_value()).eq(skew.o),
-                row.acc_in.eq(above),
+                edge.active[lane].eq(self.moving.rows[lane]),
+                rows.i[lane].eq(Cat(moving, swap, weight, weight_valid, weight_first)),
+                Cat(pes.moving_in[lane].as_value(), pes.weight_in[lane].as_value()).eq(
+                    rows.o[lane]
+                ),
+                pes.acc_in[lane].eq(0),
+                columns.i[lane].eq(pes.acc_out[lane]),
             ]
-            above = row.acc_out
-
-        sums = []
-        for lane, bottom in enumerate(split_words(m, above, name="bottom")):
-            cycles = lanes - 1 - lane
-            m.submodules[f"deskew{lane}"] = deskew = Once(
-                Delay(width=32, cycles=cycles), f"delay_32x{cycles}"
-            )
-            m.d.comb += deskew.i.eq(bottom)
-            sums.append(deskew.o)
-        m.d.comb += self.sums.data.as_value().eq(Cat(sums))
+        m.d.comb += self.sums.data.as_value().eq(Cat(columns.o))
 
         # Only `valid` has to be reset; the tag means nothing without it.
         latency = array_latency(config)

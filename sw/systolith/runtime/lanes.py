@@ -2,8 +2,9 @@
 
 Verilator writes out every instance of a component, so N lanes are N copies of the same code, far
 more than a processor's caches hold, and no vector instructions. Here each module that
-`systolith_hdl.emit.side_by_side` made, N copies of a component, becomes a module of the same ports
-that calls C++ through DPI: a loop over the lanes, of which the compiler makes vector instructions.
+`systolith_hdl.emit.side_by_side` made, N copies of a component, or `grid`, N x N of them, becomes a
+module of the same ports that calls C++ through DPI: a loop over the lanes, of which the compiler
+makes vector instructions. So does each `systolith_hdl.tensor.delay.skew`.
 
 The loop's body is the component itself. Yosys flattens it to cells of one operation each, whose
 meaning Yosys documents; each becomes one C++ expression, in the order in which they depend on each
@@ -23,7 +24,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from systolith_hdl.emit import LANES_NAME
+from systolith_hdl.emit import GRID_NAME, LANES_NAME
+from systolith_hdl.tensor.delay import skew_delays
 from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, yosys
 
 #: A module of Yosys' Verilog, and its name.
@@ -505,6 +507,15 @@ def _local(name: str) -> str:
     return f"{name} " if name.startswith("\\") else name
 
 
+def _heading(name: str, outer: str) -> str:
+    """The beginning of a module with the ports of `outer`."""
+    ports = ",\n".join(
+        f"  {'input wire' if way == 'input' else 'output logic'} [{high or 0}:0] {_local(port)}"
+        for way, high, port in _PORT.findall(outer)
+    )
+    return f"module {name}(\n{ports}\n);"
+
+
 @dataclasses.dataclass
 class _Side:
     """A module of `count` copies of a component: its C++ and its Verilog."""
@@ -527,6 +538,10 @@ class _Side:
             "step": component.cone(data)[1],
         }
 
+    def _size(self, port: _Port) -> int:
+        """Elements of the arrays that a port's pieces are passed in; 0 if it is not passed."""
+        return self.count
+
     def _parameters(self, function: str) -> list[tuple[_Port, str, list[Bit]]]:
         """Arguments of `step` or `out`: port, name, bits."""
         return [
@@ -534,7 +549,12 @@ class _Side:
             for port in self.component.ports
             for piece, bits in port.pieces
             if (piece in self._read_by[function] if port.is_input else function == "out")
+            and (port.name in self._shared or self._size(port))
         ]
+
+    def _inputs(self) -> list[str]:
+        """What goes before the loops of `step`."""
+        return []
 
     def _body(self, function: str, roots: list[Bit], stores: list[str]) -> list[str]:
         """A loop over the lanes that works out `roots`."""
@@ -631,35 +651,33 @@ class _Side:
             if gates:
                 moving = " | ".join(component.word([bit]) for bit in sorted(gates, key=str))
                 lines.append(f"    if (!({moving})) return 0;")
-            lines += [*self._step(), "    return 1;", "}"]
+            lines += [*self._inputs(), *self._step(), "    return 1;", "}"]
         lines += [
             f'extern "C" void {self.name}_out({self._signature("out")}) {{',
             f"    using namespace {self.name};",
             *state,
         ]
-
-        ports = [(piece, bits) for port in self._outputs for piece, bits in port.pieces]
-        results = [f"{piece}_[i] = {component.word(bits)};" for piece, bits in ports]
-        lines += [*self._body("out", [b for _, bits in ports for b in bits], results), "}", ""]
+        lines += [*self._out(), "}", ""]
         return "\n".join(lines)
+
+    def _out(self) -> list[str]:
+        """The loop that works out the outputs."""
+        ports = [(piece, bits) for port in self._outputs for piece, bits in port.pieces]
+        results = [f"{piece}_[i] = {self.component.word(bits)};" for piece, bits in ports]
+        return self._body("out", [b for _, bits in ports for b in bits], results)
 
     def verilog(self) -> str:
         component = self.component
-        ports = _PORT.findall(self.outer)
-        heading = ",\n".join(
-            f"  {'input wire' if way == 'input' else 'output logic'} [{high or 0}:0] "
-            + _local(name)
-            for way, high, name in ports
-        )
-        lines = [f"module {self.name}(", heading, ");"]
-        escaped = {name.lstrip("\\"): name for _, _, name in ports}
+        lines = [_heading(self.name, self.outer)]
+        escaped = {name.lstrip("\\"): name for _, _, name in _PORT.findall(self.outer)}
         for port in component.ports:
             for first, (piece, bits) in enumerate(port.pieces):
-                if port.name in self._shared:
+                size = self._size(port)
+                if port.name in self._shared or not size:
                     continue
                 part = _slice(port, first, bits)
-                lines.append(f"  {_dpi_type(bits)} {piece} [0:{self.count - 1}];")
-                for lane in range(self.count):
+                lines.append(f"  {_dpi_type(bits)} {piece} [0:{size - 1}];")
+                for lane in range(size):
                     inside, outside = f"{piece}[{lane}]", f"{port.name}__{lane}{part}"
                     if port.is_input:
                         lines.append(f"  assign {inside} = {outside};")
@@ -674,7 +692,7 @@ class _Side:
             for port, piece, bits in self._parameters(name):
                 way = "input" if port.is_input else "output"
                 shared = port.name in self._shared
-                size = "" if shared else f" [0:{self.count - 1}]"
+                size = "" if shared else f" [0:{self._size(port) - 1}]"
                 declared.append(f"{way} {_dpi_type(bits)} {piece}{size}")
                 if shared:
                     number = int(piece.rsplit("_p", 1)[1])
@@ -702,19 +720,167 @@ class _Side:
         return "\n".join(lines)
 
 
+class _Grid(_Side):
+    """A module of copies of a component in rows and columns, each linked to its neighbours."""
+
+    def __init__(self, name: str, rows: int, columns: int, component: Component, outer: str):
+        self._rows = rows
+        self._columns = columns
+        super().__init__(name, rows * columns, component, outer)
+        #: Output ports by the input of the next copy that they lead to.
+        self._next = {f"{p.name.removesuffix('_out')}_in": p for p in self._outputs}
+        inputs = {piece for p in component.ports if p.is_input for piece, _ in p.pieces}
+        if self._read_by["out"] & inputs:
+            raise ToolError(f"{name}: no loop can hold a grid with a path from input to output")
+
+    def _goes_down(self, port: _Port) -> bool:
+        stem = port.name.removesuffix("_in").removesuffix("_out")
+        return re.search(rf"\b{stem}_out__0\b", self.outer) is not None
+
+    def _size(self, port: _Port) -> int:
+        if self._goes_down(port):
+            return self._columns
+        return self._rows if port.is_input else 0
+
+    def _words(self, bits: list[Bit], place: str) -> tuple[list[str], str]:
+        """What an output's word needs before it, and the word, of the copy at `place`."""
+        order, seen = self.component.cone(bits)
+        lines = []
+        for register, cell in self.component.registers.items():
+            if register in seen:
+                kind = _type(len(cell["connections"]["Q"]))
+                lines.append(f"        const {kind} {register} = s->{register}[{place}];")
+        for variable in order:
+            kind = _type(self.component._width(variable))
+            lines.append(
+                f"        const {kind} {variable} = {self.component.expression(variable)};"
+            )
+        return lines, self.component.word(bits)
+
+    def _signature(self, function: str) -> str:
+        # What comes from outside; what each copy gets has the plain name.
+        return re.sub(r"(\w+_)(?=,|$)", r"outer_\1", super()._signature(function))
+
+    def _inputs(self) -> list[str]:
+        lines = []
+        for port, piece, bits in self._parameters("step"):
+            if port.name in self._shared:
+                continue
+            source = dict(self._next[port.name].pieces)[piece.replace("_in_p", "_out_p")]
+            down = self._goes_down(port)
+            before = self._columns if down else 1
+            lines.append(f"    alignas(64) {_type(len(bits))} {piece}_[{self.count}];")
+            needed, word = self._words(source, f"i - {before}")
+            lines += [
+                "#pragma GCC ivdep",
+                f"    for (int i = {before}; i < {self.count}; ++i) {{",
+                *needed,
+                f"        {piece}_[i] = {word};",
+                "    }",
+            ]
+            if down:
+                copied = f"sizeof(*{piece}_) * {self._columns}"
+                lines.append(f"    std::memcpy({piece}_, outer_{piece}_, {copied});")
+            else:
+                lines.append(
+                    f"    for (int row = 0; row < {self._rows}; ++row) "
+                    f"{piece}_[row * {self._columns}] = outer_{piece}_[row];"
+                )
+        return lines
+
+    def _out(self) -> list[str]:
+        lines = []
+        for port in self._outputs:
+            for piece, bits in port.pieces if self._goes_down(port) else []:
+                needed, word = self._words(bits, f"{self.count - self._columns} + i")
+                lines += [
+                    "#pragma GCC ivdep",
+                    f"    for (int i = 0; i < {self._columns}; ++i) {{",
+                    *needed,
+                    f"        outer_{piece}_[i] = {word};",
+                    "    }",
+                ]
+        return lines
+
+
+def _skew(name: str, width: int, delays: list[int], outer: str) -> tuple[str, str]:
+    """C++ and Verilog of a module of `skew`, whose meaning is in its name: one ring for all words.
+    A word that is not delayed goes through."""
+    if width > 64:
+        raise ToolError(f"{name}: no loop can hold delays of words of {width} bits")
+    count = len(delays)
+    depth = 1 << (max(1, *delays) - 1).bit_length()
+    kind, dpi = ("unsigned int", "int") if width <= 32 else ("unsigned long long", "longint")
+    cpp = f"""\
+namespace {name} {{
+struct alignas(64) State {{
+    {kind} words[{depth}][{count}];
+    unsigned int now;
+}};
+constexpr unsigned int delays[{count}] = {{{", ".join(map(str, delays))}}};
+}}
+extern "C" void* {name}_new() {{ return new {name}::State(); }}
+extern "C" void {name}_delete(void* handle) {{ delete static_cast<{name}::State*>(handle); }}
+extern "C" int {name}_step(void* handle, int, const {kind}* __restrict i_) {{
+    auto* s = static_cast<{name}::State*>(handle);
+    std::memcpy(s->words[s->now], i_, sizeof(s->words[0]));
+    s->now = (s->now + 1) & {depth - 1};
+    return 1;
+}}
+extern "C" void {name}_out(void* handle, int, {kind}* __restrict o_) {{
+    const auto* s = static_cast<{name}::State*>(handle);
+    for (int k = 0; k < {count}; ++k)
+        o_[k] = s->words[(s->now - {name}::delays[k]) & {depth - 1}][k];
+}}
+"""
+    wires = []
+    for k, delay in enumerate(delays):
+        out = f"o[{k}][{width - 1}:0]" if delay else f"i__{k}"
+        wires.append(f"  assign i[{k}] = i__{k};\n  assign o__{k} = {out};")
+    verilog = "\n".join(
+        [
+            _heading(name, outer),
+            f"  {dpi} unsigned i [0:{count - 1}], o [0:{count - 1}];",
+            *wires,
+            f'  import "DPI-C" function chandle {name}_new();',
+            f'  import "DPI-C" function void {name}_delete(input chandle handle);',
+            f'  import "DPI-C" function int {name}_step(input chandle handle, input int tick, '
+            f"input {dpi} unsigned i [0:{count - 1}]);",
+            f'  import "DPI-C" function void {name}_out(input chandle handle, input int tick, '
+            f"output {dpi} unsigned o [0:{count - 1}]);",
+            "  chandle handle;",
+            "  int tick = 0;",
+            f"  initial handle = {name}_new();",
+            f"  final {name}_delete(handle);",
+            f"  always @(posedge clk) tick <= tick + {name}_step(handle, tick, i);",
+            f"  always_comb {name}_out(handle, tick, o);",
+            "endmodule",
+            "",
+        ]
+    )
+    return cpp, verilog
+
+
 def with_loops(text: str) -> tuple[str, str]:
     """Returns the Verilog `text` with every module of lanes made a loop, and the loops in C++."""
     modules = _modules(text)
-    sides = {
-        name: (found[1], int(found[2]))
-        for name in modules
-        if (found := LANES_NAME.fullmatch(name)) and found[1] in modules
-    }
+    cpp = [_CPP_HEAD]
+    # name -> name of the component, how many: side by side, or rows and columns
+    sides: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, module in modules.items():
+        found = LANES_NAME.fullmatch(name) or GRID_NAME.fullmatch(name)
+        if found and found[1] in modules:
+            sides[name] = found[1], tuple(int(number) for number in found.groups()[1:])
+        elif delays := skew_delays(name):
+            loop, verilog = _skew(name, *delays, module)
+            text = text.replace(module, verilog)
+            cpp.append(loop)
     netlists = _flatten({base: _parts(modules, base) for base, _ in sides.values()})
     components = {base: Component(base, netlist) for base, netlist in netlists.items()}
-    cpp = [_CPP_HEAD]
-    for name, (base, count) in sides.items():
-        side = _Side(name, count, components[base], modules[name])
+    for name, (base, counts) in sides.items():
+        parts = components[base], modules[name]
+        first, *rest = counts
+        side = _Grid(name, first, rest[0], *parts) if rest else _Side(name, first, *parts)
         text = text.replace(modules[name], side.verilog())
         cpp.append(side.cpp())
     return text, "\n".join(cpp)
