@@ -20,6 +20,7 @@ LEFT_OUT = {
         "the scalar engine has RECIPROCAL, SQRT and RSQRT, to multiply by",
     ),
     "top": ("the instruction TOP", "REDUCE with MAX or MIN finds one word of each row"),
+    "loops": ("the instructions LOOP, NEXT and TEST", "a loop of Python in the kernel is unrolled"),
 }
 
 
@@ -46,12 +47,13 @@ class CoreConfig:
     semaphores : counting semaphores of 16 bits each; 16 to 64
     fp8_rate : products that a PE adds up in a cycle when all operands are FP8: 1, or 2, which
         brings the instructions LOAD_STATIONARY_PAIR and MATMUL_PAIR
-    banks : of SBUF and of PSUM, interleaved by the low address bits: 4 or 8
+    banks : of SBUF and of PSUM, interleaved by the low address bits: 2, 4 or 8
     prefetch : instructions that each sequencer has fetched ahead: 1, or 4, with which the tensor
         engine also takes 8 of either class ahead, else 1
     outstanding : bursts that a DMA queue may have in flight: a power of two, 8 to 64
     divider : whether the vector engine has DIVIDE, MOD, RECIPROCAL, SQRT and RSQRT
     top : whether the vector engine has TOP
+    loops : whether the sequencers have LOOP, NEXT and TEST
     """
 
     name: str
@@ -66,6 +68,7 @@ class CoreConfig:
     outstanding: int = 64
     divider: bool = True
     top: bool = True
+    loops: bool = True
 
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, wanted: str) -> None:
@@ -89,7 +92,7 @@ class CoreConfig:
         require(1 <= self.dma_queues <= 4, "dma_queues", "1 to 4")
         require(16 <= self.semaphores <= 64, "semaphores", "16 to 64")
         require(self.fp8_rate in (1, 2), "fp8_rate", "1 or 2")
-        require(self.banks in (4, 8), "banks", "4 or 8")
+        require(self.banks in (2, 4, 8), "banks", "2, 4 or 8")
         require(self.prefetch in (1, 4), "prefetch", "1 or 4")
         require(self.outstanding in (8, 16, 32, 64), "outstanding", "a power of two from 8 to 64")
         for unit in LEFT_OUT:
@@ -149,14 +152,15 @@ PRESETS: dict[str, CoreConfig] = {
             name="tiny",
             lanes=2,
             sbuf_depth=2048,
-            psum_bank_depth=128,
+            psum_bank_depth=256,
             dma_queues=1,
             semaphores=16,
-            banks=4,
+            banks=2,
             prefetch=1,
             outstanding=16,
             divider=False,
             top=False,
+            loops=False,
         ),
         # Unit tests: 32 KiB SBUF, 8 KiB PSUM.
         CoreConfig(name="nano", lanes=4, sbuf_depth=2048, psum_bank_depth=64),

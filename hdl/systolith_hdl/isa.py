@@ -832,13 +832,17 @@ SPECS: dict[Opcode, Spec] = {
     Opcode.NOP: Spec(kind=None, body=EmptyBody),
     Opcode.END: Spec(kind=None, body=EmptyBody),
     Opcode.LOOP: Spec(
-        kind=None, body=LoopBody, limits={"count": lambda field, config: (1, (1 << 32) - 1)}
+        kind=None,
+        body=LoopBody,
+        limits={"count": lambda field, config: (1, (1 << 32) - 1)},
+        needs="loops",
     ),
-    Opcode.NEXT: Spec(kind=None, body=NextBody),
+    Opcode.NEXT: Spec(kind=None, body=NextBody, needs="loops"),
     Opcode.TEST: Spec(
         kind=None,
         body=DmaBody,
         unused=frozenset({"counts", "local", "dram_strides", "lane_stride", "dram_dtype"}),
+        needs="loops",
     ),
     Opcode.LOAD_STATIONARY: Spec(
         kind=EngineKind.TENSOR,

@@ -39,6 +39,11 @@ ZEROS = STREAM_BYTES * COUNT  #: where words are zero, behind the streams
 INTERNAL = frozenset(opcode.value for opcode in CONTROL)
 
 
+def loop_test(**options: Any) -> Any:
+    """``cocotb.test``, of what cores without loops do not have."""
+    return cocotb.test(**options) if CONFIG.loops else lambda function: function
+
+
 class Memory:
     """DRAM with the streams; a read past its end is answered with an error."""
 
@@ -393,17 +398,17 @@ async def loops(dut: Any, *, pause: float, delay: int) -> None:
     assert repeated > 100 and ended_early > 0
 
 
-@cocotb.test(timeout_time=50, timeout_unit="ms")
+@loop_test(timeout_time=50, timeout_unit="ms")
 async def loops_without_stalls(dut: Any) -> None:
     await loops(dut, pause=0.0, delay=0)
 
 
-@cocotb.test(timeout_time=50, timeout_unit="ms")
+@loop_test(timeout_time=50, timeout_unit="ms")
 async def loops_with_stalls(dut: Any) -> None:
     await loops(dut, pause=0.4, delay=40)
 
 
-@cocotb.test(timeout_time=5, timeout_unit="ms")
+@loop_test(timeout_time=5, timeout_unit="ms")
 async def tests_of_indexed_words(dut: Any) -> None:
     """On every engine: TEST reads the word that its index register leads to, however far."""
     bench = Bench(dut)
@@ -441,7 +446,7 @@ async def tests_of_indexed_words(dut: Any) -> None:
         assert int(getattr(dut, f"address__{e}").value) == (word + far) // beat * beat
 
 
-@cocotb.test(timeout_time=5, timeout_unit="ms")
+@loop_test(timeout_time=5, timeout_unit="ms")
 async def loops_that_do_not_match(dut: Any) -> None:
     """BAD_LOOP at the instruction that is one too many, and TEST of a word that does not exist."""
     bench = Bench(dut)

@@ -342,7 +342,8 @@ def draw_instruction(
     """A legal instruction for an engine, whose result is defined with all of these registers."""
     kind = engine_kind(engine)
     opcodes = [o for o, s in SPECS.items() if s.kind is kind and s.exists(config)]
-    opcode = random.choice(opcodes) if random.random() < 0.98 else Opcode.TEST
+    instruction = random.random() < 0.98 or not config.loops
+    opcode = random.choice(opcodes) if instruction else Opcode.TEST
     while True:
         fields = _draw(config, opcode)
         if fields is None:
@@ -393,7 +394,9 @@ def draw_case(config: CoreConfig, seed: int, *, length: int = 40) -> Case:
         config,
         seed,
         tuple(
-            draw_loop(config, engine) if random.random() < 0.1 else draw_instruction(config, engine)
+            draw_loop(config, engine)
+            if random.random() < 0.1 and config.loops
+            else draw_instruction(config, engine)
             for engine in order
         ),
     )

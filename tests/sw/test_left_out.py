@@ -32,6 +32,8 @@ TINY = get_config("tiny")
 WHOLE = dataclasses.replace(TINY, name="whole", **dict.fromkeys(LEFT_OUT, True))
 WITHOUT_DIVIDER = dataclasses.replace(WHOLE, name="undivided", divider=False)
 WITHOUT_TOP = dataclasses.replace(WHOLE, name="topless", top=False)
+WITHOUT_LOOPS = dataclasses.replace(WHOLE, name="loopless", loops=False)
+LOOPS = [Opcode.LOOP, Opcode.NEXT, Opcode.TEST]
 
 
 def sums(config: CoreConfig) -> Program:
@@ -52,7 +54,7 @@ def test_only_tiny_leaves_out() -> None:
     ] == ["tiny"]
     with pytest.raises(ConfigError, match="divider must be True or False, not 1"):
         dataclasses.replace(TINY, divider=1)
-    with pytest.raises(ConfigError, match="banks must be 4 or 8, not 6"):
+    with pytest.raises(ConfigError, match="banks must be 2, 4 or 8, not 6"):
         dataclasses.replace(TINY, banks=6)
 
 
@@ -90,30 +92,44 @@ def test_top_is_an_illegal_opcode() -> None:
     assert found is not None and found.cause.name == "ILLEGAL_OPCODE"
 
 
+@pytest.mark.parametrize("opcode", LOOPS)
+def test_loops_are_illegal_opcodes(opcode: Opcode) -> None:
+    raw = encode(opcode, {"count": 1} if opcode is Opcode.LOOP else {})
+    for kind in EngineKind:
+        assert check(raw, kind, WITHOUT_TOP) is None
+        found = check(raw, kind, WITHOUT_LOOPS)
+        assert found is not None and found.cause.name == "ILLEGAL_OPCODE"
+
+
 @pytest.fixture(scope="module")
 def gates() -> Driver:
     return Driver(open_backend("rtl", TINY))
 
 
-@pytest.mark.parametrize("operation", [*sorted(DIVISIONS, key=lambda op: op.value), None])
-def test_gates_fault_as_golden(gates: Driver, operation: AluOp | None) -> None:
-    """Each division, and TOP (None), in a program for a core that has it."""
+@pytest.mark.parametrize(
+    "missing", [*sorted(DIVISIONS, key=lambda op: op.value), Opcode.TOP, *LOOPS]
+)
+def test_gates_fault_as_golden(gates: Driver, missing: AluOp | Opcode) -> None:
+    """Each division and opcode in a program for a core that has it."""
     made = sums(TINY)
     (at,) = (
         i
         for i in range(made.count("vector"))
         if decode(made.instruction("vector", i))[0] is Opcode.TENSOR_TENSOR
     )
-    if operation is None:
+    if isinstance(missing, Opcode):
         _, fields = decode(made.instruction("vector", at))
-        kept = {name: value for name, value in fields.items() if name in FIELDS[Opcode.TOP]}
-        top = encode(Opcode.TOP, {**kept, "op0": AluOp.MAX, "kept": 1})
+        fields = {name: value for name, value in fields.items() if name in FIELDS[missing]}
+        if missing is Opcode.TOP:
+            fields |= {"op0": AluOp.MAX, "kept": 1}
+        else:
+            fields = {}
         stream = made.streams["vector"]
-        stream = stream[: 64 * at] + top + stream[64 * (at + 1) :]
+        stream = stream[: 64 * at] + encode(missing, fields) + stream[64 * (at + 1) :]
         broken = dataclasses.replace(made, streams={**made.streams, "vector": stream})
         cause = "ILLEGAL_OPCODE"
     else:
-        broken = made.with_fields("vector", at, {"op1": operation})
+        broken = made.with_fields("vector", at, {"op1": missing})
         cause = "ILLEGAL_OPERATION"
     records = []
     for driver in (gates, Driver(GoldenDevice(TINY))):
@@ -148,6 +164,8 @@ def test_the_builder_says_what_is_missing() -> None:
             call()
     with pytest.raises(KernelError, match=r"'tiny' is without the instruction TOP.*MAX or MIN"):
         nc.vector.top(a[:2], a)
+    with pytest.raises(KernelError, match=r"'tiny' is without the instructions LOOP.*unrolled"):
+        nc.loop(2).__enter__()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])

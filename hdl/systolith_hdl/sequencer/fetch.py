@@ -180,7 +180,7 @@ class Fetch(wiring.Component):
             word = Mux(half, r.payload.data[INSTRUCTION_BITS:], r.payload.data[:INSTRUCTION_BITS])
 
         # A NEXT that jumps, or a TEST, makes useless what was requested from behind it.
-        is_test = word[:8] == Opcode.TEST
+        is_test = (word[:8] == Opcode.TEST) & self._config.loops
         following = loops.number + 1
         m.d.comb += [
             loops.start.eq(self.start),

@@ -50,7 +50,8 @@ class Loops(wiring.Component):
     flag : In(1) and flag_valid : In(1), what a TEST found
 
     Outputs depend on `word` in the same cycle. One instruction per cycle; the loops that are open
-    are kept in a memory of LOOP_DEPTH words, which is read in that cycle too.
+    are kept in a memory of LOOP_DEPTH words, which is read in that cycle too. Without
+    `config.loops` it only counts.
     """
 
     def __init__(self, config: CoreConfig, kind: EngineKind) -> None:
@@ -82,6 +83,13 @@ class Loops(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        if not self._config.loops:  # without LOOP and NEXT the index registers stay zero
+            with m.If(self.start):
+                m.d.sync += self.number.eq(0)
+            with m.Elif(self.valid):
+                m.d.sync += self.number.eq(self.number + 1)
+            m.d.comb += self.indexed.eq(self.word)
+            return m
         opcode = self.word[:8]
         indices = Signal(_Indices)
         number = Signal(32)

@@ -205,7 +205,7 @@ class Sequencer(wiring.Component):
         values = Array(self.values)
         leave = Signal()
         is_end = header.opcode == Opcode.END
-        is_test = header.opcode == Opcode.TEST
+        is_test = (header.opcode == Opcode.TEST) & config.loops
         turn = [Const(1)]  # to which of `retires` it belongs
         if len(retires) > 1:
             is_load = is_opcode(header.opcode, LOADS, config)

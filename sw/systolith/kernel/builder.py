@@ -1816,6 +1816,8 @@ class KernelBuilder:
         Loops nest up to LOOP_DEPTH deep, as far as there are semaphores.
         """
         self._check_open()
+        if not self.config.loops:
+            refuse(self.config.lacks("loops", "nc.loop"))
         if not isinstance(count, int | np.integer) or not 1 <= count < 1 << 32:
             refuse(f"a loop has 1 to {(1 << 32) - 1} iterations, not {count!r}")
         if len(self._loops) == LOOP_DEPTH:
