@@ -20,6 +20,10 @@ LEFT_OUT = {
         "the scalar engine has RECIPROCAL, SQRT and RSQRT, to multiply by",
     ),
     "top": ("the instruction TOP", "REDUCE with MAX or MIN finds one word of each row"),
+    "random": (
+        "random words, for stochastic rounding, RANDOM and DROPOUT",
+        "results can be rounded to nearest, and masks come from DRAM",
+    ),
     "loops": ("the instructions LOOP, NEXT and TEST", "a loop of Python in the kernel is unrolled"),
 }
 
@@ -53,6 +57,7 @@ class CoreConfig:
     outstanding : bursts that a DMA queue may have in flight: a power of two, 8 to 64
     divider : whether the vector engine has DIVIDE, MOD, RECIPROCAL, SQRT and RSQRT
     top : whether the vector engine has TOP
+    random : whether there are random words: stochastic rounding, RANDOM and DROPOUT
     loops : whether the sequencers have LOOP, NEXT and TEST
     """
 
@@ -68,6 +73,7 @@ class CoreConfig:
     outstanding: int = 64
     divider: bool = True
     top: bool = True
+    random: bool = True
     loops: bool = True
 
     def __post_init__(self) -> None:
@@ -160,6 +166,7 @@ PRESETS: dict[str, CoreConfig] = {
             outstanding=16,
             divider=False,
             top=False,
+            random=False,
             loops=False,
         ),
         # Unit tests: 32 KiB SBUF, 8 KiB PSUM.

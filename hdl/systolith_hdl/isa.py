@@ -999,12 +999,14 @@ SPECS: dict[Opcode, Spec] = {
         header=frozenset({"lanes"}),
         operands={"dst": (_BOTH, _SUMS)},
         unused=frozenset({"src0", "threshold", "imm0"}),
+        needs="random",
     ),
     Opcode.DROPOUT: Spec(
         kind=EngineKind.VECTOR,
         body=RandomBody,
         header=frozenset({"lanes"}),
         operands={**_DST, **_SRC0},
+        needs="random",
     ),
     Opcode.ACTIVATE: _activation(TensorScalarBody, {}),
     Opcode.ACTIVATE_TENSOR_BIAS: _activation(TensorTensorBody, _SRC1),
@@ -1064,9 +1066,9 @@ PAIRS = frozenset(opcode for opcode, spec in SPECS.items() if spec.pairs)
 
 
 def is_opcode(opcode: Any, wanted: frozenset[Opcode], config: CoreConfig) -> Any:
-    """1 if the opcode (a value in hardware) is one of those wanted that the core has."""
+    """1 if the opcode (a value in hardware) is one of those wanted that the core has, else 0."""
     codes = [code for code in Opcode if code in wanted and SPECS[code].exists(config)]
-    return functools.reduce(operator.or_, (opcode == code for code in codes))
+    return functools.reduce(operator.or_, (opcode == code for code in codes), 0)
 
 
 def operation_enums(opcode: Opcode) -> dict[str, type[enum.Enum]]:

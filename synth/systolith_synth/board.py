@@ -66,8 +66,9 @@ def _ulx3s() -> BoardTarget:
             chip,
             device=f"ULX3S, Lattice LFE5U-85F, speed grade {ULX3S_85F_Platform.speed}, mapped for "
             "area",
-            # The default, router1, hardly gets on with a device this full.
-            nextpnr=(*options, "--router", "router2"),
+            # A device this full is beyond the defaults: `static` leaves wires a seventh shorter
+            # than `heap`, and `router1` hardly gets on.
+            nextpnr=(*options, "--placer", "static", "--router", "router2"),
         ),
         pins={
             "clk": (ULX3S_85F_Platform.default_clk, 0, ""),

@@ -23,6 +23,7 @@ from systolith_hdl.isa import (
     SPECS,
     EngineKind,
     Opcode,
+    Rounding,
     decode,
     encode,
     legal_operations,
@@ -34,6 +35,8 @@ WITHOUT_DIVIDER = dataclasses.replace(WHOLE, name="undivided", divider=False)
 WITHOUT_TOP = dataclasses.replace(WHOLE, name="topless", top=False)
 WITHOUT_LOOPS = dataclasses.replace(WHOLE, name="loopless", loops=False)
 LOOPS = [Opcode.LOOP, Opcode.NEXT, Opcode.TEST]
+WITHOUT_RANDOM = dataclasses.replace(WHOLE, name="certain", random=False)
+RANDOM = [Opcode.RANDOM, Opcode.DROPOUT]
 
 
 def sums(config: CoreConfig) -> Program:
@@ -101,16 +104,39 @@ def test_loops_are_illegal_opcodes(opcode: Opcode) -> None:
         assert found is not None and found.cause.name == "ILLEGAL_OPCODE"
 
 
+@pytest.mark.parametrize("opcode", [o for o, spec in SPECS.items() if "rounding" in spec.header])
+def test_stochastic_rounding_is_an_illegal_operation(opcode: Opcode) -> None:
+    """Of whatever types: that is looked at later."""
+    kind = SPECS[opcode].kind
+    assert kind is not None
+    fields = {
+        field: min(legal_operations(opcode, field, WITHOUT_RANDOM))
+        for field in {"op0", "op1"} & SPECS[opcode].header
+    }
+    raw = encode(opcode, {**fields, "rounding": Rounding.STOCHASTIC})
+    found = check(raw, kind, WITHOUT_RANDOM)
+    assert found is not None and found.cause.name == "ILLEGAL_OPERATION"
+    found = check(raw, kind, WITHOUT_TOP)
+    assert found is None or found.cause.name != "ILLEGAL_OPERATION"
+
+
 @pytest.fixture(scope="module")
 def gates() -> Driver:
     return Driver(open_backend("rtl", TINY))
 
 
 @pytest.mark.parametrize(
-    "missing", [*sorted(DIVISIONS, key=lambda op: op.value), Opcode.TOP, *LOOPS]
+    "missing",
+    [
+        *sorted(DIVISIONS, key=lambda op: op.value),
+        Opcode.TOP,
+        *LOOPS,
+        *RANDOM,
+        Rounding.STOCHASTIC,
+    ],
 )
-def test_gates_fault_as_golden(gates: Driver, missing: AluOp | Opcode) -> None:
-    """Each division and opcode in a program for a core that has it."""
+def test_gates_fault_as_golden(gates: Driver, missing: AluOp | Opcode | Rounding) -> None:
+    """Each division, opcode and rounding in a program for a core that has it."""
     made = sums(TINY)
     (at,) = (
         i
@@ -122,14 +148,15 @@ def test_gates_fault_as_golden(gates: Driver, missing: AluOp | Opcode) -> None:
         fields = {name: value for name, value in fields.items() if name in FIELDS[missing]}
         if missing is Opcode.TOP:
             fields |= {"op0": AluOp.MAX, "kept": 1}
-        else:
+        elif missing not in RANDOM:
             fields = {}
         stream = made.streams["vector"]
         stream = stream[: 64 * at] + encode(missing, fields) + stream[64 * (at + 1) :]
         broken = dataclasses.replace(made, streams={**made.streams, "vector": stream})
         cause = "ILLEGAL_OPCODE"
     else:
-        broken = made.with_fields("vector", at, {"op1": missing})
+        field = "rounding" if isinstance(missing, Rounding) else "op1"
+        broken = made.with_fields("vector", at, {field: missing})
         cause = "ILLEGAL_OPERATION"
     records = []
     for driver in (gates, Driver(GoldenDevice(TINY))):
@@ -166,6 +193,14 @@ def test_the_builder_says_what_is_missing() -> None:
         nc.vector.top(a[:2], a)
     with pytest.raises(KernelError, match=r"'tiny' is without the instructions LOOP.*unrolled"):
         nc.loop(2).__enter__()
+    nowhere = r"'tiny' is without random words.*DROPOUT \(random=False\), which {} needs; results"
+    for call, what in (
+        (lambda: nc.vector.random(a, key=1), "random"),
+        (lambda: nc.vector.dropout(a, a, 0.5, key=1), "dropout"),
+        (lambda: nc.vector.copy(a, a, rounding="stochastic"), "rounding = STOCHASTIC"),
+    ):
+        with pytest.raises(KernelError, match=nowhere.format(what)):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
@@ -180,6 +215,16 @@ def test_the_compiler_says_what_is_missing(dtype: type) -> None:
         ),
     ):
         systolith.jit(step, device=device)(np.ones((2, 4), dtype))
+
+
+def test_the_compiler_says_that_nothing_is_random() -> None:
+    with (
+        systolith.Device("golden", config="tiny") as device,
+        pytest.raises(UnsupportedError, match=r"'tiny' is without random words.*rounding='stoch"),
+    ):
+        systolith.jit(lambda x: x + x, device=device, rounding="stochastic")(
+            np.ones((2, 4), np.float32)
+        )
 
 
 def test_it_trains() -> None:

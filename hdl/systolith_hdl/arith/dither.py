@@ -10,7 +10,8 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..emit import side_by_side
+from ..config import CoreConfig
+from ..emit import Once, side_by_side
 
 #: Rounds of Speck64 that all lanes share, and of Speck32 that each lane has.
 COLUMN_ROUNDS = 5
@@ -117,6 +118,7 @@ class Dither(wiring.Component):
     Parameters
     ----------
     lanes : N
+    present : whether there are any; if not, `valid` and `words` stay zero
 
     Members
     -------
@@ -128,8 +130,9 @@ class Dither(wiring.Component):
     words : Out, a 32-bit word for each lane
     """
 
-    def __init__(self, *, lanes: int) -> None:
+    def __init__(self, *, lanes: int, present: bool = True) -> None:
         self._lanes = lanes
+        self._present = present
         super().__init__(
             {
                 "start": In(1),
@@ -144,6 +147,8 @@ class Dither(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        if not self._present:
+            return m
         seed, counter, key = (Signal(32, name=name) for name in ("seed", "counter", "key"))
         element = Signal(32)
         full = Signal(DITHER_LATENCY)
@@ -180,6 +185,13 @@ class Dither(wiring.Component):
         )
         m.d.comb += self.words.as_value().eq(words)
         return m
+
+
+def dither_of(config: CoreConfig) -> wiring.Component:
+    """The `Dither` of one of the core's engines."""
+    if config.random:
+        return Once(Dither(lanes=config.lanes), f"dither_{config.lanes}")
+    return Dither(lanes=config.lanes, present=False)
 
 
 class DitherStream(wiring.Component):

@@ -4,10 +4,13 @@ One circuit serves all types of `formats.NARROW_FLOATS`, and INT8 where it says 
 come from `formats.FORMATS`.
 """
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
+from collections.abc import Sequence
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, ValueLike
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from ..emit import side_by_side
 from ..formats import CANONICAL_NAN, FORMATS, INFINITY, NARROW_FLOATS, DType
 from .fp32 import is_nan
 from .rounding import leading_zeros
@@ -122,6 +125,37 @@ class RoundNarrow(wiring.Component):
             Mux(narrow, Mux(nan, CANONICAL_NAN, Cat(value, word[31])), word),
         )
         return m
+
+
+def rounded(
+    m: Module,
+    name: str,
+    words: Sequence[Value],
+    dtype: ValueLike,
+    *,
+    random: Sequence[Value] | None = None,
+    stochastic: ValueLike = 0,
+) -> list[Value]:
+    """Places a `RoundNarrow` for each word, as submodule `name`; returns what comes out of them.
+
+    Parameters
+    ----------
+    random : a word for each; None if none is ever rounded stochastically
+    """
+    if random is None:
+        cells = side_by_side(
+            RoundNarrow(chance=False), "round_nearest", len(words), shared=("dtype",)
+        )
+    else:
+        cells = side_by_side(
+            RoundNarrow(), "round_narrow", len(words), shared=("dtype", "stochastic")
+        )
+        m.d.comb += cells.stochastic.eq(stochastic)
+        m.d.comb += [to.eq(word) for to, word in zip(cells.random, random, strict=True)]
+    m.submodules[name] = cells
+    m.d.comb += cells.dtype.eq(dtype)
+    m.d.comb += [to.eq(word) for to, word in zip(cells.word, words, strict=True)]
+    return list(cells.o)
 
 
 class PackNarrow(wiring.Component):

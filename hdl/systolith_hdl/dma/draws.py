@@ -24,11 +24,12 @@ class ColumnDraws(wiring.Component):
     words : Out(stream of a 32-bit word for each lane), one for each column
 
     Latency: ``1 + DITHER_LATENCY`` cycles from `start` to the first words. Throughput: one column
-    per cycle, also from one store to the next.
+    per cycle, also from one store to the next. A core without `random` words has none of it.
     """
 
     def __init__(self, config: CoreConfig) -> None:
         self._lanes = config.lanes
+        self._random = config.random
         super().__init__(
             {
                 "start": In(
@@ -50,6 +51,8 @@ class ColumnDraws(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        if not self._random:
+            return m
         lanes = self._lanes
         m.submodules.nest = nest = Nest(4, addresses=False)
         m.submodules.dither = dither = Once(DitherStream(lanes=lanes), f"dither_stream_{lanes}")

@@ -5,9 +5,8 @@ from amaranth.lib import data, fifo, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..access import AddressGenerator, Pattern, pattern
-from ..arith import DITHER_LATENCY, RoundNarrow
+from ..arith import DITHER_LATENCY, rounded
 from ..config import CoreConfig
-from ..emit import side_by_side
 from ..formats import FORMATS, INTEGERS, NARROW_FLOATS
 from ..isa import DMA_TYPES, SPECS, FaultCause, Opcode, Rounding
 from ..ports import (
@@ -212,6 +211,7 @@ class DmaQueue(wiring.Component):
                 is_store
                 & (incoming.header.rounding == Rounding.STOCHASTIC)
                 & Cat(body.dram_dtype == each for each in NARROW_FLOATS).any()
+                & config.random
             ),
         ]
 
@@ -505,7 +505,7 @@ class DmaQueue(wiring.Component):
         tile = tiles.tile.payload
         last_column = column == tile.columns - 1
         ready = Signal()
-        rounded = Signal(data.ArrayLayout(unsigned(32), lanes))
+        results = Signal(data.ArrayLayout(unsigned(32), lanes))
         # Indices are read through the same port: they come first, but a request stays.
         read, index_request = self.read.request, rows.read.request
         indices = Signal()
@@ -540,24 +540,23 @@ class DmaQueue(wiring.Component):
         with m.If(filling):
             m.d.sync += column.eq(Mux(last_column, 0, column + 1))
         random = split_words(m, draws.words.payload, name="random")
-        m.submodules.rounding = rounding = side_by_side(
-            RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
+        m.d.comb += results.as_value().eq(
+            Cat(
+                rounded(
+                    m,
+                    "rounding",
+                    [columns.r_data.word_select(lane, 32) for lane in range(lanes)],
+                    tile.settings.dtype,
+                    random=random if config.random else None,
+                    stochastic=tile.settings.stochastic,
+                )
+            )
         )
-        m.d.comb += [
-            rounding.dtype.eq(tile.settings.dtype),
-            rounding.stochastic.eq(tile.settings.stochastic),
-        ]
-        for lane in range(lanes):
-            m.d.comb += [
-                rounding.word[lane].eq(columns.r_data.word_select(lane, 32)),
-                rounding.random[lane].eq(random[lane]),
-                rounded[lane].eq(rounding.o[lane]),
-            ]
         with m.If(store):
             m.d.comb += [
                 turner.write.valid.eq(filling),
                 turner.write.payload.index.eq(column),
-                turner.write.payload.words.eq(rounded),
+                turner.write.payload.words.eq(results),
                 turner.write.payload.mask.eq(Const((1 << lanes) - 1, lanes)),
                 turner.write.payload.row_end.eq(1),
                 turner.write.payload.commit.eq(last_column),

@@ -7,7 +7,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 from ..access import elementwise_ports, operand_walk, place_streamers
-from ..arith import DITHER_LATENCY, FP32_LATENCY, Dither, RoundNarrow, engine_key
+from ..arith import DITHER_LATENCY, FP32_LATENCY, dither_of, engine_key, rounded
 from ..config import CoreConfig
 from ..emit import Once, side_by_side
 from ..formats import DType
@@ -162,10 +162,12 @@ class ScalarEngine(wiring.Component):
             m.d.sync += table_word.eq(table_word + 1)
 
         # -- Random words for the results, one column after the other.
-        m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
+        m.submodules.dither = dither = dither_of(config)
         stochastic = Signal()
-        wanted = (tensor.header.rounding == Rounding.STOCHASTIC) & (
-            tensor.body.dst.dtype != DType.FP32
+        wanted = (
+            (tensor.header.rounding == Rounding.STOCHASTIC)
+            & (tensor.body.dst.dtype != DType.FP32)
+            & config.random
         )
         with m.If(take):
             m.d.sync += stochastic.eq(wanted)
@@ -328,22 +330,23 @@ class ScalarEngine(wiring.Component):
         ]
 
         # -- Results.
-        m.submodules.rounding = rounding = side_by_side(
-            RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
-        )
         random = split_words(m, dither.words, name="random")
+        results = rounded(
+            m,
+            "rounding",
+            [Mux(complete, a, b) for a, b in zip(totals.o, cells.o, strict=True)],
+            # A sum behind its row stays FP32.
+            Mux(complete & ~only, DType.FP32, dtype),
+            random=random if config.random else None,
+            stochastic=stochastic,
+        )
         m.d.comb += [
             dst.columns.valid.eq(complete | (valid[-1] & ~closing & ~only)),
             dst.columns.payload.mask.eq(mask),
-            # A sum behind its row stays FP32.
-            rounding.dtype.eq(Mux(complete & ~only, DType.FP32, dtype)),
-            rounding.stochastic.eq(stochastic),
         ]
         for lane in range(lanes):
             m.d.comb += [
                 totals.x[lane].eq(cells.o[lane]),
-                rounding.word[lane].eq(Mux(complete, totals.o[lane], cells.o[lane])),
-                rounding.random[lane].eq(random[lane]),
-                dst.columns.payload.data[lane].eq(rounding.o[lane]),
+                dst.columns.payload.data[lane].eq(results[lane]),
             ]
         return m

@@ -21,6 +21,7 @@ from ..isa import (
     IndexedBody,
     Opcode,
     Operand,
+    Rounding,
     ScalarTensorTensorBody,
     Space,
     TensorBody,
@@ -125,6 +126,8 @@ class Check(wiring.Component):
                     for name in operation_enums(opcode):
                         code = getattr(header, name)
                         bad_operation.append(~_one_of(code, legal_operations(opcode, name, config)))
+                    if "rounding" in spec.header and not config.random:
+                        bad_operation.append(header.rounding == Rounding.STOCHASTIC)
                     bad_type, bad_space = [], []
                     for name, (spaces, types) in spec.operands.items():
                         operand = operands[_slot(name)]

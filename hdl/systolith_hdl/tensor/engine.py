@@ -5,7 +5,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..access import AddressGenerator, Pattern, ReadStreamer, pattern
-from ..arith import RoundNarrow, WidenInt8
+from ..arith import WidenInt8, rounded
 from ..config import CoreConfig
 from ..emit import side_by_side
 from ..formats import DType
@@ -346,16 +346,13 @@ class TensorEngine(wiring.Component):
 def _rounded(m: Module, column: data.View, dtype: ValueLike, *, name: str) -> list[Value]:
     """The words of a column, each as a number of a type, as operands of the array."""
     words = split_words(m, column, name=name)
-    m.submodules[f"round_{name}"] = floats = side_by_side(
-        RoundNarrow(chance=False), "round_nearest", len(words), shared=("dtype",)
-    )
+    numbers = rounded(m, f"round_{name}", words, dtype)
     m.submodules[f"widen_{name}"] = integers = side_by_side(WidenInt8(), "widen_int8", len(words))
-    m.d.comb += floats.dtype.eq(dtype)
     for lane, word in enumerate(words):
-        m.d.comb += [floats.word[lane].eq(word), integers.bits[lane].eq(word[:8])]
+        m.d.comb += integers.bits[lane].eq(word[:8])
     return [
         Mux(dtype == DType.INT8, integer, number)[-OPERAND_BITS:]
-        for integer, number in zip(integers.o, floats.o, strict=True)
+        for integer, number in zip(integers.o, numbers, strict=True)
     ]
 
 

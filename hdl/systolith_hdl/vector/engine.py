@@ -11,13 +11,13 @@ from ..arith import (
     CONVERT_LATENCY,
     DITHER_LATENCY,
     ConvertWord,
-    Dither,
-    RoundNarrow,
+    dither_of,
     engine_key,
+    rounded,
 )
 from ..arith.dither import RANDOM_STREAM
 from ..config import CoreConfig
-from ..emit import Once, side_by_side
+from ..emit import side_by_side
 from ..formats import INTEGERS, NARROW_FLOATS, ONE, DType
 from ..isa import (
     DIVISIONS,
@@ -317,11 +317,10 @@ class VectorEngine(wiring.Component):
         draws = is_opcode(new.header.opcode, _RANDOM, config)
         is_random = Signal()
         m.d.comb += is_random.eq(is_opcode(code, _RANDOM, config))
-        m.submodules.dither = dither = Once(Dither(lanes=lanes), f"dither_{lanes}")
+        m.submodules.dither = dither = dither_of(config)
         stochastic = Signal()
-        wanted = (new.header.rounding == Rounding.STOCHASTIC) & Cat(
-            new.body.dst.dtype == each for each in NARROW_FLOATS
-        ).any()
+        wanted = Cat(new.body.dst.dtype == each for each in NARROW_FLOATS).any()
+        wanted &= (new.header.rounding == Rounding.STOCHASTIC) & config.random
         with m.If(take):
             m.d.sync += stochastic.eq(wanted)
         m.submodules.scan = scan = Scan()
@@ -453,9 +452,6 @@ class VectorEngine(wiring.Component):
         m.submodules.conversion = conversion = side_by_side(
             ConvertWord(), "convert_word", lanes, shared=("en", "given", "dtype")
         )
-        m.submodules.rounding = rounding = side_by_side(
-            RoundNarrow(), "round_narrow", lanes, shared=("dtype", "stochastic")
-        )
         m.d.comb += [
             front.data.eq(front_data),
             front.condition.eq(condition),
@@ -496,11 +492,17 @@ class VectorEngine(wiring.Component):
             conversion.en.eq(enable & converts),
             conversion.given.eq(computes),
             conversion.dtype.eq(running.body.dst.dtype),
-            rounding.dtype.eq(running.body.dst.dtype),
-            rounding.stochastic.eq(stochastic),
         ]
         column = dst.columns.payload
         random = split_words(m, dither.words, name="random")
+        results = rounded(
+            m,
+            "rounding",
+            [Mux(converts, a, b) for a, b in zip(conversion.o, cells.o, strict=True)],
+            running.body.dst.dtype,
+            random=random if config.random else None,
+            stochastic=stochastic,
+        )
         for lane in range(lanes):
             m.d.comb += [
                 front.src0[lane].eq(src0.columns.payload.data[lane]),
@@ -514,9 +516,7 @@ class VectorEngine(wiring.Component):
                 cells.y[lane].eq(front.y[lane]),
                 cells.b[lane].eq(front.b[lane]),
                 conversion.word[lane].eq(cells.o[lane]),
-                rounding.word[lane].eq(Mux(converts, conversion.o[lane], cells.o[lane])),
-                rounding.random[lane].eq(random[lane]),
-                column.data[lane].eq(rounding.o[lane]),
+                column.data[lane].eq(results[lane]),
             ]
             if config.top:
                 with m.If(is_top):

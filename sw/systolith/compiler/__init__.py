@@ -95,6 +95,8 @@ def compile_step(
     CompileError : the step does not fit
     """
     check_options(matmul, rounding)
+    if ROUNDINGS[rounding] is Rounding.STOCHASTIC and not config.random:
+        raise UnsupportedError(config.lacks("random", f"rounding={rounding!r}"))
     program_name = name or str(getattr(fn, "__name__", "step"))
     kwargs = dict(kwargs or {})
     with compiling_for(config):

@@ -18,6 +18,7 @@ from systolith_hdl.isa import (
     EngineKind,
     FaultCause,
     Opcode,
+    Rounding,
     RowSums,
     Space,
     WaitMode,
@@ -133,6 +134,8 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     for name in ("op0", "op1"):
         if name in fields and fields[name] not in _legal(opcode, name, config):
             return Fault(FaultCause.ILLEGAL_OPERATION)
+    if fields.get("rounding") == Rounding.STOCHASTIC.value and not config.random:
+        return Fault(FaultCause.ILLEGAL_OPERATION)
     for i in range(MAX_WAITS):
         if fields[f"wait.{i}.mode"] not in _codes(WaitMode):
             return Fault(FaultCause.ILLEGAL_OPERATION)

@@ -86,11 +86,15 @@ def _member(value: Any, kind: type[_Enum], what: str) -> _Enum:
     return member
 
 
-def _rounding(rounding: Rounding | str, dtype: DType, what: str) -> dict[str, int]:
+def _rounding(
+    config: CoreConfig, rounding: Rounding | str, dtype: DType, what: str
+) -> dict[str, int]:
     """The header field that says how a result becomes `dtype`, the type of `what`."""
     mode = _member(rounding, Rounding, "rounding")
     if mode is Rounding.NEAREST:
         return {}
+    if not config.random:
+        refuse(config.lacks("random", f"rounding = {mode.name}"))
     if dtype not in NARROW_FLOATS:
         refuse(
             f"{what} is {dtype.name}, which is not rounded; stochastic rounding needs a narrow type"
@@ -504,7 +508,7 @@ class _Elementwise(_Engine):
         written = DType.FP32 if words and dst.dtype in INTEGERS else dst.dtype
         encoded = {
             "lanes": dst.lanes,
-            **_rounding(rounding, dst.dtype, "dst"),
+            **_rounding(self._builder.config, rounding, dst.dtype, "dst"),
             **self._counts(shape),
             **self._encode_operand("dst", dst, self._pad("dst", dst, dst.shape), written),
         }
@@ -912,7 +916,7 @@ class _Vector(_Elementwise):
         self._operand("dst", dst, self._BOTH, _VECTOR)
         if dst.dtype not in (DType.FP32, DType.INT32):
             refuse(f"dst of random must be FP32 or INT32, not {dst.dtype.name}: {dst}")
-        fields = {"key": self._key(key), "dst.dtype": dst.dtype.value}
+        fields = {"key": self._key("random", key), "dst.dtype": dst.dtype.value}
         self._emit(Opcode.RANDOM, dst, {}, fields, Rounding.NEAREST, words=True)
 
     def dropout(
@@ -927,14 +931,15 @@ class _Vector(_Elementwise):
         if not 0 <= rate < 1:
             refuse(f"rate must be from 0 to 1, without 1, not {rate}")
         fields = {
-            "key": self._key(key),
+            "key": self._key("dropout", key),
             "threshold": min(round(rate * (1 << 32)), (1 << 32) - 1),
             "imm0": self._immediate("scale", 1 / (1 - rate) if scale is None else scale),
         }
         self._emit(Opcode.DROPOUT, dst, {"src0": ("src0", src0)}, fields, Rounding.NEAREST)
 
-    @staticmethod
-    def _key(key: int) -> int:
+    def _key(self, what: str, key: int) -> int:
+        if not self._builder.config.random:
+            refuse(self._builder.config.lacks("random", what))
         if not isinstance(key, int | np.integer) or not 0 <= key < 1 << 32:
             refuse(f"key must be a number of 32 bits, not {key!r}")
         return int(key)
@@ -1563,7 +1568,7 @@ class _Dma(_Engine):
         tensors = self._builder.dram.tensors
         if dram.index >= len(tensors) or tensors[dram.index] is not (dram.base or dram):
             refuse(f"{dram} belongs to another builder")
-        how = _rounding(rounding, dram.dtype, str(dram))
+        how = _rounding(self._builder.config, rounding, dram.dtype, str(dram))
         item = dram.itemsize
         if strides is None:
             strides = tuple(item * step for step in c_strides(view.shape))
