@@ -66,7 +66,7 @@ def test_training_over_the_line_equals_golden() -> None:
     results = []
     for device in ("golden", "board"):
         with systolith.Device(device, config=CONFIG, dram_bytes=DRAM_BYTES) as chip:
-            run = systolith.jit(step, device=chip, rounding="stochastic")
+            run = systolith.jit(step, device=chip)
             weights, losses = w, []
             for _ in range(2):
                 value, weights = run(weights, x, y)
