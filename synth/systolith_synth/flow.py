@@ -440,6 +440,34 @@ def _harness(synthesis: Synthesis, *, pads: bool) -> Path:
     return build.folder / "mapped.il"
 
 
+#: Wires with several users after a round of the router `router2`, which goes on until there are
+#: none, for ever if there always are.
+_ROUND = re.compile(r"iter=\d+ wires=\d+ overused=(\d+)")
+#: Rounds without fewer of them than ever before, after which a run is given up.
+PATIENCE = 60
+
+
+def _patiently(command: list[str], folder: Path, seconds: float = 2) -> tuple[int, str]:
+    """Runs nextpnr in `folder`, its log there; returns the exit status, and why it was given up or
+    nothing. The log is looked at every few `seconds`."""
+    path = folder / "nextpnr.log"
+    with (
+        open(path, "w") as log,
+        subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
+        while True:
+            try:
+                return process.wait(timeout=seconds), ""
+            except subprocess.TimeoutExpired:
+                left = [int(count) for count in _ROUND.findall(path.read_text(errors="replace"))]
+                if left and len(left) - 1 - left.index(min(left)) >= PATIENCE:
+                    process.kill()
+                    return 1, (
+                        f"not routed: {min(left)} wires have several users at best, after round "
+                        f"{left.index(min(left)) + 1} of {len(left)}; the design is too dense"
+                    )
+
+
 def place_and_route(
     synthesis: Synthesis,
     *,
@@ -486,18 +514,13 @@ def place_and_route(
                 shutil.copy(linked.folder / "netlist.json", build.folder / "netlist.json")
                 (build.folder / "pins.lpf").write_text(pins or "")
                 began = time.perf_counter()
-                with open(build.folder / "nextpnr.log", "w") as log:
-                    status = subprocess.run(
-                        [nextpnr, "--json", "netlist.json", *options],
-                        cwd=build.folder,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        check=False,
-                    ).returncode
+                command = [nextpnr, "--json", "netlist.json", *options]
+                status, gave_up = _patiently(command, build.folder)
                 if status < 0:  # no result of this design: not to be found again
                     raise FlowError(f"nextpnr was ended by signal {-status}, seed {seed}")
                 (build.folder / "netlist.json").unlink()
-                done = {"status": status, "seconds": time.perf_counter() - began}
+                seconds = time.perf_counter() - began
+                done = {"status": status, "seconds": seconds, "error": gave_up}
                 (build.folder / "done.json").write_text(json.dumps(done))
         routes.append(_route(seed, build.folder, linked.folder / "netlist.json"))
     return routes
@@ -527,7 +550,8 @@ def _route(seed: int, folder: Path, netlist: Path) -> Route:
     used = re.findall(r"^Info:\s+(\w+): +(\d+)/ *(\d+) ", log, re.MULTILINE)
     route.utilization = {name: (int(n), int(of)) for name, n, of in used}
     if done["status"]:
-        errors = re.findall(r"^ERROR: (.*)$", log, re.MULTILINE)
+        errors = [done["error"]] if done.get("error") else []
+        errors += re.findall(r"^ERROR: (.*)$", log, re.MULTILINE)
         route.error = errors[0] if errors else f"nextpnr ended with status {done['status']}"
         return route
     report = json.loads((folder / "report.json").read_text())

@@ -328,6 +328,26 @@ def test_a_run_that_is_killed_is_no_result(tmp_path: Path, monkeypatch: pytest.M
         assert runs.read_text().count("--json") == number
 
 
+def test_a_router_that_gets_nowhere_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nextpnr-ecp5"
+    tool.write_text(
+        "#!/bin/sh\ni=0\nwhile true; do i=$((i + 1))\n"
+        'echo "Info:     iter=$i wires=900 overused=$((i < 7 ? 90 - i : 90)) overuse=99"\n'
+        "[ $i -lt 100 ] || sleep 1\ndone\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SYSTOLITH_CACHE", str(tmp_path / "cache"))
+    found = run(get_config("nano"), get_target("ecp5-25k"), tmp_path, block="arith.round", seeds=1)
+    assert re.fullmatch(
+        r"seed 1 of 1: not routed: 84 wires have several users at best, after round 6 of 1\d\d; "
+        "the design is too dense",
+        found["error"],
+    )
+
+
 def test_synthesis_fails() -> None:
     with pytest.raises(flow.FlowError, match="Yosys cannot synthesize top"):
         design = Design("module \\top\n  cell $nothing \\x\n  end\nend\n", "top")
