@@ -444,28 +444,32 @@ def _harness(synthesis: Synthesis, *, pads: bool) -> Path:
 #: none, for ever if there always are.
 _ROUND = re.compile(r"iter=\d+ wires=\d+ overused=(\d+)")
 #: Rounds without fewer of them than ever before, after which a run is given up.
-PATIENCE = 60
+_PATIENCE = 60
 
 
-def _patiently(command: list[str], folder: Path, seconds: float = 2) -> tuple[int, str]:
+def _patiently(command: list[str], folder: Path) -> tuple[int, str]:
     """Runs nextpnr in `folder`, its log there; returns the exit status, and why it was given up or
-    nothing. The log is looked at every few `seconds`."""
+    nothing."""
     path = folder / "nextpnr.log"
     with (
         open(path, "w") as log,
         subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT) as process,
     ):
-        while True:
-            try:
-                return process.wait(timeout=seconds), ""
-            except subprocess.TimeoutExpired:
-                left = [int(count) for count in _ROUND.findall(path.read_text(errors="replace"))]
-                if left and len(left) - 1 - left.index(min(left)) >= PATIENCE:
-                    process.kill()
+        try:
+            while True:
+                try:
+                    return process.wait(timeout=2), ""
+                except subprocess.TimeoutExpired:
+                    text = path.read_text(errors="replace")
+                left = [int(count) for count in _ROUND.findall(text)]
+                best = left.index(min(left)) + 1 if left else 0
+                if len(left) - best >= _PATIENCE:
                     return 1, (
                         f"not routed: {min(left)} wires have several users at best, after round "
-                        f"{left.index(min(left)) + 1} of {len(left)}; the design is too dense"
+                        f"{best} of {len(left)}; try other seeds or a smaller design"
                     )
+        finally:
+            process.kill()  # nothing if it has ended
 
 
 def place_and_route(
