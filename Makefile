@@ -43,13 +43,15 @@ nightly: fuzz
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz.py
 
-# FPGA reports into docs/reports; about an hour the first time, on an idle machine. A design that
-# does not fit ends its command with an error, and its report is there all the same.
+# FPGA reports into docs/reports, and the sizes in docs/board.md; more than an hour the first time,
+# on an idle machine. A design that does not fit ends its command with an error, and its report is
+# there all the same.
 synth: setup
 	-$(BIN)/systolith synth --config nano --pnr --out docs/reports/nano
 	-$(BIN)/systolith synth --config small --no-gates --out docs/reports/small
 	-$(BIN)/systolith synth --config medium --no-gates --out docs/reports/medium
 	-$(BIN)/systolith synth --board ulx3s --config tiny --no-gates --out docs/reports/tiny-ulx3s
+	$(BIN)/python benchmarks/board.py
 	$(BIN)/systolith synth --block tensor.mac --target ecp5-85k-speed --pnr --mhz 150 \
 		--out docs/reports/nano-tensor.mac
 	$(BIN)/systolith synth --config medium-fp8 --block tensor.mac --target ecp5-85k-speed \

@@ -16,7 +16,7 @@ from .ports import axi4_lite, axi4_read, axi4_write
 from .psum import Psum
 from .regs import MEMORIES
 from .scalar.engine import ScalarEngine
-from .semaphores import SemaphoreFile
+from .semaphores import CountPort, SemaphoreFile
 from .sequencer.sequencer import Sequencer
 from .tensor.engine import TensorEngine
 from .toolchain import cached, content_hash, sources_hash
@@ -40,8 +40,8 @@ class Core(wiring.Component):
     watchdog, seed : In(32), as the registers
     axi_read, axi_write : Out, the AXI4 channels
     quiet : Out(1), no AXI transaction is offered or outstanding
-    running, done, fault, cycles, macs, busy, conflicts, instructions, semaphores : Out, as the
-        registers
+    running, done, fault, cycles, macs, busy, conflicts, instructions : Out, as the registers
+    semaphore : In(CountPort), the host's
     event : Out(1), high for a cycle when the program ends or faults
     awake : Out(2 x engines), the sequencers, then the engines: while a bit is low, a clock gate may
         stop that block, and nothing that can be seen changes
@@ -70,7 +70,7 @@ class Core(wiring.Component):
                 "busy": Out(64).array(engines),
                 "conflicts": Out(32).array(len(MEMORIES)),
                 "instructions": Out(32).array(engines),
-                "semaphores": Out(16).array(config.semaphores),
+                "semaphore": In(CountPort()),
                 "awake": Out(2 * engines),
             }
         )
@@ -95,7 +95,9 @@ class Core(wiring.Component):
             m.submodules[f"dma{index}"] = queue = Once(DmaQueue(config), "dma_queue")
             m.d.comb += queue.key.eq(engine_key(config.engines.index(f"dma{index}")))
             queues.append(queue)
-        m.submodules.semaphores = semaphores = SemaphoreFile(config, requesters=3 * count)
+        m.submodules.semaphores = semaphores = SemaphoreFile(
+            config, requesters=3 * count, readers=count + 1
+        )
         sbuf_reads = [
             tensor.stationary,
             tensor.moving,
@@ -158,12 +160,8 @@ class Core(wiring.Component):
                 semaphores.allowed[3 * index].eq(sequencer.allowed),
                 sequencer.overflow.eq(semaphores.overflow[3 * index : 3 * index + 3]),
             ]
-            m.d.comb += [
-                sequencer.values[sem].eq(semaphores.values[sem]) for sem in range(config.semaphores)
-            ]
-        m.d.comb += [
-            self.semaphores[sem].eq(semaphores.values[sem]) for sem in range(config.semaphores)
-        ]
+            wiring.connect(m, sequencer.semaphore, semaphores.read[index])
+        wiring.connect(m, wiring.flipped(self.semaphore), semaphores.read[count])
 
         # -- Faults: the first is recorded and stops issue everywhere.
         halt = Signal()
@@ -377,8 +375,7 @@ class Chip(wiring.Component):
             ]
         for memory in range(len(MEMORIES)):
             m.d.comb += host.conflicts[memory].eq(core.conflicts[memory])
-        for sem in range(config.semaphores):
-            m.d.comb += host.semaphores[sem].eq(core.semaphores[sem])
+        wiring.connect(m, host.semaphore, core.semaphore)
         return m
 
 

@@ -8,6 +8,7 @@ from . import regs
 from .config import CoreConfig
 from .isa import ISA_VERSION
 from .ports import axi4_lite
+from .semaphores import CountPort
 
 _OKAY, _SLVERR = 0, 2
 
@@ -33,8 +34,9 @@ class HostPort(wiring.Component):
     interrupt : Out(1)
     event : In(1), high for a cycle when a program ended or faulted
     watchdog, seed : Out(32);  stream_base : Out(64) x engines
-    running, done, resetting, fault, cycles, macs, busy, conflicts, instructions, semaphores : In,
-        read-only values
+    running, done, resetting, fault, cycles, macs, busy, conflicts, instructions : In, read-only
+        values
+    semaphore : Out(CountPort), that which is being read
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -59,7 +61,7 @@ class HostPort(wiring.Component):
                 "busy": In(64).array(engines),
                 "conflicts": In(32).array(len(regs.MEMORIES)),
                 "instructions": In(32).array(engines),
-                "semaphores": In(16).array(config.semaphores),
+                "semaphore": Out(CountPort()),
             }
         )
 
@@ -109,14 +111,17 @@ class HostPort(wiring.Component):
             "BUSY": [self.busy[e] for e in engines],
             "CONFLICTS": list(self.conflicts),
             "INSTRUCTIONS": [self.instructions[e] for e in engines],
-            "SEMAPHORE": list(self.semaphores),
+            "SEMAPHORE": [self.semaphore.count] * config.semaphores,
             "CONTROL": 0,
         }
         assert readable.keys() == regs.REGISTERS.keys()
 
         # -- Reads.
         ar, r = self.axil.ar, self.axil.r
-        m.d.comb += ar.ready.eq(~r.valid | r.ready)
+        m.d.comb += [
+            ar.ready.eq(~r.valid | r.ready),
+            self.semaphore.sem.eq((ar.payload.addr - regs.address("SEMAPHORE")) >> 2),
+        ]
         with m.If(r.ready):
             m.d.sync += r.valid.eq(0)
         with m.If(ar.valid & ar.ready):

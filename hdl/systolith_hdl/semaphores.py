@@ -1,7 +1,7 @@
 """Counting semaphores shared by all sequencers."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
+from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from .banked import RoundRobin
@@ -18,29 +18,46 @@ class Update(data.Struct):
     subtract: unsigned(1)
 
 
+class CountPort(wiring.Signature):
+    """The count of one semaphore, seen from who asks.
+
+    Members
+    -------
+    sem : Out(6), which; one that does not exist has any count
+    count : In(16), in the same cycle
+    """
+
+    def __init__(self) -> None:
+        super().__init__({"sem": Out(6), "count": In(16)})
+
+
 class SemaphoreFile(wiring.Component):
     """Holds the counts and applies one update per cycle, round-robin among the requesters.
+
+    The counts are words of a memory, so that who wants to know one has a wire for each of its bits
+    and not for each bit of all.
 
     Members
     -------
     update : In(stream of Update) x requesters. An update is applied in the cycle it is taken and
-        seen in `values` the cycle after. A subtraction is taken only while it is `allowed`.
-    allowed : In(requesters), the requester finds the count in `values` large enough for what it
+        seen in `read` the cycle after. A subtraction is taken only while it is `allowed`.
+    allowed : In(requesters), the requester finds the count in `read` large enough for what it
         wants to subtract. As one update is applied a cycle, two requesters can never take the same
         units.
-    values : Out(16) x semaphores
+    read : In(CountPort) x readers
     overflow : Out(requesters): high in the cycle an addition of that requester is taken that would
         pass 65535; it is not applied.
     clear : In(1), zeroes all counts
     """
 
-    def __init__(self, config: CoreConfig, *, requesters: int) -> None:
+    def __init__(self, config: CoreConfig, *, requesters: int, readers: int) -> None:
         self._requesters = requesters
+        self._semaphores = config.semaphores
         super().__init__(
             {
                 "update": In(stream.Signature(Update)).array(requesters),
                 "allowed": In(requesters),
-                "values": Out(16).array(config.semaphores),
+                "read": In(CountPort()).array(readers),
                 "overflow": Out(requesters),
                 "clear": In(1),
             }
@@ -48,7 +65,20 @@ class SemaphoreFile(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        values = Array(self.values)
+        # A semaphore that was not updated since `clear` counts 0, whatever is in the memory.
+        updated = Signal(self._semaphores)
+        m.submodules.counts = counts = memory.Memory(
+            shape=unsigned(16), depth=self._semaphores, init=[]
+        )
+
+        def count_of(sem: Value) -> Value:
+            port = counts.read_port(domain="comb")
+            m.d.comb += port.addr.eq(sem)
+            return Mux(updated.bit_select(sem, 1), port.data, 0)
+
+        for read in self.read:
+            m.d.comb += read.count.eq(count_of(read.sem))
+
         m.submodules.arbiter = arbiter = RoundRobin(self._requesters)
         m.d.comb += arbiter.requests.eq(
             Cat(
@@ -65,13 +95,19 @@ class SemaphoreFile(wiring.Component):
         old = Signal(16)
         new = Signal(17)
         m.d.comb += [
-            old.eq(values[chosen.sem]),
+            old.eq(count_of(chosen.sem)),
             new.eq(Mux(chosen.subtract, old - chosen.value, old + chosen.value)),
         ]
         too_large = new[16] & ~chosen.subtract
         m.d.comb += self.overflow.eq(Mux(too_large, arbiter.grants, 0))
-        with m.If(arbiter.grants.any() & ~too_large):
-            m.d.sync += values[chosen.sem].eq(new[:16])
+        write = counts.write_port()
+        m.d.comb += [
+            write.addr.eq(chosen.sem),
+            write.data.eq(new),
+            write.en.eq(arbiter.grants.any() & ~too_large),
+        ]
+        with m.If(write.en):
+            m.d.sync += updated.bit_select(chosen.sem, 1).eq(1)
         with m.If(self.clear):
-            m.d.sync += [value.eq(0) for value in self.values]
+            m.d.sync += updated.eq(0)
         return m

@@ -6,14 +6,15 @@ from amaranth.lib.wiring import In, Out
 from systolith_hdl.axi import AxiReadArbiter, axi4_pins, axi_id_width
 from systolith_hdl.config import CoreConfig
 from systolith_hdl.isa import INSTRUCTION_BITS, engine_kind
-from systolith_hdl.semaphores import SemaphoreFile
+from systolith_hdl.semaphores import CountPort, SemaphoreFile
 from systolith_hdl.sequencer.sequencer import Sequencer
 
 
 class Sequencing(wiring.Component):
     """Sequencers of a core, their fetch merged onto AXI read pins; engines are the bench's.
 
-    Members are those of `Sequencer`, flattened, one element for each engine.
+    Members are those of `Sequencer`, flattened, one element for each engine; `semaphore` is the
+    bench's own.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -37,7 +38,7 @@ class Sequencing(wiring.Component):
                 "completed": Out(3).array(count),
                 "ended": Out(1).array(count),
                 "idle": Out(1).array(count),
-                "values": Out(16).array(config.semaphores),
+                "semaphore": In(CountPort()),
                 **{f"m_axi_{n}": member for n, member in pins.items() if n[:2] in ("ar", "ri", "rd",
                    "rr", "rl", "rv")},
             }
@@ -47,7 +48,9 @@ class Sequencing(wiring.Component):
         m = Module()
         config = self._config
         count = len(self._kinds)
-        m.submodules.semaphores = semaphores = SemaphoreFile(config, requesters=3 * count)
+        m.submodules.semaphores = semaphores = SemaphoreFile(
+            config, requesters=3 * count, readers=count + 1
+        )
         m.submodules.arbiter = arbiter = AxiReadArbiter(
             config, requesters=count, id_width=axi_id_width(config)
         )
@@ -87,8 +90,6 @@ class Sequencing(wiring.Component):
                 self.ended[index].eq(sequencer.ended),
                 self.idle[index].eq(sequencer.idle),
             ]
-            m.d.comb += [
-                sequencer.values[s].eq(semaphores.values[s]) for s in range(config.semaphores)
-            ]
-        m.d.comb += [self.values[s].eq(semaphores.values[s]) for s in range(config.semaphores)]
+            wiring.connect(m, sequencer.semaphore, semaphores.read[index])
+        wiring.connect(m, wiring.flipped(self.semaphore), semaphores.read[count])
         return m

@@ -40,7 +40,7 @@ from systolith_tb.fuzz import (
 )
 
 NANO = get_config("nano")
-#: Without divider, TOP and loops: none is drawn for legal programs.
+#: Without divider, TOP, random words and loops: none is drawn for legal programs.
 TINY = get_config("tiny")
 
 

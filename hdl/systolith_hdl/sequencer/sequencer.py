@@ -1,6 +1,6 @@
 """The sequencer of one engine: fetch, check, wait, issue, signal."""
 
-from amaranth.hdl import Array, Cat, Const, Module, Mux, Shape, Signal, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, unsigned
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -18,7 +18,7 @@ from ..isa import (
     is_opcode,
 )
 from ..ports import IssuePort, axi4_read
-from ..semaphores import Update
+from ..semaphores import CountPort, Update
 from .check import Check, Fault
 from .fetch import Fetch
 
@@ -100,9 +100,9 @@ class Sequencer(wiring.Component):
     axi : Out(axi4_read), instruction fetch
     issue : Out(IssuePort)
     done_load : In(1), as IssuePort.done for LOAD_STATIONARY (tensor only, else unused)
-    values : In(16) x semaphores
+    semaphore : Out(CountPort), that of the wait which is next
     update : Out(stream of Update) x 3: own (ACQUIRE, NOP), retire, retire of loads
-    allowed : Out(1), of an ACQUIRE: `values` has as much as it takes
+    allowed : Out(1), of an ACQUIRE: the semaphore has as much as it takes
     overflow : In(3), the update of that index overflowed its semaphore
     fault : Out({valid, pc, fault}), valid stays high once the engine stopped
     pc : Out(32), index in the stream of the oldest instruction that is not complete
@@ -130,7 +130,7 @@ class Sequencer(wiring.Component):
                 "axi": Out(axi4_read(config, id_width=0)),
                 "issue": Out(IssuePort()),
                 "done_load": In(1),
-                "values": In(16).array(config.semaphores),
+                "semaphore": Out(CountPort()),
                 "update": Out(stream.Signature(Update)).array(3),
                 "allowed": Out(1),
                 "overflow": In(3),
@@ -202,7 +202,6 @@ class Sequencer(wiring.Component):
         tested = Signal()  # it is a TEST whose word has come
         header = data.View(Header, word[:128])
         incoming = data.View(Header, check.checked.payload.word[:128])
-        values = Array(self.values)
         leave = Signal()
         is_end = header.opcode == Opcode.END
         is_test = (header.opcode == Opcode.TEST) & config.loops
@@ -251,7 +250,8 @@ class Sequencer(wiring.Component):
                 m.d.comb += wait.eq(header.wait[index])
         own = self.update[0]
         acquire = pending.any() & (wait.mode == WaitMode.ACQUIRE)
-        holds = values[wait.sem] >= wait.value
+        m.d.comb += self.semaphore.sem.eq(wait.sem)
+        holds = self.semaphore.count >= wait.value
         satisfied = holding & pending.any() & Mux(acquire, own.ready, holds)
         with m.If(satisfied):
             m.d.sync += pending.eq(pending & ~slot)

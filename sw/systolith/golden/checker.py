@@ -102,10 +102,11 @@ def check(raw: bytes, kind: EngineKind, config: CoreConfig) -> Fault | None:
     The checks are made in the order of `FaultCause`, each on the whole instruction:
 
     1. ILLEGAL_OPCODE: the opcode does not exist, is another engine's, or one that cores of this
-       configuration do not have: those of pairs if ``fp8_rate`` is 1, TOP without ``top``
+       configuration do not have: those of pairs if ``fp8_rate`` is 1, TOP without ``top``,
+       RANDOM and DROPOUT without ``random``, LOOP, NEXT and TEST without ``loops``
     2. RESERVED_BITS: a bit that no field of the opcode's format holds is set
     3. ILLEGAL_OPERATION: op0, op1 or a wait mode has a code the opcode does not accept, or one of
-       `isa.DIVISIONS` without ``divider``
+       `isa.DIVISIONS` without ``divider``, or it rounds stochastically without ``random``
     4. BAD_TYPE: an operand type (or ``dram_dtype``) is not one it may have, or no type at all, or
        that of an operand that must have the type of src0 is another, or op1 is an operation that
        this type does not have, or a MATMUL's dst is INT32 and its src0 is not INT8

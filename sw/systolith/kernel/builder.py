@@ -86,6 +86,19 @@ def _member(value: Any, kind: type[_Enum], what: str) -> _Enum:
     return member
 
 
+def _need(config: CoreConfig, field: str, what: str) -> None:
+    """Refuses `what` on a core that leaves out what it needs: a field of `LEFT_OUT`."""
+    if not getattr(config, field):
+        refuse(config.lacks(field, what))
+
+
+def _key(key: int) -> int:
+    """The key of random words, checked."""
+    if not isinstance(key, int | np.integer) or not 0 <= key < 1 << 32:
+        refuse(f"key must be a number of 32 bits, not {key!r}")
+    return int(key)
+
+
 def _rounding(
     config: CoreConfig, rounding: Rounding | str, dtype: DType, what: str
 ) -> dict[str, int]:
@@ -93,8 +106,7 @@ def _rounding(
     mode = _member(rounding, Rounding, "rounding")
     if mode is Rounding.NEAREST:
         return {}
-    if not config.random:
-        refuse(config.lacks("random", f"rounding = {mode.name}"))
+    _need(config, "random", f"rounding = {mode.name}")
     if dtype not in NARROW_FLOATS:
         refuse(
             f"{what} is {dtype.name}, which is not rounded; stochastic rounding needs a narrow type"
@@ -563,8 +575,8 @@ class _Vector(_Elementwise):
         }
         if op0 in DIVISIONS:
             refuse(f"op0 must not be {op0.name}, which only the second operation can be")
-        if op1 in DIVISIONS and not self._builder.config.divider:
-            refuse(self._builder.config.lacks("divider", f"op1 = {op1.name}"))
+        if op1 in DIVISIONS:
+            _need(self._builder.config, "divider", f"op1 = {op1.name}")
         types = OPERATION_TYPES.get(op1)
         if types is not None and computes not in types:
             allowed = " or ".join(dtype.name for dtype in WORDS if dtype in types)
@@ -913,10 +925,11 @@ class _Vector(_Elementwise):
         the place in dst, in order, and the partition. The same key in a view of the same size gives
         the same words; for others take others.
         """
+        _need(self._builder.config, "random", "random")
         self._operand("dst", dst, self._BOTH, _VECTOR)
         if dst.dtype not in (DType.FP32, DType.INT32):
             refuse(f"dst of random must be FP32 or INT32, not {dst.dtype.name}: {dst}")
-        fields = {"key": self._key("random", key), "dst.dtype": dst.dtype.value}
+        fields = {"key": _key(key), "dst.dtype": dst.dtype.value}
         self._emit(Opcode.RANDOM, dst, {}, fields, Rounding.NEAREST, words=True)
 
     def dropout(
@@ -928,21 +941,15 @@ class _Vector(_Elementwise):
         words of `random` with the same key: the gradient's dropout takes the key of the forward
         one, and a view of the same size.
         """
+        _need(self._builder.config, "random", "dropout")
         if not 0 <= rate < 1:
             refuse(f"rate must be from 0 to 1, without 1, not {rate}")
         fields = {
-            "key": self._key("dropout", key),
+            "key": _key(key),
             "threshold": min(round(rate * (1 << 32)), (1 << 32) - 1),
             "imm0": self._immediate("scale", 1 / (1 - rate) if scale is None else scale),
         }
         self._emit(Opcode.DROPOUT, dst, {"src0": ("src0", src0)}, fields, Rounding.NEAREST)
-
-    def _key(self, what: str, key: int) -> int:
-        if not self._builder.config.random:
-            refuse(self._builder.config.lacks("random", what))
-        if not isinstance(key, int | np.integer) or not 0 <= key < 1 << 32:
-            refuse(f"key must be a number of 32 bits, not {key!r}")
-        return int(key)
 
     def transpose(self, dst: View, src0: View, rounding: Rounding | str = Rounding.NEAREST) -> None:
         """Turns blocks: column l of partition j of dst = column j of partition l of src0.
@@ -1025,8 +1032,7 @@ class _Vector(_Elementwise):
         an integer; the greatest (of the smallest, the least) is first. The pairs must lie at one
         stride. A NaN comes before any number; of equal words, the one of the lower index.
         """
-        if not self._builder.config.top:
-            refuse(self._builder.config.lacks("top", "top"))
+        _need(self._builder.config, "top", "top")
         self._operand("dst", dst, self._BOTH, (DType.FP32,))
         self._operand("src0", src0, self._BOTH, FLOATS)
         rows = src0.shape[:-1]
@@ -1821,8 +1827,7 @@ class KernelBuilder:
         Loops nest up to LOOP_DEPTH deep, as far as there are semaphores.
         """
         self._check_open()
-        if not self.config.loops:
-            refuse(self.config.lacks("loops", "nc.loop"))
+        _need(self.config, "loops", "nc.loop")
         if not isinstance(count, int | np.integer) or not 1 <= count < 1 << 32:
             refuse(f"a loop has 1 to {(1 << 32) - 1} iterations, not {count!r}")
         if len(self._loops) == LOOP_DEPTH:
