@@ -97,10 +97,10 @@ class AddressGenerator(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         active = Signal()
-        current = Signal(walk_layout(self._width))
+        current = Signal(walk_layout(self._width), reset_less=True)
         #: address at which each level started
-        levels = Signal(data.ArrayLayout(unsigned(self._width), 4))
-        index = Signal(data.ArrayLayout(unsigned(16), 4))
+        levels = Signal(data.ArrayLayout(unsigned(self._width), 4), reset_less=True)
+        index = Signal(data.ArrayLayout(unsigned(16), 4), reset_less=True)
 
         ends = [Signal(name=f"end{d}") for d in range(4)]
         for d in range(4):

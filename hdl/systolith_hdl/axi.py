@@ -70,7 +70,7 @@ class AxiReadArbiter(wiring.Component):
         # Data: one register, routed by ID behind it.
         r = self.bus.r
         valid = Signal()
-        beat = Signal(r.payload.shape())
+        beat = Signal(r.payload.shape(), reset_less=True)
         taken = Signal()
         m.d.comb += r.ready.eq(~valid | taken)
         with m.If(r.ready):
@@ -148,7 +148,8 @@ class AxiWriteArbiter(wiring.Component):
 
         w = self.bus.w
         free = Signal()
-        m.d.comb += free.eq(~w.valid | w.ready)
+        data = Signal.like(w.payload, reset_less=True)
+        m.d.comb += [free.eq(~w.valid | w.ready), w.payload.eq(data)]
         with m.If(w.ready):
             m.d.sync += w.valid.eq(0)
         for index in range(self._requesters):
@@ -156,12 +157,12 @@ class AxiWriteArbiter(wiring.Component):
             turn = order.r_rdy & (order.r_data == index)
             m.d.comb += channel.ready.eq(turn & free)
             with m.If(channel.valid & channel.ready):
-                m.d.sync += [w.valid.eq(1), w.payload.eq(channel.payload)]
+                m.d.sync += [w.valid.eq(1), data.eq(channel.payload)]
                 m.d.comb += order.r_en.eq(channel.payload.last)
 
         b = self.bus.b
         valid = Signal()
-        response = Signal(b.payload.shape())
+        response = Signal(b.payload.shape(), reset_less=True)
         taken = Signal()
         m.d.comb += b.ready.eq(~valid | taken)
         with m.If(b.ready):
@@ -197,16 +198,18 @@ def _merge_addresses(m: Module, channels: list, out, *, permit) -> tuple[Signal,
     for index, channel in enumerate(channels):
         m.d.comb += channel.ready.eq(arbiter.grants[index] & free)
     chosen = Array([channel.payload for channel in channels])[number]
+    offer = Signal.like(out.payload, reset_less=True)
+    m.d.comb += out.payload.eq(offer)
     with m.If(out.ready):
         m.d.sync += out.valid.eq(0)
     with m.If(accepted):
         m.d.sync += [
             out.valid.eq(1),
-            out.payload.id.eq(number),
-            out.payload.addr.eq(chosen.addr),
-            out.payload.len.eq(chosen.len),
-            out.payload.size.eq(chosen.size),
-            out.payload.burst.eq(chosen.burst),
+            offer.id.eq(number),
+            offer.addr.eq(chosen.addr),
+            offer.len.eq(chosen.len),
+            offer.size.eq(chosen.size),
+            offer.burst.eq(chosen.burst),
         ]
     return accepted, number
 

@@ -187,14 +187,16 @@ class BankedMemory(wiring.Component):
         columns = Array(outputs)
         for index, (port, address) in enumerate(zip(reads, read_addresses, strict=True)):
             granted = Signal(name=f"granted{index}")
-            bank_of = Signal(unsigned(low), name=f"bank{index}")
+            bank_of = Signal(unsigned(low), name=f"bank{index}", reset_less=True)
+            response = Signal.like(columns[0], name=f"response{index}", reset_less=True)
             m.d.sync += [
                 granted.eq(port.request.valid & port.request.ready),
                 bank_of.eq(address[:low]),
                 port.response.valid.eq(granted),
             ]
             with m.If(granted):
-                m.d.sync += port.response.payload.as_value().eq(columns[bank_of])
+                m.d.sync += response.eq(columns[bank_of])
+            m.d.comb += port.response.payload.as_value().eq(response)
         m.d.comb += self.stalled.eq(
             Cat(p.request.valid & ~p.request.ready for p in (*reads, *writes)).any()
         )

@@ -52,7 +52,7 @@ class ColumnAdder(wiring.Component):
         integer = self.column.payload.integer
         words = split_words(m, self.column.payload.words, name="word")
         old = split_words(m, self.old.payload, name="old")
-        held = [Signal(32, name=f"held{lane}") for lane in range(lanes)]
+        held = [Signal(32, name=f"held{lane}", reset_less=True) for lane in range(lanes)]
 
         # Word `lane` enters, and the FP32 sum of the word FP32_LATENCY before it leaves.
         lane = Signal(range(lanes + FP32_LATENCY))

@@ -88,7 +88,7 @@ class ReadAligner(wiring.Component):
         begin = Signal(init=1)  # the next byte is the first of a run
         offset = Signal(log_width)
         # The run goes on in `held`, the beat before the one on offer, while `have` is high.
-        held = Signal(8 * width)
+        held = Signal(8 * width, reset_less=True)
         have = Signal()
         # One that is continued begins in the last beat of its row.
         m.submodules.kept = kept = memory.Memory(shape=unsigned(8 * width), depth=lanes, init=[])
@@ -165,7 +165,7 @@ class ReadAligner(wiring.Component):
         picked = rotate_down(m, joined, start, unit=8, name="pick")
 
         # Output register: bytes, widened to words only after it.
-        register = Signal(8 * width)
+        register = Signal(8 * width, reset_less=True)
         register_step = Signal(range(steps))
         register_length = Signal(range(lanes + 1))
         out = self.rows.payload
@@ -262,7 +262,7 @@ class WriteAligner(wiring.Component):
         flush = Signal()  # the run is over but for what is held
         offset = Signal(log_width)
         place = Signal(4)  # of the beat being filled, in its block
-        held = Signal(8 * width)
+        held = Signal(8 * width, reset_less=True)
         held_mask = Signal(width)
 
         rest = Signal(range(4 * lanes + 1))

@@ -221,14 +221,14 @@ class DmaQueue(wiring.Component):
         # The row taken last, until it is launched: mostly a whole instruction.
         held = Signal()
         held_final = Signal()
-        base = Signal(ADDRESS_BITS)
+        base = Signal(ADDRESS_BITS, reset_less=True)
         held_store = Signal()
-        job = Signal.like(tiles.start.payload)
-        place = Signal(Pattern)
-        walk = Signal.like(nest.start.payload)
-        dense_elements = Signal(24)  # of a run when not turned
+        job = Signal.like(tiles.start.payload, reset_less=True)
+        place = Signal(Pattern, reset_less=True)
+        walk = Signal.like(nest.start.payload, reset_less=True)
+        dense_elements = Signal(24, reset_less=True)  # of a run when not turned
         continues = Signal()  # a load whose rows go on from tile to tile
-        counter = Signal(32)
+        counter = Signal(32, reset_less=True)
         taking = Signal()
         launch = Signal()
         failed = Signal()
@@ -344,8 +344,8 @@ class DmaQueue(wiring.Component):
         # A run goes to the splitter, its place to the aligner, in the same cycle.
         position = run_position(config)
         m.submodules.places = places = fifo.SyncFIFO(width=position.size, depth=config.outstanding)
-        running = Signal.like(job)
-        dense_running = Signal.like(dense_elements)
+        running = Signal.like(job, reset_less=True)
+        dense_running = Signal.like(dense_elements, reset_less=True)
         goes_on = Signal()
         with m.If(launch):
             m.d.sync += [

@@ -81,11 +81,11 @@ class RowSplitter(wiring.Component):
         loaded = Signal()  # this one is
 
         number = Signal(16)  # of the row
-        local_base = Signal(24)
-        base = Signal(ADDRESS_BITS)
+        local_base = Signal(24, reset_less=True)
+        base = Signal(ADDRESS_BITS, reset_less=True)
         index = self.index
         part = Signal(_PART)
-        product = Signal(signed(_PART + 1 + 32))
+        product = Signal(signed(_PART + 1 + 32), reset_less=True)
         m.d.comb += [
             twice.eq(writes & accumulate),
             split.eq(indexed | twice),

@@ -53,8 +53,9 @@ class Nest(wiring.Component):
         levels = self._levels
         busy = Signal()
         walk = self.start.payload
-        again = Signal(data.ArrayLayout(unsigned(16), levels))  # counts less one
-        left = Signal(data.ArrayLayout(unsigned(16), levels))
+        # `again` holds the counts less one.
+        again = Signal(data.ArrayLayout(unsigned(16), levels), reset_less=True)
+        left = Signal(data.ArrayLayout(unsigned(16), levels), reset_less=True)
         ends = Signal(levels)
         starting = Signal()
         m.d.comb += [
@@ -82,8 +83,8 @@ class Nest(wiring.Component):
             return m
 
         # at[d] is the address at which the current pass of level d's inside began.
-        at = Signal(data.ArrayLayout(unsigned(ADDRESS_BITS), levels))
-        strides = Signal(data.ArrayLayout(signed(33), levels))
+        at = Signal(data.ArrayLayout(unsigned(ADDRESS_BITS), levels), reset_less=True)
+        strides = Signal(data.ArrayLayout(signed(33), levels), reset_less=True)
         origin = Signal(ADDRESS_BITS)
         stride = Signal(signed(33))
         moved = Signal(ADDRESS_BITS)
@@ -159,8 +160,9 @@ class BurstSplitter(wiring.Component):
         busy = Signal()
         last_run = Signal()
         log_beat = self._log_beat
-        beat = Signal(ADDRESS_BITS - log_beat)
-        more = Signal(RUN_BYTES_BITS - log_beat + 1)  # beats of the run after this one
+        beat = Signal(ADDRESS_BITS - log_beat, reset_less=True)
+        # Beats of the run after this one.
+        more = Signal(RUN_BYTES_BITS - log_beat + 1, reset_less=True)
         in_block = Signal(4)  # beats of the block after this one
         last = Signal()
         m.d.comb += [

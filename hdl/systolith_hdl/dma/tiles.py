@@ -85,7 +85,7 @@ class TileCounter(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.nest = nest = Nest(4, addresses=False)
-        job = Signal.like(self.start.payload)
+        job = Signal.like(self.start.payload, reset_less=True)
         ends = nest.point.payload.ends
         tile = self.tile.payload
         m.d.comb += [

@@ -120,11 +120,11 @@ class ScalarEngine(wiring.Component):
             m.d.comb += streamer.start.payload.eq(walk)
 
         # -- What the lanes need of the running instruction.
-        control = Signal(T.CONTROL)
-        bias = Signal(32)
+        control = Signal(T.CONTROL, reset_less=True)
+        bias = Signal(32, reset_less=True)
         tensor_bias, tensor_scale, rows = Signal(), Signal(), Signal()
         sums, only = Signal(), Signal()
-        row = Signal(16)
+        row = Signal(16, reset_less=True)
         dtype = Signal(DType)
         mask = Signal(lanes)
         custom = Signal()  # the function is that of the lanes' own tables
@@ -270,7 +270,7 @@ class ScalarEngine(wiring.Component):
                 ),
             ]
             second = src1.columns.payload.data[lane]
-            scale = Signal(32, name=f"scale{lane}")
+            scale = Signal(32, name=f"scale{lane}", reset_less=True)
             with m.If(take):
                 m.d.sync += scale.eq(tensor.body.imm0)
             with m.Elif(fetch):

@@ -210,8 +210,8 @@ class Check(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
-        word = Signal(INSTRUCTION_BITS)
-        fault = Signal(Fault)
+        word = Signal(INSTRUCTION_BITS, reset_less=True)
+        fault = Signal(Fault, reset_less=True)
         cause, slots = self._legality(m, word)
         counts = list(data.View(TensorBody, word[_BODY:]).counts)
 
@@ -219,9 +219,9 @@ class Check(wiring.Component):
         first = Signal()  # cycle of an operand
         todo = Signal(4)  # dimensions to multiply
         multiplied = Signal()  # `product` is to be added
-        product = Signal(signed(33))
-        low = Signal(signed(40))
-        high = Signal(signed(40))
+        product = Signal(signed(33), reset_less=True)
+        low = Signal(signed(40), reset_less=True)
+        high = Signal(signed(40), reset_less=True)
         operand = Signal(Operand)
         indices = Signal()
         m.d.comb += indices.eq((self._kind is EngineKind.DMA) & (slot == _INDEX_SLOT))

@@ -101,7 +101,7 @@ class Fetch(wiring.Component):
         m.submodules.loops = loops = Loops(self._config, self._kind)
         m.submodules.buffer = buffer = queue_of(Fetched.as_shape().size, self._depth)
         running = Signal()
-        address = Signal(48)  # of the next request
+        address = Signal(48, reset_less=True)  # of the next request
         free = Signal(range(self._depth + 1), init=self._depth)
         kept = self._depth - self._ahead
         reserve = Mux(self.issued, 0, kept) if kept else 0
@@ -124,7 +124,7 @@ class Fetch(wiring.Component):
         ar, r = self.axi.ar, self.axi.r
         # A request once offered stays: `offered` and `offer` hold it through a stop or a jump.
         offered = Signal()
-        offer = Signal(48)
+        offer = Signal(48, reset_less=True)
         offer_test = Signal()
         m.d.comb += [
             ar.valid.eq(offered),
@@ -168,7 +168,7 @@ class Fetch(wiring.Component):
         taken = arrived & ~dropping & (stale == 0) & ~asked
         word: Value
         if beats > 1:
-            partial = Signal(INSTRUCTION_BITS - 8 * bus)
+            partial = Signal(INSTRUCTION_BITS - 8 * bus, reset_less=True)
             word = Signal(INSTRUCTION_BITS)
             m.d.comb += word.eq((r.payload.data << len(partial)) | partial)
             with m.If(r.valid):

@@ -184,7 +184,7 @@ class Sequencer(wiring.Component):
         ]
 
         # -- Fetch to check, which holds one instruction; what else is known of it goes along.
-        fetched = Signal.like(fetch.instruction.payload)
+        fetched = Signal.like(fetch.instruction.payload, reset_less=True)
         m.d.comb += [
             check.instruction.payload.eq(fetch.instruction.payload.word),
             check.instruction.valid.eq(fetch.instruction.valid),
@@ -194,7 +194,7 @@ class Sequencer(wiring.Component):
             m.d.sync += fetched.eq(fetch.instruction.payload)
 
         # -- Wait.
-        word = Signal.like(check.checked.payload.word)
+        word = Signal.like(check.checked.payload.word, reset_less=True)
         holding = Signal()
         pending = Signal(MAX_WAITS)
         here = Signal(32)  # index of the instruction in the wait stage

@@ -173,7 +173,7 @@ class VectorEngine(wiring.Component):
 
         # -- Issue: everything starts in the cycle the instruction is taken.
         active = Signal()
-        word = Signal(INSTRUCTION_BITS)
+        word = Signal(INSTRUCTION_BITS, reset_less=True)
         incoming = self.issue.instruction
         take = Signal()
         m.d.comb += [
