@@ -35,6 +35,15 @@ inline uint32_t fp32_bits(float value) {
     return value == value ? bits_as<uint32_t>(value) : kCanonicalNan;
 }
 
+// With masks: of C++'s own choice the compiler often makes branches, which no vector has.
+inline uint32_t pick(uint32_t select, uint32_t one, uint32_t zero) {
+    return zero ^ ((0u - select) & (one ^ zero));
+}
+
+inline uint64_t pick(uint32_t select, uint64_t one, uint64_t zero) {
+    return zero ^ ((0ull - select) & (one ^ zero));
+}
+
 }  // namespace systolith
 
 inline unsigned int fast_add(unsigned int a, unsigned int b) {
@@ -49,15 +58,14 @@ inline unsigned int fast_mul(unsigned int a, unsigned int b) {
 
 // The modes of MulMode of arith/fp32.py.
 inline unsigned int fast_word_mul(unsigned int a, unsigned int b, unsigned int mode) {
+    using namespace systolith;
     // Above 31 nothing is left of a word shifted in two steps.
     unsigned int some = b > 31 ? 31 : b, rest = b > 31;
-    switch (mode) {
-    case 0: return fast_mul(a, b);
-    case 1: return a * b;
-    case 2: return a << some << rest;
-    case 3: return a >> some >> rest;
-    default: return static_cast<unsigned int>(static_cast<int>(a) >> some);
-    }
+    unsigned int word = static_cast<unsigned int>(static_cast<int>(a) >> some);
+    word = pick(mode == 3, a >> some >> rest, word);
+    word = pick(mode == 2, a << some << rest, word);
+    word = pick(mode == 1, a * b, word);
+    return pick(mode == 0, fast_mul(a, b), word);
 }
 
 // Exact product, as a double, of two numbers in the encoding `Narrow` of tensor/mac.py: sign in bit

@@ -59,14 +59,7 @@ _CPP_HEAD = """\
 #include <cstring>
 #include "fast_cells.h"
 
-namespace {
-inline uint32_t pick(uint32_t select, uint32_t one, uint32_t zero) {
-    return zero ^ ((0u - select) & (one ^ zero));
-}
-inline uint64_t pick(uint32_t select, uint64_t one, uint64_t zero) {
-    return zero ^ ((0ull - select) & (one ^ zero));
-}
-}  // namespace
+using systolith::pick;
 """
 
 Bit = int | str  # as in Yosys' JSON: the number of a net's bit, or "0", "1", "x", "z"
@@ -371,7 +364,6 @@ class Component:
             sign = "&" if kind == "$logic_and" else "|"
             return f"uint32_t({self.word(a)} != 0) {sign} uint32_t({self.word(b)} != 0)"
         if kind in ("$mux", "$pmux"):
-            # Masks: of C++'s own choice the compiler often makes branches, which no vector has.
             text = self.word(a, width)
             for place, select in enumerate(pins["S"]):
                 choice = self.word(b[place * width : (place + 1) * width], width)
