@@ -72,10 +72,11 @@ def with_calls(text: str) -> str:
 
 def with_held_inputs(text: str, name: str, top: str) -> str:
     """Returns the Verilog with a module `top` around the module `name`, of the same ports, that
-    takes the inputs over at falling clock edges (the reset at rising ones).
+    takes the inputs over at clock edges, as what drives them in the next cycle.
 
     Verilator works out everything that hangs on a top-level input anew in every `eval`, and by way
-    of the reset that is most of the chip. Behind registers it is worked out once a cycle.
+    of the reset that is most of the chip. Behind registers it is worked out once a cycle, and
+    together with what hangs on the chip's own.
     """
     lines, pins = [], []
     inside = ports(text, name)
@@ -83,10 +84,9 @@ def with_held_inputs(text: str, name: str, top: str) -> str:
         source = port
         if direction == "input" and port != "clk":
             source = f"{port}_held"
-            edge = "posedge" if port == "rst" else "negedge"
             lines += [
                 f"  reg {width} {source} = 0;",
-                f"  always @({edge} clk) {source} <= {port};",
+                f"  always @(posedge clk) {source} <= {port};",
             ]
         pins.append(f"    .{port}({source})")
     heading = ",\n".join(f"  {way} {width} {port}" for port, (way, width) in inside.items())
