@@ -248,11 +248,24 @@ class Component:
             }
             self._define(variable, self._cells[variable]["connections"]["Y"])
 
-    def initial(self, register: str) -> int:
-        """Value of a register after power-up."""
-        bits = self.registers[register]["connections"]["Q"]
-        digits = [self._initial.get(bit, "0").replace("x", "0") for bit in reversed(bits)]
-        return int("".join(digits), 2)
+    def initial(self, bits: list[Bit]) -> str:
+        """C++ number that bits of registers, or constant ones, make after power-up."""
+        digits = [str(self._initial.get(bit, bit if bit == "1" else "0")) for bit in reversed(bits)]
+        return f"{int(''.join(digits).replace('x', '0'), 2):#x}{'ull' if len(bits) > 32 else 'u'}"
+
+    def following(self, bits: list[Bit]) -> list[Bit]:
+        """What bits of registers, or constant ones, will be after the next clock edge."""
+
+        def after(bit: Bit) -> Bit:
+            if isinstance(bit, str):
+                return bit
+            variable, place = self._place[bit]
+            if variable not in self.registers:
+                raise ToolError(f"{self._name}: {variable} is no register")
+            following: Bit = self.registers[variable]["connections"]["D"][place]
+            return following
+
+        return [after(bit) for bit in bits]
 
     # -- Words.
 
@@ -280,7 +293,7 @@ class Component:
                 ):  # fmt: skip
                     count += 1
                 term = f"{variable} >> {first}" if first else variable
-                if first + count < self._width(variable):
+                if first + count < self.width(variable):
                     term = f"({term} & {_mask(count)})"
                 term = f"{kind}({term})"
             terms.append(f"({term} << {place})" if place else term)
@@ -289,7 +302,8 @@ class Component:
             terms.append(f"{kind}({constant:#x}ull)")
         return terms[0] if len(terms) == 1 else f"({' | '.join(terms)})"
 
-    def _width(self, variable: str) -> int:
+    def width(self, variable: str) -> int:
+        """Bits of a variable."""
         if variable in self._cells:
             pins = self._cells[variable]["connections"]
             return len(pins["Y"] if "Y" in pins else pins["o"])
@@ -499,13 +513,46 @@ def _local(name: str) -> str:
     return f"{name} " if name.startswith("\\") else name
 
 
-def _heading(name: str, outer: str) -> str:
-    """The beginning of a module with the ports of `outer`."""
+def _wrapper(
+    name: str,
+    outer: str,
+    body: list[str],
+    step: list[tuple[str, str]] | None,
+    out: list[tuple[str, str]],
+) -> str:
+    """A module with the ports of `outer` that calls the C++ functions ``{name}_step`` at each clock
+    edge, if there are registers, and ``{name}_out``; arguments as a declaration and what is passed.
+    """
     ports = ",\n".join(
         f"  {'input wire' if way == 'input' else 'output logic'} [{high or 0}:0] {_local(port)}"
         for way, high, port in _PORT.findall(outer)
     )
-    return f"module {name}(\n{ports}\n);"
+    state = [] if step is None else [("input chandle handle", "handle"), ("input int tick", "tick")]
+
+    def call(function: str, result: str, arguments: list[tuple[str, str]]) -> tuple[str, str]:
+        """Declaration of a function, and the call."""
+        declared = ", ".join(declaration for declaration, _ in arguments)
+        return (
+            f'  import "DPI-C" function {result} {name}_{function}({declared});',
+            f"{name}_{function}({', '.join(passed for _, passed in arguments)})",
+        )
+
+    lines = [f"module {name}(\n{ports}\n);", *body]
+    if step is not None:
+        declaration, stepping = call("step", "int", [*state, *step])
+        lines += [
+            declaration,
+            f'  import "DPI-C" function chandle {name}_new();',
+            f'  import "DPI-C" function void {name}_delete(input chandle handle);',
+            "  chandle handle;",
+            "  int tick = 0;",
+            f"  initial handle = {name}_new();",
+            f"  final {name}_delete(handle);",
+            # Tells Verilator that the outputs are to be worked out anew.
+            f"  always @(posedge clk) tick <= tick + {stepping};",
+        ]
+    declaration, working = call("out", "void", [*state, *out])
+    return "\n".join([*lines, declaration, f"  always_comb {working};", "endmodule", ""])
 
 
 @dataclasses.dataclass
@@ -522,12 +569,13 @@ class _Side:
         component = self.component
         self._shared = {p.name for p in component.ports if p.name in ports}
         self._outputs = [p for p in component.ports if not p.is_input]
-        data = [b for cell in component.registers.values() for b in cell["connections"]["D"]]
+        #: Registers that are kept, and their next values.
+        self._kept = {r: cell["connections"]["D"] for r, cell in component.registers.items()}
         #: Variables that the outputs, and those that the next values of the registers depend on.
         #: Arguments that a function does not need would seem to Verilator a loop.
         self._read_by = {
             "out": component.cone(b for p in self._outputs for b in p.bits)[1],
-            "step": component.cone(data)[1],
+            "step": component.cone(b for bits in self._kept.values() for b in bits)[1],
         }
 
     def _size(self, port: _Port) -> int:
@@ -544,50 +592,67 @@ class _Side:
             and (port.name in self._shared or self._size(port))
         ]
 
-    def _inputs(self) -> list[str]:
-        """What goes before the loops of `step`."""
-        return []
+    # -- C++.
 
-    def _body(self, function: str, roots: list[Bit], stores: list[str]) -> list[str]:
-        """A loop over the lanes that works out `roots`."""
+    #: The loop over the copies; in it, `i` is the number of one.
+    @property
+    def _loop(self) -> list[str]:
+        return ["#pragma GCC ivdep", f"    for (int i = 0; i < {self.count}; ++i) {{"]
+
+    def _input(self, piece: str) -> str:
+        """What copy `i` gets on an input that not all have in common."""
+        return f"{piece}_[i]"
+
+    def _body(self, roots: Iterable[Bit], stores: list[str]) -> list[str]:
+        """A loop over the copies that works out `roots` and stores them."""
         component = self.component
         order, seen = component.cone(roots)
-        lines = ["#pragma GCC ivdep", f"    for (int i = 0; i < {self.count}; ++i) {{"]
-        for port, piece, bits in self._parameters(function):
-            if piece in seen and port.name not in self._shared:
-                lines.append(f"        const {_type(len(bits))} {piece} = {piece}_[i];")
+        lines = []
+        for port in component.ports:
+            for piece, bits in port.pieces if port.is_input else []:
+                if piece in seen and port.name not in self._shared:
+                    lines.append(f"const {_type(len(bits))} {piece} = {self._input(piece)};")
         for register, cell in component.registers.items():
             if register in seen:
                 kind = _type(len(cell["connections"]["Q"]))
-                lines.append(f"        const {kind} {register} = s->{register}[i];")
+                lines.append(f"const {kind} {register} = s->{register}[i];")
         for variable in order:
-            kind = _type(component._width(variable))
-            lines.append(f"        const {kind} {variable} = {component.expression(variable)};")
-        return [*lines, *(f"        {store}" for store in stores), "    }"]
+            kind = _type(component.width(variable))
+            lines.append(f"const {kind} {variable} = {component.expression(variable)};")
+        return [*self._loop, *(f"        {line}" for line in [*lines, *stores]), "    }"]
 
     def _step(self) -> list[str]:
         """Loops that move all registers on. Reading a table makes no vector instruction, so what
         comes from one has a loop of its own, first and into `next`."""
         component = self.component
-        looked_up = [
-            register
-            for register, cell in component.registers.items()
-            if component.reads_table(cell["connections"]["D"])
-        ]
+        looked_up = {r: d for r, d in self._kept.items() if component.reads_table(d)}
         lines = []
         for chosen, target in (
             (looked_up, "next_{}[i]"),
-            ([r for r in component.registers if r not in looked_up], "s->{}[i]"),
+            ({r: d for r, d in self._kept.items() if r not in looked_up}, "s->{}[i]"),
         ):
-            data = {r: component.registers[r]["connections"]["D"] for r in chosen}
             if chosen is looked_up:
-                lines += [f"    {_type(len(d))} next_{r}[{self.count}];" for r, d in data.items()]
-            stores = [f"{target.format(r)} = {component.word(d)};" for r, d in data.items()]
+                lines += [f"    {_type(len(d))} next_{r}[{self.count}];" for r, d in chosen.items()]
+            stores = [f"{target.format(r)} = {component.word(d)};" for r, d in chosen.items()]
             if stores:
-                lines += self._body("step", [bit for d in data.values() for bit in d], stores)
+                lines += self._body([bit for d in chosen.values() for bit in d], stores)
         for register in looked_up:
             lines.append(f"    std::memcpy(s->{register}, next_{register}, sizeof(s->{register}));")
         return lines
+
+    def _out(self) -> list[str]:
+        """The loop that works out the outputs."""
+        ports = [(piece, bits) for port in self._outputs for piece, bits in port.pieces]
+        results = [f"{piece}_[i] = {self.component.word(bits)};" for piece, bits in ports]
+        return self._body([b for _, bits in ports for b in bits], results)
+
+    def _state(self) -> list[str]:
+        """Members of the state beside the registers, which are an array each."""
+        return []
+
+    def _power_up(self) -> list[str]:
+        """What gives those members their first values."""
+        return []
 
     def _signature(self, function: str) -> str:
         state = ["void* handle", "int"] if self.component.registers else []
@@ -607,11 +672,13 @@ class _Side:
         lines = [f"namespace {self.name} {{", *component.tables]
         state = []
         if component.registers:
-            lines.append("struct alignas(64) State {")
-            for register, cell in component.registers.items():
-                kind = _type(len(cell["connections"]["Q"]))
-                lines.append(f"    {kind} {register}[{self.count}];")
-            lines.append("};")
+            words = {r: component.registers[r]["connections"]["Q"] for r in self._kept}
+            lines += [
+                "struct alignas(64) State {",
+                *(f"    {_type(len(q))} {r}[{self.count}];" for r, q in words.items()),
+                *self._state(),
+                "};",
+            ]
             state = ["    State* __restrict s = static_cast<State*>(handle);"]
         lines.append("}")
         if component.registers:
@@ -619,10 +686,9 @@ class _Side:
                 f'extern "C" void* {self.name}_new() {{',
                 f"    auto* s = new {self.name}::State;",
                 f"    for (int i = 0; i < {self.count}; ++i) {{",
-                *(f"        s->{r}[i] = {component.initial(r)}u;" if component.initial(r) < 1 << 32
-                  else f"        s->{r}[i] = {component.initial(r)}ull;"
-                  for r in component.registers),
+                *(f"        s->{r}[i] = {component.initial(q)};" for r, q in words.items()),
                 "    }",
+                *self._power_up(),
                 "    return s;",
                 "}",
                 f'extern "C" void {self.name}_delete(void* handle) {{',
@@ -631,7 +697,7 @@ class _Side:
                 f'extern "C" int {self.name}_step({self._signature("step")}) {{',
                 f"    using namespace {self.name};",
                 *state,
-            ]  # fmt: skip
+            ]
             shared: set[Bit] = {
                 bit
                 for port in component.ports
@@ -643,24 +709,24 @@ class _Side:
             if gates:
                 moving = " | ".join(component.word([bit]) for bit in sorted(gates, key=str))
                 lines.append(f"    if (!({moving})) return 0;")
-            lines += [*self._inputs(), *self._step(), "    return 1;", "}"]
-        lines += [
-            f'extern "C" void {self.name}_out({self._signature("out")}) {{',
-            f"    using namespace {self.name};",
-            *state,
-        ]
-        lines += [*self._out(), "}", ""]
-        return "\n".join(lines)
+            lines += [*self._step(), "    return 1;", "}"]
+        return "\n".join(
+            [
+                *lines,
+                f'extern "C" void {self.name}_out({self._signature("out")}) {{',
+                f"    using namespace {self.name};",
+                *state,
+                *self._out(),
+                "}",
+                "",
+            ]
+        )
 
-    def _out(self) -> list[str]:
-        """The loop that works out the outputs."""
-        ports = [(piece, bits) for port in self._outputs for piece, bits in port.pieces]
-        results = [f"{piece}_[i] = {self.component.word(bits)};" for piece, bits in ports]
-        return self._body("out", [b for _, bits in ports for b in bits], results)
+    # -- Verilog.
 
     def verilog(self) -> str:
         component = self.component
-        lines = [_heading(self.name, self.outer)]
+        lines = []
         escaped = {name.lstrip("\\"): name for _, _, name in _PORT.findall(self.outer)}
         for port in component.ports:
             for first, (piece, bits) in enumerate(port.pieces):
@@ -676,54 +742,57 @@ class _Side:
                     else:
                         lines.append(f"  assign {outside} = {inside}[{len(bits) - 1}:0];")
 
-        def function(name: str, result: str) -> str:
-            """Declares `step` or `out`; returns the call."""
-            declared, passed = [], []
-            if component.registers:
-                declared, passed = ["input chandle handle", "input int tick"], ["handle", "tick"]
-            for port, piece, bits in self._parameters(name):
+        def arguments(function: str) -> list[tuple[str, str]]:
+            found = []
+            for port, piece, bits in self._parameters(function):
                 way = "input" if port.is_input else "output"
-                shared = port.name in self._shared
-                size = "" if shared else f" [0:{self._size(port) - 1}]"
-                declared.append(f"{way} {_dpi_type(bits)} {piece}{size}")
-                if shared:
+                size, passed = f" [0:{self._size(port) - 1}]", piece
+                if port.name in self._shared:
                     number = int(piece.rsplit("_p", 1)[1])
-                    passed.append(f"{_local(escaped[port.name])}{_slice(port, number, bits)}")
-                else:
-                    passed.append(piece)
-            lines.append(
-                f'  import "DPI-C" function {result} {self.name}_{name}({", ".join(declared)});'
-            )
-            return f"{self.name}_{name}({', '.join(passed)})"
+                    size, passed = "", f"{_local(escaped[port.name])}{_slice(port, number, bits)}"
+                found.append((f"{way} {_dpi_type(bits)} {piece}{size}", passed))
+            return found
 
-        if component.registers:
-            step = function("step", "int")
-            lines += [
-                f'  import "DPI-C" function chandle {self.name}_new();',
-                f'  import "DPI-C" function void {self.name}_delete(input chandle handle);',
-                "  chandle handle;",
-                "  int tick = 0;",
-                f"  initial handle = {self.name}_new();",
-                f"  final {self.name}_delete(handle);",
-                # Tells Verilator that the outputs are to be worked out anew.
-                f"  always @(posedge clk) tick <= tick + {step};",
-            ]
-        lines += [f"  always_comb {function('out', 'void')};", "endmodule", ""]
-        return "\n".join(lines)
+        step = arguments("step") if component.registers else None
+        return _wrapper(self.name, self.outer, lines, step, arguments("out"))
 
 
 class _Grid(_Side):
-    """A module of copies of a component in rows and columns, each linked to its neighbours."""
+    """A module of copies of a component in rows and columns, each linked to its neighbours.
+
+    What goes from copy to copy comes from registers. These are not kept: the state has the words on
+    the links instead, each where the next copy reads it, before and after the edge in turn, so that
+    no step moves them. A link that goes right has a column more on the left, one that goes down a
+    row more on top, for what comes from outside.
+    """
+
+    #: Words before a row's columns on a link to the right: as many as keep its stores aligned.
+    _LEFT = 16
 
     def __init__(self, name: str, rows: int, columns: int, component: Component, outer: str):
         self._rows = rows
         self._columns = columns
         super().__init__(name, rows * columns, component, outer)
-        #: Output ports by the input of the next copy that they lead to.
-        self._next = {f"{p.name.removesuffix('_out')}_in": p for p in self._outputs}
+        #: Links: piece of an input -> whether it goes down, bits of the output that leads to it.
+        self._links: dict[str, tuple[bool, list[Bit]]] = {
+            piece.replace("_out_p", "_in_p"): (self._goes_down(port), bits)
+            for port in self._outputs
+            for piece, bits in port.pieces
+        }
         inputs = {piece for p in component.ports if p.is_input for piece, _ in p.pieces}
         if self._read_by["out"] & inputs:
             raise ToolError(f"{name}: no loop can hold a grid with a path from input to output")
+        after = [b for _, bits in self._links.values() for b in component.following(bits)]
+        kept: set[str] = set()
+        while True:
+            read = [b for register in kept for b in self._kept[register]]
+            seen = component.cone([*after, *read])[1]
+            found = seen & component.registers.keys()
+            if found == kept:
+                break
+            kept = found
+        self._kept = {register: d for register, d in self._kept.items() if register in kept}
+        self._read_by["step"] = seen
 
     def _goes_down(self, port: _Port) -> bool:
         stem = port.name.removesuffix("_in").removesuffix("_out")
@@ -734,65 +803,69 @@ class _Grid(_Side):
             return self._columns
         return self._rows if port.is_input else 0
 
-    def _words(self, bits: list[Bit], place: str) -> tuple[list[str], str]:
-        """What an output's word needs before it, and the word, of the copy at `place`."""
-        order, seen = self.component.cone(bits)
-        lines = []
-        for register, cell in self.component.registers.items():
-            if register in seen:
-                kind = _type(len(cell["connections"]["Q"]))
-                lines.append(f"        const {kind} {register} = s->{register}[{place}];")
-        for variable in order:
-            kind = _type(self.component._width(variable))
-            lines.append(
-                f"        const {kind} {variable} = {self.component.expression(variable)};"
-            )
-        return lines, self.component.word(bits)
+    @property
+    def _loop(self) -> list[str]:
+        return [
+            f"    for (int row = 0; row < {self._rows}; ++row)",
+            "#pragma GCC ivdep",
+            f"    for (int column = 0; column < {self._columns}; ++column) {{",
+            f"        const int i = row * {self._columns} + column;",
+        ]
 
-    def _signature(self, function: str) -> str:
-        # What comes from outside; what each copy gets has the plain name.
-        return re.sub(r"(\w+_)(?=,|$)", r"outer_\1", super()._signature(function))
+    def _input(self, piece: str) -> str:
+        down, _ = self._links[piece]
+        return f"before->{piece}[row][column{'' if down else f' + {self._LEFT - 1}'}]"
 
-    def _inputs(self) -> list[str]:
-        lines = []
-        for port, piece, bits in self._parameters("step"):
+    def _step(self) -> list[str]:
+        component = self.component
+        lines = [
+            "    State::Links* __restrict before = &s->links[s->now];",
+            "    State::Links* __restrict after = &s->links[s->now ^ 1];",
+            "    s->now ^= 1;",
+        ]
+        for port, piece, _ in self._parameters("step"):
             if port.name in self._shared:
                 continue
-            source = dict(self._next[port.name].pieces)[piece.replace("_in_p", "_out_p")]
-            down = self._goes_down(port)
-            before = self._columns if down else 1
-            lines.append(f"    alignas(64) {_type(len(bits))} {piece}_[{self.count}];")
-            needed, word = self._words(source, f"i - {before}")
-            lines += [
-                "#pragma GCC ivdep",
-                f"    for (int i = {before}; i < {self.count}; ++i) {{",
-                *needed,
-                f"        {piece}_[i] = {word};",
-                "    }",
-            ]
-            if down:
-                copied = f"sizeof(*{piece}_) * {self._columns}"
-                lines.append(f"    std::memcpy({piece}_, outer_{piece}_, {copied});")
+            if self._links[piece][0]:
+                lines.append(
+                    f"    std::memcpy(before->{piece}, {piece}_, sizeof(*before->{piece}));"
+                )
             else:
                 lines.append(
                     f"    for (int row = 0; row < {self._rows}; ++row) "
-                    f"{piece}_[row * {self._columns}] = outer_{piece}_[row];"
+                    f"before->{piece}[row][{self._LEFT - 1}] = {piece}_[row];"
                 )
-        return lines
+        words = {f"s->{register}[i]": d for register, d in self._kept.items()}
+        for piece, (down, bits) in self._links.items():
+            place = "[row + 1][column]" if down else f"[row][column + {self._LEFT}]"
+            words[f"after->{piece}{place}"] = component.following(bits)
+        stores = [f"{target} = {component.word(bits)};" for target, bits in words.items()]
+        return lines + self._body([b for bits in words.values() for b in bits], stores)
 
     def _out(self) -> list[str]:
-        lines = []
-        for port in self._outputs:
-            for piece, bits in port.pieces if self._goes_down(port) else []:
-                needed, word = self._words(bits, f"{self.count - self._columns} + i")
-                lines += [
-                    "#pragma GCC ivdep",
-                    f"    for (int i = 0; i < {self._columns}; ++i) {{",
-                    *needed,
-                    f"        outer_{piece}_[i] = {word};",
-                    "    }",
-                ]
-        return lines
+        last = f"s->links[s->now].{{}}[{self._rows}]"
+        return [
+            f"    std::memcpy({piece}_, {source}, sizeof({source}));"
+            for port in self._outputs
+            for piece, _ in port.pieces
+            if self._goes_down(port)
+            for source in [last.format(piece.replace("_out_p", "_in_p"))]
+        ]
+
+    def _state(self) -> list[str]:
+        rows, columns = self._rows, self._columns
+        lines = ["    struct alignas(64) Links {"]
+        for piece, (down, bits) in self._links.items():
+            sizes = f"[{rows + 1}][{columns}]" if down else f"[{rows}][{self._LEFT + columns}]"
+            lines.append(f"        alignas(64) {_type(len(bits))} {piece}{sizes};")
+        return [*lines, "    } links[2];", "    unsigned int now = 0;"]
+
+    def _power_up(self) -> list[str]:
+        return [
+            f"    for (auto& links : s->links) for (auto& words : links.{piece}) "
+            f"for (auto& word : words) word = {self.component.initial(bits)};"
+            for piece, (_, bits) in self._links.items()
+        ]
 
 
 def _skew(name: str, width: int, delays: list[int], outer: str) -> tuple[str, str]:
@@ -825,32 +898,12 @@ extern "C" void {name}_out(void* handle, int, {kind}* __restrict o_) {{
         o_[k] = s->words[(s->now - {name}::delays[k]) & {depth - 1}][k];
 }}
 """
-    wires = []
+    lines = [f"  {dpi} unsigned i [0:{count - 1}], o [0:{count - 1}];"]
     for k, delay in enumerate(delays):
         out = f"o[{k}][{width - 1}:0]" if delay else f"i__{k}"
-        wires.append(f"  assign i[{k}] = i__{k};\n  assign o__{k} = {out};")
-    verilog = "\n".join(
-        [
-            _heading(name, outer),
-            f"  {dpi} unsigned i [0:{count - 1}], o [0:{count - 1}];",
-            *wires,
-            f'  import "DPI-C" function chandle {name}_new();',
-            f'  import "DPI-C" function void {name}_delete(input chandle handle);',
-            f'  import "DPI-C" function int {name}_step(input chandle handle, input int tick, '
-            f"input {dpi} unsigned i [0:{count - 1}]);",
-            f'  import "DPI-C" function void {name}_out(input chandle handle, input int tick, '
-            f"output {dpi} unsigned o [0:{count - 1}]);",
-            "  chandle handle;",
-            "  int tick = 0;",
-            f"  initial handle = {name}_new();",
-            f"  final {name}_delete(handle);",
-            f"  always @(posedge clk) tick <= tick + {name}_step(handle, tick, i);",
-            f"  always_comb {name}_out(handle, tick, o);",
-            "endmodule",
-            "",
-        ]
-    )
-    return cpp, verilog
+        lines += [f"  assign i[{k}] = i__{k};", f"  assign o__{k} = {out};"]
+    words = {way: f"{way}put {dpi} unsigned {way[0]} [0:{count - 1}]" for way in ("in", "out")}
+    return cpp, _wrapper(name, outer, lines, [(words["in"], "i")], [(words["out"], "o")])
 
 
 def with_loops(text: str) -> tuple[str, str]:
