@@ -68,24 +68,23 @@ inline unsigned int fast_word_mul(unsigned int a, unsigned int b, unsigned int m
     return pick(mode == 0, fast_mul(a, b), word);
 }
 
-// Exact product, as a double, of two numbers in the encoding `Narrow` of tensor/mac.py: sign in bit
-// 0, exponent in bits 1 to 9, significand in bits 10 to 20, infinity in bit 21, NaN in bit 22.
-//
-// The significands' product has 22 bits and exponents reach from -266 to 254: all of it fits in a
-// double.
+// A number in the encoding `Narrow` of tensor/mac.py as a double, of which these are the upper 32
+// bits, the others being 0: sign in bit 0, exponent in bits 1 to 9, significand in bits 10 to 20,
+// its top bit clear only for zero, infinity in bit 21, NaN in bit 22.
+inline unsigned int fast_factor(unsigned int x) {
+    unsigned int exponent = static_cast<unsigned int>(static_cast<int>(x >> 1 << 23) >> 3);
+    unsigned int finite = (exponent + (1023u << 20)) | (x & 0x3FFu << 10);
+    unsigned int special = (x & 3u << 21) != 0 ? 0x7FFu << 20 : 0;
+    return (finite & (0u - (x >> 20 & 1))) | special | (x >> 22 & 1) << 19 | x << 31;
+}
+
+// Exact product, as a double, of two numbers in that encoding: the significands' product has 22
+// bits and exponents reach from -266 to 254.
 inline uint64_t fast_product(unsigned int a, unsigned int w) {
     using namespace systolith;
-    int32_t significand = ((a >> 10) & 0x7FF) * ((w >> 10) & 0x7FF);
-    int32_t exponent = (static_cast<int32_t>(a << 22) >> 23) + (static_cast<int32_t>(w << 22) >> 23);
-    // Two significands of 2**10 for 1.0.
-    uint64_t scale = static_cast<uint64_t>(exponent - 20 + 1023) << 52;
-    uint64_t sign = static_cast<uint64_t>((a ^ w) & 1) << 63;
-    double finite = static_cast<double>(significand) * bits_as<double>(sign | scale);
-    unsigned int infinite = (a | w) >> 21 & 1;
-    unsigned int zero = ((a & w) >> 20 & 1) ^ 1;
-    unsigned int nan = (a | w) >> 22 & 1;
-    uint64_t special = sign | uint64_t{0x7FF} << 52 | static_cast<uint64_t>(nan | zero) << 51;
-    return nan | infinite ? special : bits_as<uint64_t>(finite);
+    double left = bits_as<double>(static_cast<uint64_t>(fast_factor(a)) << 32);
+    double right = bits_as<double>(static_cast<uint64_t>(fast_factor(w)) << 32);
+    return bits_as<uint64_t>(left * right);
 }
 
 // One half of a pair, in the encoding `Fp8` of tensor/mac_fp8x2.py, as `Narrow`: sign in bit 0,
