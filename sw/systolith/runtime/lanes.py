@@ -3,8 +3,8 @@
 Verilator writes out every instance of a component, so N lanes are N copies of the same code, far
 more than a processor's caches hold, and no vector instructions. Here each module that
 `systolith_hdl.emit.side_by_side` made, N copies of a component, or `grid`, N x N of them, becomes a
-module of the same ports that calls C++ through DPI: a loop over the lanes, of which the compiler
-makes vector instructions. So does each `systolith_hdl.tensor.delay.skew`.
+module of the same ports that calls C++: a loop over the lanes, of which the compiler makes vector
+instructions. So does each `systolith_hdl.tensor.delay.skew`.
 
 The loop's body is the component itself. Yosys flattens it to cells of one operation each, whose
 meaning Yosys documents; each becomes one C++ expression, in the order in which they depend on each
@@ -54,10 +54,15 @@ _CONTENTS = re.compile(
     r"^  initial begin\n((?:    \S+\[\d+\] = \d+'h[0-9a-f]+;\n){64,})  end\n", re.MULTILINE
 )
 
-_CPP_HEAD = """\
+_HEADER_HEAD = """\
+#pragma once
 #include <cstdint>
-#include <cstring>
 #include "fast_cells.h"
+"""
+
+_CPP_HEAD = """\
+#include <cstring>
+#include "lanes.h"
 
 using systolith::pick;
 """
@@ -499,8 +504,19 @@ class Component:
         return found or None
 
 
-def _dpi_type(bits: list[Bit]) -> str:
+def cpp_call(function: str, arguments: Iterable[str], width: int = 32) -> str:
+    """Verilog's expression for what a C++ function returns."""
+    passed = ', ", ", '.join(arguments)
+    return f'$c{width}("{function}(", {passed}, ")")'
+
+
+def _array_type(bits: list[Bit]) -> str:
     return "int unsigned" if len(bits) <= 32 else "longint unsigned"
+
+
+def _array(name: str) -> str:
+    """An array as an argument of `cpp_call`: where it is, so that nothing is copied."""
+    return f'"&", {name}, "[0]"'
 
 
 def _slice(port: _Port, number: int, bits: list[Bit]) -> str:
@@ -513,46 +529,76 @@ def _local(name: str) -> str:
     return f"{name} " if name.startswith("\\") else name
 
 
+#: name of an output's array -> type and number of its elements
+_Outputs = dict[str, tuple[str, int]]
+
+
+def _header(name: str, outputs: _Outputs, step: str | None, out: str | None) -> str:
+    """What Verilator's C++ has to know of a module's: its functions, by their parameters, and where
+    it puts its outputs, at the beginning of its state."""
+    functions = [f"uint64_t {name}_new();", f"void {name}_delete(uint64_t handle);"]
+    for function, parameters in (("step", step), ("out", out)):
+        if parameters is not None:
+            functions.append(f"uint32_t {name}_{function}({parameters});")
+    return "\n".join(
+        [
+            f"struct alignas(64) {name}_outputs {{",
+            *(
+                f"    alignas(64) {kind} {array}[{count}];"
+                for array, (kind, count) in outputs.items()
+            ),
+            "};",
+            *functions,
+            f"inline const {name}_outputs* {name}_words(uint64_t handle, uint32_t) {{",
+            f"    return reinterpret_cast<const {name}_outputs*>(handle);",
+            "}",
+            "",
+        ]
+    )
+
+
 def _wrapper(
     name: str,
     outer: str,
     body: list[str],
-    step: list[tuple[str, str]] | None,
-    out: list[tuple[str, str]],
+    step: list[str] | None,
+    out: list[str] | None,
+    results: list[tuple[str, str, int]],
 ) -> str:
-    """A module with the ports of `outer` that calls the C++ functions ``{name}_step`` at each clock
-    edge, if there are registers, and ``{name}_out``; arguments as a declaration and what is passed.
+    """A module with the ports of `outer` whose work C++ does.
+
+    Parameters
+    ----------
+    body : lines before the calls
+    step : arguments of ``{name}_step``, called at each clock edge; None if there is no register
+    out : arguments of ``{name}_out``, called when one of them changes; None if the outputs follow
+        from the registers alone, and `step` works them out
+    results : outputs, and the C++ element and its bits that each is
     """
     ports = ",\n".join(
-        f"  {'input wire' if way == 'input' else 'output logic'} [{high or 0}:0] {_local(port)}"
+        f"  {'input wire' if way == 'input' else 'output wire'} [{high or 0}:0] {_local(port)}"
         for way, high, port in _PORT.findall(outer)
     )
-    state = [] if step is None else [("input chandle handle", "handle"), ("input int tick", "tick")]
-
-    def call(function: str, result: str, arguments: list[tuple[str, str]]) -> tuple[str, str]:
-        """Declaration of a function, and the call."""
-        declared = ", ".join(declaration for declaration, _ in arguments)
-        return (
-            f'  import "DPI-C" function {result} {name}_{function}({declared});',
-            f"{name}_{function}({', '.join(passed for _, passed in arguments)})",
-        )
-
-    lines = [f"module {name}(\n{ports}\n);", *body]
+    lines = [
+        f"module {name}(\n{ports}\n);",
+        *body,
+        "  longint unsigned handle;",
+        f'  initial handle = $c64("{name}_new()");',
+        f'  final $c("{name}_delete(", handle, ");");',
+        # Tell Verilator when the outputs are new.
+        "  int unsigned tick = 0;",
+        "  wire [31:0] ready;",
+    ]
     if step is not None:
-        declaration, stepping = call("step", "int", [*state, *step])
-        lines += [
-            declaration,
-            f'  import "DPI-C" function chandle {name}_new();',
-            f'  import "DPI-C" function void {name}_delete(input chandle handle);',
-            "  chandle handle;",
-            "  int tick = 0;",
-            f"  initial handle = {name}_new();",
-            f"  final {name}_delete(handle);",
-            # Tells Verilator that the outputs are to be worked out anew.
-            f"  always @(posedge clk) tick <= tick + {stepping};",
-        ]
-    declaration, working = call("out", "void", [*state, *out])
-    return "\n".join([*lines, declaration, f"  always_comb {working};", "endmodule", ""])
+        call = cpp_call(f"{name}_step", ["handle", *step])
+        lines.append(f"  always @(posedge clk) tick <= tick + {call};")
+    ready = "tick" if out is None else cpp_call(f"{name}_out", ["handle", "tick", *out])
+    lines.append(f"  assign ready = {ready};")
+    for output, element, width in results:
+        kind = 32 if width <= 32 else 64
+        place = f'$c{kind}("{name}_words(", handle, ", ", ready, ")->{element}")'
+        lines.append(f"  assign {output} = {place};")
+    return "\n".join([*lines, "endmodule", ""])
 
 
 @dataclasses.dataclass
@@ -577,19 +623,31 @@ class _Side:
             "out": component.cone(b for p in self._outputs for b in p.bits)[1],
             "step": component.cone(b for bits in self._kept.values() for b in bits)[1],
         }
+        inputs = {piece for p in component.ports if p.is_input for piece, _ in p.pieces}
+        #: The outputs follow from the registers alone.
+        self._settled = bool(component.registers) and not self._read_by["out"] & inputs
 
     def _size(self, port: _Port) -> int:
         """Elements of the arrays that a port's pieces are passed in; 0 if it is not passed."""
         return self.count
 
     def _parameters(self, function: str) -> list[tuple[_Port, str, list[Bit]]]:
-        """Arguments of `step` or `out`: port, name, bits."""
+        """Inputs that `step` or `out` is passed: port, name, bits."""
         return [
             (port, piece, bits)
             for port in self.component.ports
             for piece, bits in port.pieces
-            if (piece in self._read_by[function] if port.is_input else function == "out")
-            and (port.name in self._shared or self._size(port))
+            if port.is_input and piece in self._read_by[function]
+        ]
+
+    @property
+    def _results(self) -> list[tuple[_Port, int, str, list[Bit]]]:
+        """Pieces of the outputs that are passed: port, number, name, bits."""
+        return [
+            (port, number, piece, bits)
+            for port in self._outputs
+            for number, (piece, bits) in enumerate(port.pieces)
+            if self._size(port)
         ]
 
     # -- C++.
@@ -642,9 +700,11 @@ class _Side:
 
     def _out(self) -> list[str]:
         """The loop that works out the outputs."""
-        ports = [(piece, bits) for port in self._outputs for piece, bits in port.pieces]
-        results = [f"{piece}_[i] = {self.component.word(bits)};" for piece, bits in ports]
-        return self._body([b for _, bits in ports for b in bits], results)
+        stores = [
+            f"s->out.{piece}[i] = {self.component.word(bits)};"
+            for _, _, piece, bits in self._results
+        ]
+        return self._body([b for *_, bits in self._results for b in bits], stores)
 
     def _state(self) -> list[str]:
         """Members of the state beside the registers, which are an array each."""
@@ -654,50 +714,94 @@ class _Side:
         """What gives those members their first values."""
         return []
 
-    def _signature(self, function: str) -> str:
-        state = ["void* handle", "int"] if self.component.registers else []
-        pieces = []
-        for port, piece, bits in self._parameters(function):
-            kind = "unsigned int" if len(bits) <= 32 else "unsigned long long"
+    # Without registers: nothing is to be done while all inputs stand still.
+
+    def _seen(self) -> list[str]:
+        """Members of the state for the inputs of which the outputs are."""
+        return [
+            *(
+                f"    alignas(64) {_type(len(bits))} seen_{piece}"
+                f"{'' if port.name in self._shared else f'[{self._size(port)}]'};"
+                for port, piece, bits in self._parameters("out")
+            ),
+            "    bool worked;",
+        ]
+
+    def _unless_same(self) -> list[str]:
+        """What comes before the loop of `out`."""
+        lines = ["    uint64_t news = !s->worked;", "    s->worked = true;"]
+        for port, piece, _ in self._parameters("out"):
             if port.name in self._shared:
-                pieces.append(f"{kind} {piece}")
-            elif port.is_input:
-                pieces.append(f"const {kind}* __restrict {piece}_")
+                lines += [
+                    f"    news |= s->seen_{piece} ^ {piece};",
+                    f"    s->seen_{piece} = {piece};",
+                ]
             else:
-                pieces.append(f"{kind}* __restrict {piece}_")
-        return ", ".join([*state, *pieces])
+                lines += [
+                    f"    for (int i = 0; i < {self._size(port)}; ++i) {{",
+                    f"        news |= s->seen_{piece}[i] ^ {piece}_[i];",
+                    f"        s->seen_{piece}[i] = {piece}_[i];",
+                    "    }",
+                ]
+        return [*lines, "    if (!news) return tick;"]
+
+    def _signature(self, function: str) -> str:
+        pieces = ["uint64_t handle"]
+        if function == "out":
+            pieces.append("uint32_t tick")
+        for port, piece, bits in self._parameters(function):
+            kind = _type(len(bits))
+            shared = port.name in self._shared
+            pieces.append(f"{kind} {piece}" if shared else f"const {kind}* __restrict {piece}_")
+        return ", ".join(pieces)
+
+    def header(self) -> str:
+        """What Verilator's files have to know of the C++."""
+        outputs = {
+            piece: (_type(len(bits)), self._size(port)) for port, _, piece, bits in self._results
+        }
+        step = self._signature("step") if self.component.registers else None
+        out = None if self._settled else self._signature("out")
+        return _header(self.name, outputs, step, out)
 
     def cpp(self) -> str:
-        component = self.component
-        lines = [f"namespace {self.name} {{", *component.tables]
-        state = []
+        component, name = self.component, self.name
+        words = {r: component.registers[r]["connections"]["Q"] for r in self._kept}
+        enter = [
+            f"    using namespace {name};",
+            "    State* __restrict s = reinterpret_cast<State*>(handle);",
+        ]
+        lines = [
+            f"namespace {name} {{",
+            *component.tables,
+            "struct State {",
+            f"    {name}_outputs out;",
+            *(f"    alignas(64) {_type(len(q))} {r}[{self.count}];" for r, q in words.items()),
+            *self._state(),
+            *(self._seen() if not component.registers else []),
+            "};",
+        ]
+        if self._settled:
+            lines += ["void work(State* __restrict s) {", *self._out(), "}"]
+        worked = ["    work(s);"] if self._settled else []
+        lines += [
+            "}",
+            f"uint64_t {name}_new() {{",
+            f"    using namespace {name};",
+            "    auto* s = new State();",
+            f"    for (int i = 0; i < {self.count}; ++i) {{",
+            *(f"        s->{r}[i] = {component.initial(q)};" for r, q in words.items()),
+            "    }",
+            *self._power_up(),
+            *worked,
+            "    return reinterpret_cast<uint64_t>(s);",
+            "}",
+            f"void {name}_delete(uint64_t handle) {{",
+            f"    delete reinterpret_cast<{name}::State*>(handle);",
+            "}",
+        ]
         if component.registers:
-            words = {r: component.registers[r]["connections"]["Q"] for r in self._kept}
-            lines += [
-                "struct alignas(64) State {",
-                *(f"    {_type(len(q))} {r}[{self.count}];" for r, q in words.items()),
-                *self._state(),
-                "};",
-            ]
-            state = ["    State* __restrict s = static_cast<State*>(handle);"]
-        lines.append("}")
-        if component.registers:
-            lines += [
-                f'extern "C" void* {self.name}_new() {{',
-                f"    auto* s = new {self.name}::State;",
-                f"    for (int i = 0; i < {self.count}; ++i) {{",
-                *(f"        s->{r}[i] = {component.initial(q)};" for r, q in words.items()),
-                "    }",
-                *self._power_up(),
-                "    return s;",
-                "}",
-                f'extern "C" void {self.name}_delete(void* handle) {{',
-                f"    delete static_cast<{self.name}::State*>(handle);",
-                "}",
-                f'extern "C" int {self.name}_step({self._signature("step")}) {{',
-                f"    using namespace {self.name};",
-                *state,
-            ]
+            lines += [f"uint32_t {name}_step({self._signature('step')}) {{", *enter]
             shared: set[Bit] = {
                 bit
                 for port in component.ports
@@ -709,52 +813,49 @@ class _Side:
             if gates:
                 moving = " | ".join(component.word([bit]) for bit in sorted(gates, key=str))
                 lines.append(f"    if (!({moving})) return 0;")
-            lines += [*self._step(), "    return 1;", "}"]
-        return "\n".join(
-            [
-                *lines,
-                f'extern "C" void {self.name}_out({self._signature("out")}) {{',
-                f"    using namespace {self.name};",
-                *state,
-                *self._out(),
-                "}",
-                "",
-            ]
-        )
+            lines += [*self._step(), *worked, "    return 1;", "}"]
+        if not self._settled:
+            lines += [f"uint32_t {name}_out({self._signature('out')}) {{", *enter]
+            if not component.registers:
+                lines += self._unless_same()
+            lines += [*self._out(), "    return tick;", "}"]
+        return "\n".join([*lines, ""])
 
     # -- Verilog.
 
     def verilog(self) -> str:
-        component = self.component
         lines = []
         escaped = {name.lstrip("\\"): name for _, _, name in _PORT.findall(self.outer)}
-        for port in component.ports:
-            for first, (piece, bits) in enumerate(port.pieces):
-                size = self._size(port)
-                if port.name in self._shared or not size:
+        for port in self.component.ports:
+            for number, (piece, bits) in enumerate(port.pieces) if port.is_input else []:
+                if port.name in self._shared:
                     continue
-                part = _slice(port, first, bits)
-                lines.append(f"  {_dpi_type(bits)} {piece} [0:{size - 1}];")
-                for lane in range(size):
-                    inside, outside = f"{piece}[{lane}]", f"{port.name}__{lane}{part}"
-                    if port.is_input:
-                        lines.append(f"  assign {inside} = {outside};")
-                    else:
-                        lines.append(f"  assign {outside} = {inside}[{len(bits) - 1}:0];")
+                lines.append(f"  {_array_type(bits)} {piece} [0:{self._size(port) - 1}];")
+                for lane in range(self._size(port)):
+                    part = _slice(port, number, bits)
+                    lines.append(f"  assign {piece}[{lane}] = {port.name}__{lane}{part};")
 
-        def arguments(function: str) -> list[tuple[str, str]]:
+        def arguments(function: str) -> list[str]:
             found = []
             for port, piece, bits in self._parameters(function):
-                way = "input" if port.is_input else "output"
-                size, passed = f" [0:{self._size(port) - 1}]", piece
+                passed = _array(piece)
                 if port.name in self._shared:
                     number = int(piece.rsplit("_p", 1)[1])
-                    size, passed = "", f"{_local(escaped[port.name])}{_slice(port, number, bits)}"
-                found.append((f"{way} {_dpi_type(bits)} {piece}{size}", passed))
+                    passed = f"{_local(escaped[port.name])}{_slice(port, number, bits)}"
+                    # Verilator takes any bits above those passed.
+                    if len(bits) % 32:
+                        passed = f"{{{32 - len(bits) % 32}'b0, {passed}}}"
+                found.append(passed)
             return found
 
-        step = arguments("step") if component.registers else None
-        return _wrapper(self.name, self.outer, lines, step, arguments("out"))
+        results = [
+            (f"{port.name}__{lane}{_slice(port, number, bits)}", f"{piece}[{lane}]", len(bits))
+            for port, number, piece, bits in self._results
+            for lane in range(self._size(port))
+        ]
+        step = arguments("step") if self.component.registers else None
+        out = None if self._settled else arguments("out")
+        return _wrapper(self.name, self.outer, lines, step, out, results)
 
 
 class _Grid(_Side):
@@ -779,8 +880,7 @@ class _Grid(_Side):
             for port in self._outputs
             for piece, bits in port.pieces
         }
-        inputs = {piece for p in component.ports if p.is_input for piece, _ in p.pieces}
-        if self._read_by["out"] & inputs:
+        if not self._settled:
             raise ToolError(f"{name}: no loop can hold a grid with a path from input to output")
         after = [b for _, bits in self._links.values() for b in component.following(bits)]
         kept: set[str] = set()
@@ -845,10 +945,8 @@ class _Grid(_Side):
     def _out(self) -> list[str]:
         last = f"s->links[s->now].{{}}[{self._rows}]"
         return [
-            f"    std::memcpy({piece}_, {source}, sizeof({source}));"
-            for port in self._outputs
-            for piece, _ in port.pieces
-            if self._goes_down(port)
+            f"    std::memcpy(s->out.{piece}, {source}, sizeof({source}));"
+            for _, _, piece, _ in self._results
             for source in [last.format(piece.replace("_out_p", "_in_p"))]
         ]
 
@@ -868,48 +966,49 @@ class _Grid(_Side):
         ]
 
 
-def _skew(name: str, width: int, delays: list[int], outer: str) -> tuple[str, str]:
-    """C++ and Verilog of a module of `skew`, whose meaning is in its name: one ring for all words.
-    A word that is not delayed goes through."""
+def _skew(name: str, width: int, delays: list[int], outer: str) -> tuple[str, str, str]:
+    """Verilog, header and C++ of a module of `skew`, whose meaning is in its name: one ring for all
+    words. A word that is not delayed goes through."""
     if width > 64:
         raise ToolError(f"{name}: no loop can hold delays of words of {width} bits")
     count = len(delays)
     depth = 1 << (max(1, *delays) - 1).bit_length()
-    kind, dpi = ("unsigned int", "int") if width <= 32 else ("unsigned long long", "longint")
+    kind, element = _type(width), "int" if width <= 32 else "longint"
     cpp = f"""\
 namespace {name} {{
-struct alignas(64) State {{
-    {kind} words[{depth}][{count}];
+struct State {{
+    {name}_outputs out;
+    alignas(64) {kind} words[{depth}][{count}];
     unsigned int now;
 }};
 constexpr unsigned int delays[{count}] = {{{", ".join(map(str, delays))}}};
 }}
-extern "C" void* {name}_new() {{ return new {name}::State(); }}
-extern "C" void {name}_delete(void* handle) {{ delete static_cast<{name}::State*>(handle); }}
-extern "C" int {name}_step(void* handle, int, const {kind}* __restrict i_) {{
-    auto* s = static_cast<{name}::State*>(handle);
+uint64_t {name}_new() {{ return reinterpret_cast<uint64_t>(new {name}::State()); }}
+void {name}_delete(uint64_t handle) {{ delete reinterpret_cast<{name}::State*>(handle); }}
+uint32_t {name}_step(uint64_t handle, const {kind}* __restrict i_) {{
+    auto* __restrict s = reinterpret_cast<{name}::State*>(handle);
     std::memcpy(s->words[s->now], i_, sizeof(s->words[0]));
     s->now = (s->now + 1) & {depth - 1};
+    for (int k = 0; k < {count}; ++k)
+        s->out.o[k] = s->words[(s->now - {name}::delays[k]) & {depth - 1}][k];
     return 1;
 }}
-extern "C" void {name}_out(void* handle, int, {kind}* __restrict o_) {{
-    const auto* s = static_cast<{name}::State*>(handle);
-    for (int k = 0; k < {count}; ++k)
-        o_[k] = s->words[(s->now - {name}::delays[k]) & {depth - 1}][k];
-}}
 """
-    lines = [f"  {dpi} unsigned i [0:{count - 1}], o [0:{count - 1}];"]
-    for k, delay in enumerate(delays):
-        out = f"o[{k}][{width - 1}:0]" if delay else f"i__{k}"
-        lines += [f"  assign i[{k}] = i__{k};", f"  assign o__{k} = {out};"]
-    words = {way: f"{way}put {dpi} unsigned {way[0]} [0:{count - 1}]" for way in ("in", "out")}
-    return cpp, _wrapper(name, outer, lines, [(words["in"], "i")], [(words["out"], "o")])
+    header = _header(
+        name, {"o": (kind, count)}, f"uint64_t handle, const {kind}* __restrict i_", None
+    )
+    lines = [f"  {element} unsigned i [0:{count - 1}];"]
+    lines += [f"  assign i[{k}] = i__{k};" for k in range(count)]
+    lines += [f"  assign o__{k} = i__{k};" for k, delay in enumerate(delays) if not delay]
+    results = [(f"o__{k}", f"o[{k}]", width) for k, delay in enumerate(delays) if delay]
+    return _wrapper(name, outer, lines, [_array("i")], None, results), header, cpp
 
 
-def with_loops(text: str) -> tuple[str, str]:
-    """Returns the Verilog `text` with every module of lanes made a loop, and the loops in C++."""
+def with_loops(text: str) -> tuple[str, str, str]:
+    """Returns the Verilog `text` with every module of lanes made a loop, and the loops in C++: what
+    Verilator's files have to include, and a file of its own."""
     modules = _modules(text)
-    cpp = [_CPP_HEAD]
+    headers, cpp = [_HEADER_HEAD], [_CPP_HEAD]
     # name -> name of the component, how many: side by side, or rows and columns
     sides: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, module in modules.items():
@@ -917,8 +1016,9 @@ def with_loops(text: str) -> tuple[str, str]:
         if found and found[1] in modules:
             sides[name] = found[1], tuple(int(number) for number in found.groups()[1:])
         elif delays := skew_delays(name):
-            loop, verilog = _skew(name, *delays, module)
+            verilog, header, loop = _skew(name, *delays, module)
             text = text.replace(module, verilog)
+            headers.append(header)
             cpp.append(loop)
     netlists = _flatten({base: _parts(modules, base) for base, _ in sides.values()})
     components = {base: Component(base, netlist) for base, netlist in netlists.items()}
@@ -927,12 +1027,6 @@ def with_loops(text: str) -> tuple[str, str]:
         first, *rest = counts
         side = _Grid(name, first, rest[0], *parts) if rest else _Side(name, first, *parts)
         text = text.replace(modules[name], side.verilog())
+        headers.append(side.header())
         cpp.append(side.cpp())
-    return text, "\n".join(cpp)
-
-
-def cpp_call(function: str, pins: dict[str, str]) -> str:
-    """Verilator's expression for a C++ function of fast_cells.h outside a loop."""
-    width = 64 if "product" in function else 32
-    arguments = ', ", ", '.join(pins.values())
-    return f'$c{width}("{function}(", {arguments}, ")")'
+    return text, "\n".join(headers), "\n".join(cpp)

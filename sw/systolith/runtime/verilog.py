@@ -64,7 +64,8 @@ def with_calls(text: str) -> str:
     for function in re.findall(r"^module (fast_\w+)\s*\(", text, re.MULTILINE):
         module = _module(text, function)
         pins = ports(text, function)
-        call = cpp_call(function, {pin: pin for pin, (way, _) in pins.items() if way == "input"})
+        arguments = [pin for pin, (way, _) in pins.items() if way == "input"]
+        call = cpp_call(function, arguments, 64 if pins["o"][1] == "[63:0]" else 32)
         body = f"  assign o = {call};\nendmodule\n"
         text = text.replace(module, module.replace("endmodule\n", body))
     return text
