@@ -28,6 +28,12 @@ from .vector.engine import VectorEngine
 _SETTLE = 31
 
 
+def gated_blocks(config: CoreConfig) -> list[str]:
+    """Blocks of the core of which it says when they need their clock, as they are named in it."""
+    sequencers = [f"{name}_sequencer" for name in config.engines]
+    return [*sequencers, *config.engines, "read_arbiter", "write_arbiter"]
+
+
 class Core(wiring.Component):
     """Everything but the host port.
 
@@ -43,8 +49,8 @@ class Core(wiring.Component):
     running, done, fault, cycles, macs, busy, conflicts, instructions, semaphores : Out, as the
         registers
     event : Out(1), high for a cycle when the program ends or faults
-    awake : Out(2 x engines), the sequencers, then the engines: while a bit is low, a clock gate may
-        stop that block, and nothing that can be seen changes
+    awake : Out, a bit for each of `gated_blocks`: while it is low, a clock gate may stop that
+        block, and nothing that can be seen changes
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -71,7 +77,7 @@ class Core(wiring.Component):
                 "conflicts": Out(32).array(len(MEMORIES)),
                 "instructions": Out(32).array(engines),
                 "semaphores": Out(16).array(config.semaphores),
-                "awake": Out(2 * engines),
+                "awake": Out(len(gated_blocks(config))),
             }
         )
 
@@ -262,6 +268,7 @@ class Core(wiring.Component):
                 ]
 
         # -- Blocks whose clock is needed.
+        engines_work = []
         for index, sequencer in enumerate(sequencers):
             works = sequencer.issue.instruction.valid | sequencer.issue.busy
             idle = Signal(range(_SETTLE + 1), name=f"idle{index}")
@@ -269,10 +276,15 @@ class Core(wiring.Component):
                 m.d.sync += idle.eq(0)
             with m.Elif(idle != _SETTLE):
                 m.d.sync += idle.eq(idle + 1)
-            m.d.comb += [
-                self.awake[index].eq(sequencer.awake),
-                self.awake[count + index].eq(works | (idle != _SETTLE)),
-            ]
+            engines_work.append(works | (idle != _SETTLE))
+        m.d.comb += self.awake.eq(
+            Cat(
+                *(sequencer.awake for sequencer in sequencers),
+                *engines_work,
+                read_arbiter.outstanding | Cat(reader.ar.valid for reader in readers).any(),
+                write_arbiter.outstanding | Cat(q.axi_write.aw.valid for q in queues).any(),
+            )
+        )
 
         m.d.comb += self.quiet.eq(
             ~read_arbiter.outstanding

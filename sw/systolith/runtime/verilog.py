@@ -10,6 +10,7 @@ from pathlib import Path
 
 from systolith_hdl.arith import FP32_LATENCY, SHORT_LATENCY
 from systolith_hdl.config import CoreConfig
+from systolith_hdl.core import gated_blocks
 from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY, PAIR_MUL_LATENCY
 from systolith_hdl.toolchain import ToolError
 
@@ -109,8 +110,7 @@ def with_clock_gates(text: str, config: CoreConfig) -> str:
     """
     core = _module(text, "core")
     gated, gates = core, []
-    blocks = [*(f"{name}_sequencer" for name in config.engines), *config.engines]
-    for bit, block in enumerate(blocks):
+    for bit, block in enumerate(gated_blocks(config)):
         found = re.findall(_INSTANCE.format(name=block), core, re.MULTILINE | re.DOTALL)
         if len(found) != 1 or found[0].count(".clk(clk)") != 1:
             raise ToolError(
