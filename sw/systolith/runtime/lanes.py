@@ -972,8 +972,13 @@ def _skew(name: str, width: int, delays: list[int], outer: str) -> tuple[str, st
     if width > 64:
         raise ToolError(f"{name}: no loop can hold delays of words of {width} bits")
     count = len(delays)
-    depth = 1 << (max(1, *delays) - 1).bit_length()
+    depth = 1 << max(delays).bit_length()
     kind, element = _type(width), "int" if width <= 32 else "longint"
+    puts = "\n".join(
+        f"    s->words[(s->now + {delay}) & {depth - 1}][{k}] = i_[{k}];"
+        for k, delay in enumerate(delays)
+    )
+    # A word goes to the place from which it is read when it is due.
     cpp = f"""\
 namespace {name} {{
 struct State {{
@@ -981,16 +986,14 @@ struct State {{
     alignas(64) {kind} words[{depth}][{count}];
     unsigned int now;
 }};
-constexpr unsigned int delays[{count}] = {{{", ".join(map(str, delays))}}};
 }}
 uint64_t {name}_new() {{ return reinterpret_cast<uint64_t>(new {name}::State()); }}
 void {name}_delete(uint64_t handle) {{ delete reinterpret_cast<{name}::State*>(handle); }}
 uint32_t {name}_step(uint64_t handle, const {kind}* __restrict i_) {{
     auto* __restrict s = reinterpret_cast<{name}::State*>(handle);
-    std::memcpy(s->words[s->now], i_, sizeof(s->words[0]));
+{puts}
     s->now = (s->now + 1) & {depth - 1};
-    for (int k = 0; k < {count}; ++k)
-        s->out.o[k] = s->words[(s->now - {name}::delays[k]) & {depth - 1}][k];
+    std::memcpy(s->out.o, s->words[s->now], sizeof(s->out.o));
     return 1;
 }}
 """
