@@ -28,10 +28,29 @@ from .vector.engine import VectorEngine
 _SETTLE = 31
 
 
-def gated_blocks(config: CoreConfig) -> list[str]:
-    """Blocks of the core of which it says when they need their clock, as they are named in it."""
+def gated_blocks(config: CoreConfig) -> dict[str, int]:
+    """Blocks that need their clock only while a bit of `Core.awake` is high, by their path in the
+    core, and which bit that is."""
     sequencers = [f"{name}_sequencer" for name in config.engines]
-    return [*sequencers, *config.engines, "read_arbiter", "write_arbiter"]
+    places = [*sequencers, *config.engines, "read_arbiter", "write_arbiter"]
+    bits = {block: bit for bit, block in enumerate(places)}
+    # What answers an engine's reads stands still with it.
+    for port, engine in enumerate(_sbuf_readers(config)):
+        bits[f"sbuf.response{port}"] = bits[engine]
+    for port, engine in enumerate(_PSUM_READERS, 1):
+        bits[f"psum.memory.response{port}"] = bits[engine]
+    return bits
+
+
+#: Engines at the read ports of PSUM, in order.
+_PSUM_READERS = ("vector", "vector", "scalar", "scalar")
+
+
+def _sbuf_readers(config: CoreConfig) -> list[str]:
+    """Engines at the read ports of SBUF, in order."""
+    seconds = ["tensor", "tensor"] if config.fp8_rate == 2 else []
+    queues = [f"dma{index}" for index in range(config.dma_queues)]
+    return ["tensor", "tensor", "vector", "vector", "scalar", "scalar", *queues, *seconds]
 
 
 class Core(wiring.Component):
@@ -49,8 +68,9 @@ class Core(wiring.Component):
     running, done, fault, cycles, macs, busy, conflicts, instructions, semaphores : Out, as the
         registers
     event : Out(1), high for a cycle when the program ends or faults
-    awake : Out, a bit for each of `gated_blocks`: while it is low, a clock gate may stop that
-        block, and nothing that can be seen changes
+    awake : Out, the sequencers, the engines, and the arbiters of AXI: while a bit is low, a clock
+        gate may stop the blocks that are its in `gated_blocks`, and nothing that can be seen
+        changes
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -77,7 +97,7 @@ class Core(wiring.Component):
                 "conflicts": Out(32).array(len(MEMORIES)),
                 "instructions": Out(32).array(engines),
                 "semaphores": Out(16).array(config.semaphores),
-                "awake": Out(len(gated_blocks(config))),
+                "awake": Out(2 * engines + 2),
             }
         )
 
@@ -116,10 +136,10 @@ class Core(wiring.Component):
         m.submodules.sbuf = sbuf = BankedMemory(
             config,
             depth=config.sbuf_depth,
-            reads=len(sbuf_reads),
+            reads=len(_sbuf_readers(config)),
             writes=2 + len(queues),
         )
-        m.submodules.psum = psum = Psum(config, reads=4, writes=2)
+        m.submodules.psum = psum = Psum(config, reads=len(_PSUM_READERS), writes=2)
         m.submodules.read_arbiter = read_arbiter = AxiReadArbiter(
             config, requesters=count + len(queues), id_width=axi_id_width(config)
         )

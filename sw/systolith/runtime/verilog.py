@@ -27,7 +27,8 @@ _PORT = re.compile(
 
 
 def _module(text: str, name: str) -> str:
-    found = re.findall(rf"^module {name}\s*\(.*?^endmodule\n", text, re.MULTILINE | re.DOTALL)
+    head = rf"^module {re.escape(name)}\s*\("
+    found = re.findall(rf"{head}.*?^endmodule\n", text, re.MULTILINE | re.DOTALL)
     if len(found) != 1:
         raise ToolError(f"module {name} stands {len(found)} times in the Verilog, not once")
     return str(found[0])
@@ -96,7 +97,29 @@ def with_held_inputs(text: str, name: str, top: str) -> str:
     return "\n".join([text, *body, "endmodule", ""])
 
 
-_INSTANCE = r"^  \S+ +{name} +\(\n.*?^  \);\n"
+_INSTANCE = r"^  (\S+) +{name} +\(\n.*?^  \);\n"
+
+
+def _with_clock(text: str, modules: dict[str, str], name: str, path: str, clock: str) -> None:
+    """Gives a block another clock than its surroundings: changes `modules`, from `text` if they are
+    not there yet. `clock` is known in the module `name`, in which the block has the `path`."""
+    module = modules.setdefault(name, _module(text, name))
+    block, _, rest = path.partition(".")
+    found = list(re.finditer(_INSTANCE.format(name=block), module, re.MULTILINE | re.DOTALL))
+    if len(found) != 1 or found[0][0].count(".clk(clk)") != 1:
+        raise ToolError(f"{name} has {len(found)} blocks {block} with a clock of their own, not 1")
+    instance, inner = found[0][0], found[0][1]
+    if not rest:
+        changed = instance.replace(".clk(clk)", f".clk({clock})")
+    else:
+        below = modules.setdefault(inner, _module(text, inner))
+        changed = instance
+        if f"  input {clock};\n" not in below:
+            below = below.replace("(", f"({clock}, ", 1)
+            modules[inner] = below.replace(");\n", f");\n  input {clock};\n", 1)
+            changed = instance.replace(".clk(clk)", f".clk(clk), .{clock}({clock})")
+        _with_clock(text, modules, inner, rest, clock)
+    modules[name] = modules[name].replace(instance, changed)
 
 
 def with_clock_gates(text: str, config: CoreConfig) -> str:
@@ -108,22 +131,22 @@ def with_clock_gates(text: str, config: CoreConfig) -> str:
     the clock is low, so that nothing changes but the registers of a block in cycles in which, by
     its own word, none would change in a way that can be seen.
     """
-    core = _module(text, "core")
-    gated, gates = core, []
-    for bit, block in enumerate(gated_blocks(config)):
-        found = re.findall(_INSTANCE.format(name=block), core, re.MULTILINE | re.DOTALL)
-        if len(found) != 1 or found[0].count(".clk(clk)") != 1:
-            raise ToolError(
-                f"core has {len(found)} blocks {block} with a clock of their own, not 1"
-            )
-        gated = gated.replace(found[0], found[0].replace(".clk(clk)", f".clk(clk_{block})"))
+    modules: dict[str, str] = {}
+    blocks = gated_blocks(config)
+    for block, bit in blocks.items():
+        _with_clock(text, modules, "core", block, f"clk_{bit}")
+    gates = []
+    for bit in sorted(set(blocks.values())):
         gates += [
-            f"  reg runs_{block} = 1;",
-            f"  always_latch if (!clk) runs_{block} = awake[{bit}] | rst;",
-            f"  wire clk_{block} = clk & runs_{block};",
+            f"  reg runs_{bit} = 1;",
+            f"  always_latch if (!clk) runs_{bit} = awake[{bit}] | rst;",
+            f"  wire clk_{bit} = clk & runs_{bit};",
         ]
-    end = gated.rindex("endmodule")
-    return text.replace(core, "\n".join([gated[:end], *gates, gated[end:]]))
+    end = modules["core"].rindex("endmodule")
+    modules["core"] = "\n".join([modules["core"][:end], *gates, modules["core"][end:]])
+    for name, module in modules.items():
+        text = text.replace(_module(text, name), module)
+    return text
 
 
 #: Writes of one word's lanes, each with an enable of its own.
