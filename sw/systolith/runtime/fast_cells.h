@@ -1,8 +1,8 @@
 // The arithmetic of the floating-point cells of the `rtl-fast` device, called from fast_cells.v.
 //
-// Part of the loops over the lanes (lanes.cpp), so that the arithmetic stands in them itself, and for
-// `rtl-fast` in front of every file that Verilator writes. Without branches, so that vector
-// instructions can be made of it.
+// Part of the loops over the lanes (lanes.cpp), so that the arithmetic stands in them itself, and by
+// lanes.h in front of every file that Verilator writes. Without branches, so that vector instructions
+// can be made of it.
 
 #ifndef SYSTOLITH_FAST_CELLS_H
 #define SYSTOLITH_FAST_CELLS_H

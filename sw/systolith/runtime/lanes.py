@@ -652,9 +652,9 @@ class _Side:
 
     # -- C++.
 
-    #: The loop over the copies; in it, `i` is the number of one.
     @property
     def _loop(self) -> list[str]:
+        """The beginning of a loop over the copies, in which `i` is the number of one."""
         return ["#pragma GCC ivdep", f"    for (int i = 0; i < {self.count}; ++i) {{"]
 
     def _input(self, piece: str) -> str:
@@ -711,7 +711,7 @@ class _Side:
         return []
 
     def _power_up(self) -> list[str]:
-        """What gives those members their first values."""
+        """What gives those members, all 0 at first, other values."""
         return []
 
     # Without registers: nothing is to be done while all inputs stand still.
@@ -789,9 +789,10 @@ class _Side:
             f"uint64_t {name}_new() {{",
             f"    using namespace {name};",
             "    auto* s = new State();",
-            f"    for (int i = 0; i < {self.count}; ++i) {{",
-            *(f"        s->{r}[i] = {component.initial(q)};" for r, q in words.items()),
-            "    }",
+            *(
+                f"    for (auto& word : s->{register}) word = {component.initial(bits)};"
+                for register, bits in words.items()
+            ),
             *self._power_up(),
             *worked,
             "    return reinterpret_cast<uint64_t>(s);",
