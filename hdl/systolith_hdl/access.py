@@ -219,11 +219,11 @@ class ReadStreamer(wiring.Component):
             word = Mux(arriving[1], self.psum.response.payload.as_value(), word)
             valid = valid | self.psum.response.valid
         m.d.comb += [
-            buffer.w_data.eq(Cat(arriving[0], word)),
+            buffer.w_data.eq(Cat(word, arriving[0])),
             buffer.w_en.eq(valid),
             self.columns.valid.eq(buffer.r_rdy),
-            self.columns.payload.last.eq(buffer.r_data[0]),
-            self.columns.payload.data.eq(buffer.r_data[1:]),
+            self.columns.payload.last.eq(buffer.r_data[-1]),
+            self.columns.payload.data.eq(buffer.r_data[:-1]),
             buffer.r_en.eq(self.columns.ready),
         ]
         popped = self.columns.valid & self.columns.ready

@@ -186,17 +186,19 @@ class BankedMemory(wiring.Component):
         assert READ_LATENCY == 2
         columns = Array(outputs)
         for index, (port, address) in enumerate(zip(reads, read_addresses, strict=True)):
+            # A block of its own, as its clock may be that of whom it answers.
+            m.submodules[f"response{index}"] = stage = Module()
             granted = Signal(name=f"granted{index}")
             bank_of = Signal(unsigned(low), name=f"bank{index}", reset_less=True)
             response = Signal.like(columns[0], name=f"response{index}", reset_less=True)
-            m.d.sync += [
+            stage.d.sync += [
                 granted.eq(port.request.valid & port.request.ready),
                 bank_of.eq(address[:low]),
                 port.response.valid.eq(granted),
             ]
-            with m.If(granted):
-                m.d.sync += response.eq(columns[bank_of])
-            m.d.comb += port.response.payload.as_value().eq(response)
+            with stage.If(granted):
+                stage.d.sync += response.eq(columns[bank_of])
+            stage.d.comb += port.response.payload.as_value().eq(response)
         m.d.comb += self.stalled.eq(
             Cat(p.request.valid & ~p.request.ready for p in (*reads, *writes)).any()
         )

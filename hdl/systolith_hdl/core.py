@@ -28,6 +28,31 @@ from .vector.engine import VectorEngine
 _SETTLE = 31
 
 
+def gated_blocks(config: CoreConfig) -> dict[str, int]:
+    """Blocks that need their clock only while a bit of `Core.awake` is high, by their path in the
+    core, and which bit that is."""
+    sequencers = [f"{name}_sequencer" for name in config.engines]
+    places = [*sequencers, *config.engines, "read_arbiter", "write_arbiter"]
+    bits = {block: bit for bit, block in enumerate(places)}
+    # What answers an engine's reads stands still with it.
+    for port, engine in enumerate(_sbuf_readers(config)):
+        bits[f"sbuf.response{port}"] = bits[engine]
+    for port, engine in enumerate(_PSUM_READERS, 1):
+        bits[f"psum.memory.response{port}"] = bits[engine]
+    return bits
+
+
+#: Engines at the read ports of PSUM, in order.
+_PSUM_READERS = ("vector", "vector", "scalar", "scalar")
+
+
+def _sbuf_readers(config: CoreConfig) -> list[str]:
+    """Engines at the read ports of SBUF, in order."""
+    seconds = ["tensor", "tensor"] if config.fp8_rate == 2 else []
+    queues = [f"dma{index}" for index in range(config.dma_queues)]
+    return ["tensor", "tensor", "vector", "vector", "scalar", "scalar", *queues, *seconds]
+
+
 class Core(wiring.Component):
     """Everything but the host port.
 
@@ -43,8 +68,9 @@ class Core(wiring.Component):
     running, done, fault, cycles, macs, busy, conflicts, instructions : Out, as the registers
     semaphore : In(CountPort), the host's
     event : Out(1), high for a cycle when the program ends or faults
-    awake : Out(2 x engines), the sequencers, then the engines: while a bit is low, a clock gate may
-        stop that block, and nothing that can be seen changes
+    awake : Out, the sequencers, the engines, and the arbiters of AXI: while a bit is low, a clock
+        gate may stop the blocks that are its in `gated_blocks`, and nothing that can be seen
+        changes
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -71,7 +97,7 @@ class Core(wiring.Component):
                 "conflicts": Out(32).array(len(MEMORIES)),
                 "instructions": Out(32).array(engines),
                 "semaphore": In(CountPort()),
-                "awake": Out(2 * engines),
+                "awake": Out(2 * engines + 2),
             }
         )
 
@@ -112,10 +138,10 @@ class Core(wiring.Component):
         m.submodules.sbuf = sbuf = BankedMemory(
             config,
             depth=config.sbuf_depth,
-            reads=len(sbuf_reads),
+            reads=len(_sbuf_readers(config)),
             writes=2 + len(queues),
         )
-        m.submodules.psum = psum = Psum(config, reads=4, writes=2)
+        m.submodules.psum = psum = Psum(config, reads=len(_PSUM_READERS), writes=2)
         m.submodules.read_arbiter = read_arbiter = AxiReadArbiter(
             config, requesters=count + len(queues), id_width=axi_id_width(config)
         )
@@ -260,6 +286,7 @@ class Core(wiring.Component):
                 ]
 
         # -- Blocks whose clock is needed.
+        engines_work = []
         for index, sequencer in enumerate(sequencers):
             works = sequencer.issue.instruction.valid | sequencer.issue.busy
             idle = Signal(range(_SETTLE + 1), name=f"idle{index}")
@@ -267,10 +294,15 @@ class Core(wiring.Component):
                 m.d.sync += idle.eq(0)
             with m.Elif(idle != _SETTLE):
                 m.d.sync += idle.eq(idle + 1)
-            m.d.comb += [
-                self.awake[index].eq(sequencer.awake),
-                self.awake[count + index].eq(works | (idle != _SETTLE)),
-            ]
+            engines_work.append(works | (idle != _SETTLE))
+        m.d.comb += self.awake.eq(
+            Cat(
+                *(sequencer.awake for sequencer in sequencers),
+                *engines_work,
+                read_arbiter.outstanding | Cat(reader.ar.valid for reader in readers).any(),
+                write_arbiter.outstanding | Cat(q.axi_write.aw.valid for q in queues).any(),
+            )
+        )
 
         m.d.comb += self.quiet.eq(
             ~read_arbiter.outstanding

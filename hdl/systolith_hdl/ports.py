@@ -36,12 +36,16 @@ def lane_mask(lanes: Value, count: int) -> Value:
 
 
 def write_request(config: CoreConfig, depth: int) -> data.StructLayout:
-    """A column write: word address, data, and a bit for each lane that is written."""
+    """A column write: word address, data, and a bit for each lane that is written.
+
+    Wide fields come first, here as elsewhere: the simulator takes words that lie at multiples of 32
+    bits as they are.
+    """
     return data.StructLayout(
         {
-            "address": unsigned(Shape.cast(range(depth)).width),
             "data": column_shape(config),
             "mask": unsigned(config.lanes),
+            "address": unsigned(Shape.cast(range(depth)).width),
         }
     )
 
@@ -140,8 +144,8 @@ def axi4(config: CoreConfig, *, id_width: int) -> wiring.Signature:
                 stream.Signature(
                     data.StructLayout(
                         {
-                            "id": unsigned(id_width),
                             "data": unsigned(bits),
+                            "id": unsigned(id_width),
                             "resp": unsigned(2),
                             "last": unsigned(1),
                         }

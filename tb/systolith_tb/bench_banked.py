@@ -26,7 +26,6 @@ BANKS = CONFIG.banks
 DEPTH = int(os.environ.get("SYSTOLITH_BENCH_DEPTH", "128"))
 READS, WRITES = 4, 3
 PRIORITY = os.environ.get("SYSTOLITH_BENCH_PRIORITY") == "1"
-ADDRESS_BITS = (DEPTH - 1).bit_length()
 #: What the memory holds: kept over resets, so over the tests of one simulation as well.
 WORDS = np.zeros((DEPTH, N), np.uint64)
 
@@ -68,8 +67,7 @@ class Scoreboard:
                 getattr(dut, port + "payload").value = reading[index] or 0
             for index in range(WRITES):
                 if writing[index] is None and step < cycles and random.random() >= idle:
-                    payload = random.getrandbits(32 * N + N) << ADDRESS_BITS
-                    writing[index] = payload | addresses()
+                    writing[index] = random.getrandbits(33 * N) | addresses() << 33 * N
                 port = f"write__{index}__request__"
                 getattr(dut, port + "valid").value = int(writing[index] is not None)
                 getattr(dut, port + "payload").value = writing[index] or 0
@@ -102,10 +100,10 @@ class Scoreboard:
                 if request is None:
                     continue
                 if getattr(dut, f"write__{index}__request__ready").value == 1:
-                    data = request >> ADDRESS_BITS
                     for lane in range(N):
-                        if data >> (32 * N + lane) & 1:
-                            self.words[request % DEPTH, lane] = data >> (32 * lane) & 0xFFFFFFFF
+                        if request >> (32 * N + lane) & 1:
+                            word = request >> (32 * lane) & 0xFFFFFFFF
+                            self.words[request >> 33 * N, lane] = word
                     self.written += 1
                     writing[index] = None
                     self.waits.append(age[READS + index])
@@ -151,7 +149,8 @@ async def streams_run_together_at_full_rate(dut: Any) -> None:
     for step in range(cycles):
         for name, word in position.items():
             getattr(dut, f"{name}__valid").value = 1
-            getattr(dut, f"{name}__payload").value = word % DEPTH
+            place = 33 * N if name.startswith("write") else 0  # of the address
+            getattr(dut, f"{name}__payload").value = word % DEPTH << place
         await RisingEdge(dut.clk)
         for name in position:
             if getattr(dut, f"{name}__ready").value == 1:

@@ -203,7 +203,6 @@ class Queue:
         write_ready = self.pin("write__request__ready")
         write_payload = self.pin("write__request__payload")
         done = self.pin("issue__done")
-        address_bits = (DEPTH - 1).bit_length()
         may_read = may_write = False
         pipe: deque[bytes | None] = deque([None] * (READ_LATENCY - 1))
         while True:
@@ -214,11 +213,10 @@ class Queue:
                 taken = self.words[:, int(read_address.value)].tobytes()
             if may_write and int(write_valid.value):
                 payload = int(write_payload.value)
-                address = payload & ((1 << address_bits) - 1)
-                column = payload >> address_bits
                 for lane in range(N):
-                    if column >> (32 * N + lane) & 1:
-                        self.words[lane, address] = column >> (32 * lane) & 0xFFFFFFFF
+                    if payload >> (32 * N + lane) & 1:
+                        word = payload >> (32 * lane) & 0xFFFFFFFF
+                        self.words[lane, payload >> 33 * N] = word
             pipe.append(taken)
             arriving = pipe.popleft()
             response_valid.value = int(arriving is not None)

@@ -300,11 +300,10 @@ class Memories:
                 self._flying[name, space].append(column)
         for (name, space), port in self._ports.items():
             if name == "dst" and port["request__valid"].value and port["request__ready"].value:
-                bits = (_DEPTH[space] - 1).bit_length()
                 payload = int(port["request__payload"].value)
-                address = payload & (1 << bits) - 1
-                mask = payload >> bits + 32 * CONFIG.lanes
-                column = [payload >> bits + 32 * i & 0xFFFFFFFF for i in range(CONFIG.lanes)]
+                address = payload >> 33 * CONFIG.lanes
+                mask = payload >> 32 * CONFIG.lanes & (1 << CONFIG.lanes) - 1
+                column = [payload >> 32 * i & 0xFFFFFFFF for i in range(CONFIG.lanes)]
                 self.written.append(_masked(space, address, mask, column))
                 for i in range(CONFIG.lanes):
                     if mask >> i & 1:

@@ -47,7 +47,6 @@ class MemoryModel:
 
     async def _run(self) -> None:
         lanes, depth = self.words.shape
-        address_bits = (depth - 1).bit_length()
         pipeline: dict[str, list[int | None]] = {
             port: [None] * (READ_LATENCY - 1) for port in self._reads
         }
@@ -80,11 +79,9 @@ class MemoryModel:
                     and self._handle(port, "request__ready").value == 1
                 ):
                     payload = int(self._handle(port, "request__payload").value)
-                    address = payload & ((1 << address_bits) - 1)
+                    address = payload >> 33 * lanes
                     assert address < depth, f"{port} writes word {address} of {depth}"
-                    data = payload >> address_bits
-                    mask = data >> (32 * lanes)
                     for lane in range(lanes):
-                        if mask >> lane & 1:
-                            self.words[lane, address] = data >> (32 * lane) & 0xFFFFFFFF
+                        if payload >> (32 * lanes + lane) & 1:
+                            self.words[lane, address] = payload >> (32 * lane) & 0xFFFFFFFF
                     self.writes_done += 1

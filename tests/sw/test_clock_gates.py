@@ -4,7 +4,7 @@ import pytest
 from systolith.runtime.rtl import RtlBackend
 from systolith.runtime.verilog import with_clock_gates, with_registers, with_whole_writes
 from systolith_hdl.config import get_config
-from systolith_hdl.core import chip_verilog
+from systolith_hdl.core import chip_verilog, gated_blocks
 from systolith_hdl.toolchain import ToolError
 from systolith_tb.fuzz import Rig, difference, draw_case, illegal_program, program
 
@@ -26,6 +26,14 @@ def test_gated_clocks_change_no_bit_and_no_cycle(latency: int, rate: int | None)
             assert gated.simulated_cycles == free.simulated_cycles, f"case {seed}"
     for rig in rigs:
         rig.driver.close()
+
+
+def test_every_block_has_the_clock_of_its_bit() -> None:
+    text = with_clock_gates(chip_verilog(NANO), NANO)
+    bits = list(gated_blocks(NANO).values())
+    for bit in set(bits):
+        assert text.count(f".clk(clk_{bit})") == bits.count(bit)
+        assert text.count(f"wire clk_{bit} = ") == 1
 
 
 def test_a_block_without_a_clock_of_its_own_is_refused() -> None:

@@ -59,8 +59,8 @@ class ReadAligner(wiring.Component):
                     stream.Signature(
                         data.StructLayout(
                             {
-                                "index": unsigned(lanes.bit_length() - 1),
                                 "words": data.ArrayLayout(unsigned(32), lanes),
+                                "index": unsigned(lanes.bit_length() - 1),
                                 "mask": unsigned(lanes),
                                 "row_end": unsigned(1),
                                 "commit": unsigned(1),

@@ -70,8 +70,8 @@ class CornerTurn(wiring.Component):
                     stream.Signature(
                         data.StructLayout(
                             {
-                                "index": unsigned(self._log),
                                 "words": words,
+                                "index": unsigned(self._log),
                                 "mask": unsigned(lanes),
                                 "row_end": unsigned(1),
                                 "commit": unsigned(1),

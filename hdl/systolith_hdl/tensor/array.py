@@ -194,7 +194,7 @@ class SystolicArray(wiring.Component):
         `OPERAND_BITS` (row 0 first); `first` with column 0 of a load
     moving : In {valid, swap, rows, data, tag}: one moving column, N operands; a row whose bit in
         `rows` is clear takes no part. `swap` and `rows` must be 0 when not `valid`.
-    sums : Out {valid, data, tag}: N FP32 words; lane m is the sum over active rows k, in
+    sums : Out {data, valid, tag}: N FP32 words; lane m is the sum over active rows k, in
         ascending order from +0, of moving[k] * stationary[k, m]. `array_latency` cycles after
         `moving`, one column per cycle.
 
@@ -219,7 +219,7 @@ class SystolicArray(wiring.Component):
                     )
                 ),
                 "sums": Out(
-                    data.StructLayout({"valid": 1, "data": column_shape(config), "tag": tag})
+                    data.StructLayout({"data": column_shape(config), "valid": 1, "tag": tag})
                 ),
             }
         )

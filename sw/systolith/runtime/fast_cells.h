@@ -1,8 +1,8 @@
 // The arithmetic of the floating-point cells of the `rtl-fast` device, called from fast_cells.v.
 //
-// Part of the loops over the lanes (lanes.cpp), so that the arithmetic stands in them itself, and for
-// `rtl-fast` in front of every file that Verilator writes. Without branches, so that vector
-// instructions can be made of it.
+// Part of the loops over the lanes (lanes.cpp), so that the arithmetic stands in them itself, and by
+// lanes.h in front of every file that Verilator writes. Without branches, so that vector instructions
+// can be made of it.
 
 #ifndef SYSTOLITH_FAST_CELLS_H
 #define SYSTOLITH_FAST_CELLS_H
@@ -35,6 +35,15 @@ inline uint32_t fp32_bits(float value) {
     return value == value ? bits_as<uint32_t>(value) : kCanonicalNan;
 }
 
+// With masks: of C++'s own choice the compiler often makes branches, which no vector has.
+inline uint32_t pick(uint32_t select, uint32_t one, uint32_t zero) {
+    return zero ^ ((0u - select) & (one ^ zero));
+}
+
+inline uint64_t pick(uint32_t select, uint64_t one, uint64_t zero) {
+    return zero ^ ((0ull - select) & (one ^ zero));
+}
+
 }  // namespace systolith
 
 inline unsigned int fast_add(unsigned int a, unsigned int b) {
@@ -49,35 +58,33 @@ inline unsigned int fast_mul(unsigned int a, unsigned int b) {
 
 // The modes of MulMode of arith/fp32.py.
 inline unsigned int fast_word_mul(unsigned int a, unsigned int b, unsigned int mode) {
+    using namespace systolith;
     // Above 31 nothing is left of a word shifted in two steps.
     unsigned int some = b > 31 ? 31 : b, rest = b > 31;
-    switch (mode) {
-    case 0: return fast_mul(a, b);
-    case 1: return a * b;
-    case 2: return a << some << rest;
-    case 3: return a >> some >> rest;
-    default: return static_cast<unsigned int>(static_cast<int>(a) >> some);
-    }
+    unsigned int word = static_cast<unsigned int>(static_cast<int>(a) >> some);
+    word = pick(mode == 3, a >> some >> rest, word);
+    word = pick(mode == 2, a << some << rest, word);
+    word = pick(mode == 1, a * b, word);
+    return pick(mode == 0, fast_mul(a, b), word);
 }
 
-// Exact product, as a double, of two numbers in the encoding `Narrow` of tensor/mac.py: sign in bit
-// 0, exponent in bits 1 to 9, significand in bits 10 to 20, infinity in bit 21, NaN in bit 22.
-//
-// The significands' product has 22 bits and exponents reach from -266 to 254: all of it fits in a
-// double.
+// A number in the encoding `Narrow` of tensor/mac.py as a double, of which these are the upper 32
+// bits, the others being 0: sign in bit 0, exponent in bits 1 to 9, significand in bits 10 to 20,
+// its top bit clear only for zero, infinity in bit 21, NaN in bit 22.
+inline unsigned int fast_factor(unsigned int x) {
+    unsigned int exponent = static_cast<unsigned int>(static_cast<int>(x >> 1 << 23) >> 3);
+    unsigned int finite = (exponent + (1023u << 20)) | (x & 0x3FFu << 10);
+    unsigned int special = (x & 3u << 21) != 0 ? 0x7FFu << 20 : 0;
+    return (finite & (0u - (x >> 20 & 1))) | special | (x >> 22 & 1) << 19 | x << 31;
+}
+
+// Exact product, as a double, of two numbers in that encoding: the significands' product has 22
+// bits and exponents reach from -266 to 254.
 inline uint64_t fast_product(unsigned int a, unsigned int w) {
     using namespace systolith;
-    int32_t significand = ((a >> 10) & 0x7FF) * ((w >> 10) & 0x7FF);
-    int32_t exponent = (static_cast<int32_t>(a << 22) >> 23) + (static_cast<int32_t>(w << 22) >> 23);
-    // Two significands of 2**10 for 1.0.
-    uint64_t scale = static_cast<uint64_t>(exponent - 20 + 1023) << 52;
-    uint64_t sign = static_cast<uint64_t>((a ^ w) & 1) << 63;
-    double finite = static_cast<double>(significand) * bits_as<double>(sign | scale);
-    unsigned int infinite = (a | w) >> 21 & 1;
-    unsigned int zero = ((a & w) >> 20 & 1) ^ 1;
-    unsigned int nan = (a | w) >> 22 & 1;
-    uint64_t special = sign | uint64_t{0x7FF} << 52 | static_cast<uint64_t>(nan | zero) << 51;
-    return nan | infinite ? special : bits_as<uint64_t>(finite);
+    double left = bits_as<double>(static_cast<uint64_t>(fast_factor(a)) << 32);
+    double right = bits_as<double>(static_cast<uint64_t>(fast_factor(w)) << 32);
+    return bits_as<uint64_t>(left * right);
 }
 
 // One half of a pair, in the encoding `Fp8` of tensor/mac_fp8x2.py, as `Narrow`: sign in bit 0,

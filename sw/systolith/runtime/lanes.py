@@ -3,8 +3,8 @@
 Verilator writes out every instance of a component, so N lanes are N copies of the same code, far
 more than a processor's caches hold, and no vector instructions. Here each module that
 `systolith_hdl.emit.side_by_side` made, N copies of a component, or `grid`, N x N of them, becomes a
-module of the same ports that calls C++ through DPI: a loop over the lanes, of which the compiler
-makes vector instructions. So does each `systolith_hdl.tensor.delay.skew`.
+module of the same ports that calls C++: a loop over the lanes, of which the compiler makes vector
+instructions. So does each `systolith_hdl.tensor.delay.skew`.
 
 The loop's body is the component itself. Yosys flattens it to cells of one operation each, whose
 meaning Yosys documents; each becomes one C++ expression, in the order in which they depend on each
@@ -54,19 +54,17 @@ _CONTENTS = re.compile(
     r"^  initial begin\n((?:    \S+\[\d+\] = \d+'h[0-9a-f]+;\n){64,})  end\n", re.MULTILINE
 )
 
-_CPP_HEAD = """\
+_HEADER_HEAD = """\
+#pragma once
 #include <cstdint>
-#include <cstring>
 #include "fast_cells.h"
+"""
 
-namespace {
-inline uint32_t pick(uint32_t select, uint32_t one, uint32_t zero) {
-    return zero ^ ((0u - select) & (one ^ zero));
-}
-inline uint64_t pick(uint32_t select, uint64_t one, uint64_t zero) {
-    return zero ^ ((0ull - select) & (one ^ zero));
-}
-}  // namespace
+_CPP_HEAD = """\
+#include <cstring>
+#include "lanes.h"
+
+using systolith::pick;
 """
 
 Bit = int | str  # as in Yosys' JSON: the number of a net's bit, or "0", "1", "x", "z"
@@ -255,11 +253,24 @@ class Component:
             }
             self._define(variable, self._cells[variable]["connections"]["Y"])
 
-    def initial(self, register: str) -> int:
-        """Value of a register after power-up."""
-        bits = self.registers[register]["connections"]["Q"]
-        digits = [self._initial.get(bit, "0").replace("x", "0") for bit in reversed(bits)]
-        return int("".join(digits), 2)
+    def initial(self, bits: list[Bit]) -> str:
+        """C++ number that bits of registers, or constant ones, make after power-up."""
+        digits = [str(self._initial.get(bit, bit if bit == "1" else "0")) for bit in reversed(bits)]
+        return f"{int(''.join(digits).replace('x', '0'), 2):#x}{'ull' if len(bits) > 32 else 'u'}"
+
+    def following(self, bits: list[Bit]) -> list[Bit]:
+        """What bits of registers, or constant ones, will be after the next clock edge."""
+
+        def after(bit: Bit) -> Bit:
+            if isinstance(bit, str):
+                return bit
+            variable, place = self._place[bit]
+            if variable not in self.registers:
+                raise ToolError(f"{self._name}: {variable} is no register")
+            following: Bit = self.registers[variable]["connections"]["D"][place]
+            return following
+
+        return [after(bit) for bit in bits]
 
     # -- Words.
 
@@ -287,7 +298,7 @@ class Component:
                 ):  # fmt: skip
                     count += 1
                 term = f"{variable} >> {first}" if first else variable
-                if first + count < self._width(variable):
+                if first + count < self.width(variable):
                     term = f"({term} & {_mask(count)})"
                 term = f"{kind}({term})"
             terms.append(f"({term} << {place})" if place else term)
@@ -296,7 +307,8 @@ class Component:
             terms.append(f"{kind}({constant:#x}ull)")
         return terms[0] if len(terms) == 1 else f"({' | '.join(terms)})"
 
-    def _width(self, variable: str) -> int:
+    def width(self, variable: str) -> int:
+        """Bits of a variable."""
         if variable in self._cells:
             pins = self._cells[variable]["connections"]
             return len(pins["Y"] if "Y" in pins else pins["o"])
@@ -371,7 +383,6 @@ class Component:
             sign = "&" if kind == "$logic_and" else "|"
             return f"uint32_t({self.word(a)} != 0) {sign} uint32_t({self.word(b)} != 0)"
         if kind in ("$mux", "$pmux"):
-            # Masks: of C++'s own choice the compiler often makes branches, which no vector has.
             text = self.word(a, width)
             for place, select in enumerate(pins["S"]):
                 choice = self.word(b[place * width : (place + 1) * width], width)
@@ -493,8 +504,19 @@ class Component:
         return found or None
 
 
-def _dpi_type(bits: list[Bit]) -> str:
+def cpp_call(function: str, arguments: Iterable[str], width: int = 32) -> str:
+    """Verilog's expression for what a C++ function returns."""
+    passed = ', ", ", '.join(arguments)
+    return f'$c{width}("{function}(", {passed}, ")")'
+
+
+def _array_type(bits: list[Bit]) -> str:
     return "int unsigned" if len(bits) <= 32 else "longint unsigned"
+
+
+def _array(name: str) -> str:
+    """An array as an argument of `cpp_call`: where it is, so that nothing is copied."""
+    return f'"&", {name}, "[0]"'
 
 
 def _slice(port: _Port, number: int, bits: list[Bit]) -> str:
@@ -507,13 +529,76 @@ def _local(name: str) -> str:
     return f"{name} " if name.startswith("\\") else name
 
 
-def _heading(name: str, outer: str) -> str:
-    """The beginning of a module with the ports of `outer`."""
+#: name of an output's array -> type and number of its elements
+_Outputs = dict[str, tuple[str, int]]
+
+
+def _header(name: str, outputs: _Outputs, step: str | None, out: str | None) -> str:
+    """What Verilator's C++ has to know of a module's: its functions, by their parameters, and where
+    it puts its outputs, at the beginning of its state."""
+    functions = [f"uint64_t {name}_new();", f"void {name}_delete(uint64_t handle);"]
+    for function, parameters in (("step", step), ("out", out)):
+        if parameters is not None:
+            functions.append(f"uint32_t {name}_{function}({parameters});")
+    return "\n".join(
+        [
+            f"struct alignas(64) {name}_outputs {{",
+            *(
+                f"    alignas(64) {kind} {array}[{count}];"
+                for array, (kind, count) in outputs.items()
+            ),
+            "};",
+            *functions,
+            f"inline const {name}_outputs* {name}_words(uint64_t handle, uint32_t) {{",
+            f"    return reinterpret_cast<const {name}_outputs*>(handle);",
+            "}",
+            "",
+        ]
+    )
+
+
+def _wrapper(
+    name: str,
+    outer: str,
+    body: list[str],
+    step: list[str] | None,
+    out: list[str] | None,
+    results: list[tuple[str, str, int]],
+) -> str:
+    """A module with the ports of `outer` whose work C++ does.
+
+    Parameters
+    ----------
+    body : lines before the calls
+    step : arguments of ``{name}_step``, called at each clock edge; None if there is no register
+    out : arguments of ``{name}_out``, called when one of them changes; None if the outputs follow
+        from the registers alone, and `step` works them out
+    results : outputs, and the C++ element and its bits that each is
+    """
     ports = ",\n".join(
-        f"  {'input wire' if way == 'input' else 'output logic'} [{high or 0}:0] {_local(port)}"
+        f"  {'input wire' if way == 'input' else 'output wire'} [{high or 0}:0] {_local(port)}"
         for way, high, port in _PORT.findall(outer)
     )
-    return f"module {name}(\n{ports}\n);"
+    lines = [
+        f"module {name}(\n{ports}\n);",
+        *body,
+        "  longint unsigned handle;",
+        f'  initial handle = $c64("{name}_new()");',
+        f'  final $c("{name}_delete(", handle, ");");',
+        # Tell Verilator when the outputs are new.
+        "  int unsigned tick = 0;",
+        "  wire [31:0] ready;",
+    ]
+    if step is not None:
+        call = cpp_call(f"{name}_step", ["handle", *step])
+        lines.append(f"  always @(posedge clk) tick <= tick + {call};")
+    ready = "tick" if out is None else cpp_call(f"{name}_out", ["handle", "tick", *out])
+    lines.append(f"  assign ready = {ready};")
+    for output, element, width in results:
+        kind = 32 if width <= 32 else 64
+        place = f'$c{kind}("{name}_words(", handle, ", ", ready, ")->{element}")'
+        lines.append(f"  assign {output} = {place};")
+    return "\n".join([*lines, "endmodule", ""])
 
 
 @dataclasses.dataclass
@@ -530,116 +615,194 @@ class _Side:
         component = self.component
         self._shared = {p.name for p in component.ports if p.name in ports}
         self._outputs = [p for p in component.ports if not p.is_input]
-        data = [b for cell in component.registers.values() for b in cell["connections"]["D"]]
+        #: Registers that are kept, and their next values.
+        self._kept = {r: cell["connections"]["D"] for r, cell in component.registers.items()}
         #: Variables that the outputs, and those that the next values of the registers depend on.
         #: Arguments that a function does not need would seem to Verilator a loop.
         self._read_by = {
             "out": component.cone(b for p in self._outputs for b in p.bits)[1],
-            "step": component.cone(data)[1],
+            "step": component.cone(b for bits in self._kept.values() for b in bits)[1],
         }
+        inputs = {piece for p in component.ports if p.is_input for piece, _ in p.pieces}
+        #: The outputs follow from the registers alone.
+        self._settled = bool(component.registers) and not self._read_by["out"] & inputs
 
     def _size(self, port: _Port) -> int:
         """Elements of the arrays that a port's pieces are passed in; 0 if it is not passed."""
         return self.count
 
     def _parameters(self, function: str) -> list[tuple[_Port, str, list[Bit]]]:
-        """Arguments of `step` or `out`: port, name, bits."""
+        """Inputs that `step` or `out` is passed: port, name, bits."""
         return [
             (port, piece, bits)
             for port in self.component.ports
             for piece, bits in port.pieces
-            if (piece in self._read_by[function] if port.is_input else function == "out")
-            and (port.name in self._shared or self._size(port))
+            if port.is_input and piece in self._read_by[function]
         ]
 
-    def _inputs(self) -> list[str]:
-        """What goes before the loops of `step`."""
-        return []
+    @property
+    def _results(self) -> list[tuple[_Port, int, str, list[Bit]]]:
+        """Pieces of the outputs that are passed: port, number, name, bits."""
+        return [
+            (port, number, piece, bits)
+            for port in self._outputs
+            for number, (piece, bits) in enumerate(port.pieces)
+            if self._size(port)
+        ]
 
-    def _body(self, function: str, roots: list[Bit], stores: list[str]) -> list[str]:
-        """A loop over the lanes that works out `roots`."""
+    # -- C++.
+
+    @property
+    def _loop(self) -> list[str]:
+        """The beginning of a loop over the copies, in which `i` is the number of one."""
+        return ["#pragma GCC ivdep", f"    for (int i = 0; i < {self.count}; ++i) {{"]
+
+    def _input(self, piece: str) -> str:
+        """What copy `i` gets on an input that not all have in common."""
+        return f"{piece}_[i]"
+
+    def _body(self, roots: Iterable[Bit], stores: list[str]) -> list[str]:
+        """A loop over the copies that works out `roots` and stores them."""
         component = self.component
         order, seen = component.cone(roots)
-        lines = ["#pragma GCC ivdep", f"    for (int i = 0; i < {self.count}; ++i) {{"]
-        for port, piece, bits in self._parameters(function):
-            if piece in seen and port.name not in self._shared:
-                lines.append(f"        const {_type(len(bits))} {piece} = {piece}_[i];")
+        lines = []
+        for port in component.ports:
+            for piece, bits in port.pieces if port.is_input else []:
+                if piece in seen and port.name not in self._shared:
+                    lines.append(f"const {_type(len(bits))} {piece} = {self._input(piece)};")
         for register, cell in component.registers.items():
             if register in seen:
                 kind = _type(len(cell["connections"]["Q"]))
-                lines.append(f"        const {kind} {register} = s->{register}[i];")
+                lines.append(f"const {kind} {register} = s->{register}[i];")
         for variable in order:
-            kind = _type(component._width(variable))
-            lines.append(f"        const {kind} {variable} = {component.expression(variable)};")
-        return [*lines, *(f"        {store}" for store in stores), "    }"]
+            kind = _type(component.width(variable))
+            lines.append(f"const {kind} {variable} = {component.expression(variable)};")
+        return [*self._loop, *(f"        {line}" for line in [*lines, *stores]), "    }"]
 
     def _step(self) -> list[str]:
         """Loops that move all registers on. Reading a table makes no vector instruction, so what
         comes from one has a loop of its own, first and into `next`."""
         component = self.component
-        looked_up = [
-            register
-            for register, cell in component.registers.items()
-            if component.reads_table(cell["connections"]["D"])
-        ]
+        looked_up = {r: d for r, d in self._kept.items() if component.reads_table(d)}
         lines = []
         for chosen, target in (
             (looked_up, "next_{}[i]"),
-            ([r for r in component.registers if r not in looked_up], "s->{}[i]"),
+            ({r: d for r, d in self._kept.items() if r not in looked_up}, "s->{}[i]"),
         ):
-            data = {r: component.registers[r]["connections"]["D"] for r in chosen}
             if chosen is looked_up:
-                lines += [f"    {_type(len(d))} next_{r}[{self.count}];" for r, d in data.items()]
-            stores = [f"{target.format(r)} = {component.word(d)};" for r, d in data.items()]
+                lines += [f"    {_type(len(d))} next_{r}[{self.count}];" for r, d in chosen.items()]
+            stores = [f"{target.format(r)} = {component.word(d)};" for r, d in chosen.items()]
             if stores:
-                lines += self._body("step", [bit for d in data.values() for bit in d], stores)
+                lines += self._body([bit for d in chosen.values() for bit in d], stores)
         for register in looked_up:
             lines.append(f"    std::memcpy(s->{register}, next_{register}, sizeof(s->{register}));")
         return lines
 
-    def _signature(self, function: str) -> str:
-        state = ["void* handle", "int"] if self.component.registers else []
-        pieces = []
-        for port, piece, bits in self._parameters(function):
-            kind = "unsigned int" if len(bits) <= 32 else "unsigned long long"
+    def _out(self) -> list[str]:
+        """The loop that works out the outputs."""
+        stores = [
+            f"s->out.{piece}[i] = {self.component.word(bits)};"
+            for _, _, piece, bits in self._results
+        ]
+        return self._body([b for *_, bits in self._results for b in bits], stores)
+
+    def _state(self) -> list[str]:
+        """Members of the state beside the registers, which are an array each."""
+        return []
+
+    def _power_up(self) -> list[str]:
+        """What gives those members, all 0 at first, other values."""
+        return []
+
+    # Without registers: nothing is to be done while all inputs stand still.
+
+    def _seen(self) -> list[str]:
+        """Members of the state for the inputs of which the outputs are."""
+        return [
+            *(
+                f"    alignas(64) {_type(len(bits))} seen_{piece}"
+                f"{'' if port.name in self._shared else f'[{self._size(port)}]'};"
+                for port, piece, bits in self._parameters("out")
+            ),
+            "    bool worked;",
+        ]
+
+    def _unless_same(self) -> list[str]:
+        """What comes before the loop of `out`."""
+        lines = ["    uint64_t news = !s->worked;", "    s->worked = true;"]
+        for port, piece, _ in self._parameters("out"):
             if port.name in self._shared:
-                pieces.append(f"{kind} {piece}")
-            elif port.is_input:
-                pieces.append(f"const {kind}* __restrict {piece}_")
+                lines += [
+                    f"    news |= s->seen_{piece} ^ {piece};",
+                    f"    s->seen_{piece} = {piece};",
+                ]
             else:
-                pieces.append(f"{kind}* __restrict {piece}_")
-        return ", ".join([*state, *pieces])
+                lines += [
+                    f"    for (int i = 0; i < {self._size(port)}; ++i) {{",
+                    f"        news |= s->seen_{piece}[i] ^ {piece}_[i];",
+                    f"        s->seen_{piece}[i] = {piece}_[i];",
+                    "    }",
+                ]
+        return [*lines, "    if (!news) return tick;"]
+
+    def _signature(self, function: str) -> str:
+        pieces = ["uint64_t handle"]
+        if function == "out":
+            pieces.append("uint32_t tick")
+        for port, piece, bits in self._parameters(function):
+            kind = _type(len(bits))
+            shared = port.name in self._shared
+            pieces.append(f"{kind} {piece}" if shared else f"const {kind}* __restrict {piece}_")
+        return ", ".join(pieces)
+
+    def header(self) -> str:
+        """What Verilator's files have to know of the C++."""
+        outputs = {
+            piece: (_type(len(bits)), self._size(port)) for port, _, piece, bits in self._results
+        }
+        step = self._signature("step") if self.component.registers else None
+        out = None if self._settled else self._signature("out")
+        return _header(self.name, outputs, step, out)
 
     def cpp(self) -> str:
-        component = self.component
-        lines = [f"namespace {self.name} {{", *component.tables]
-        state = []
+        component, name = self.component, self.name
+        words = {r: component.registers[r]["connections"]["Q"] for r in self._kept}
+        enter = [
+            f"    using namespace {name};",
+            "    State* __restrict s = reinterpret_cast<State*>(handle);",
+        ]
+        lines = [
+            f"namespace {name} {{",
+            *component.tables,
+            "struct State {",
+            f"    {name}_outputs out;",
+            *(f"    alignas(64) {_type(len(q))} {r}[{self.count}];" for r, q in words.items()),
+            *self._state(),
+            *(self._seen() if not component.registers else []),
+            "};",
+        ]
+        if self._settled:
+            lines += ["void work(State* __restrict s) {", *self._out(), "}"]
+        worked = ["    work(s);"] if self._settled else []
+        lines += [
+            "}",
+            f"uint64_t {name}_new() {{",
+            f"    using namespace {name};",
+            "    auto* s = new State();",
+            *(
+                f"    for (auto& word : s->{register}) word = {component.initial(bits)};"
+                for register, bits in words.items()
+            ),
+            *self._power_up(),
+            *worked,
+            "    return reinterpret_cast<uint64_t>(s);",
+            "}",
+            f"void {name}_delete(uint64_t handle) {{",
+            f"    delete reinterpret_cast<{name}::State*>(handle);",
+            "}",
+        ]
         if component.registers:
-            lines.append("struct alignas(64) State {")
-            for register, cell in component.registers.items():
-                kind = _type(len(cell["connections"]["Q"]))
-                lines.append(f"    {kind} {register}[{self.count}];")
-            lines.append("};")
-            state = ["    State* __restrict s = static_cast<State*>(handle);"]
-        lines.append("}")
-        if component.registers:
-            lines += [
-                f'extern "C" void* {self.name}_new() {{',
-                f"    auto* s = new {self.name}::State;",
-                f"    for (int i = 0; i < {self.count}; ++i) {{",
-                *(f"        s->{r}[i] = {component.initial(r)}u;" if component.initial(r) < 1 << 32
-                  else f"        s->{r}[i] = {component.initial(r)}ull;"
-                  for r in component.registers),
-                "    }",
-                "    return s;",
-                "}",
-                f'extern "C" void {self.name}_delete(void* handle) {{',
-                f"    delete static_cast<{self.name}::State*>(handle);",
-                "}",
-                f'extern "C" int {self.name}_step({self._signature("step")}) {{',
-                f"    using namespace {self.name};",
-                *state,
-            ]  # fmt: skip
+            lines += [f"uint32_t {name}_step({self._signature('step')}) {{", *enter]
             shared: set[Bit] = {
                 bit
                 for port in component.ports
@@ -651,87 +814,86 @@ class _Side:
             if gates:
                 moving = " | ".join(component.word([bit]) for bit in sorted(gates, key=str))
                 lines.append(f"    if (!({moving})) return 0;")
-            lines += [*self._inputs(), *self._step(), "    return 1;", "}"]
-        lines += [
-            f'extern "C" void {self.name}_out({self._signature("out")}) {{',
-            f"    using namespace {self.name};",
-            *state,
-        ]
-        lines += [*self._out(), "}", ""]
-        return "\n".join(lines)
+            lines += [*self._step(), *worked, "    return 1;", "}"]
+        if not self._settled:
+            lines += [f"uint32_t {name}_out({self._signature('out')}) {{", *enter]
+            if not component.registers:
+                lines += self._unless_same()
+            lines += [*self._out(), "    return tick;", "}"]
+        return "\n".join([*lines, ""])
 
-    def _out(self) -> list[str]:
-        """The loop that works out the outputs."""
-        ports = [(piece, bits) for port in self._outputs for piece, bits in port.pieces]
-        results = [f"{piece}_[i] = {self.component.word(bits)};" for piece, bits in ports]
-        return self._body("out", [b for _, bits in ports for b in bits], results)
+    # -- Verilog.
 
     def verilog(self) -> str:
-        component = self.component
-        lines = [_heading(self.name, self.outer)]
+        lines = []
         escaped = {name.lstrip("\\"): name for _, _, name in _PORT.findall(self.outer)}
-        for port in component.ports:
-            for first, (piece, bits) in enumerate(port.pieces):
-                size = self._size(port)
-                if port.name in self._shared or not size:
+        for port in self.component.ports:
+            for number, (piece, bits) in enumerate(port.pieces) if port.is_input else []:
+                if port.name in self._shared:
                     continue
-                part = _slice(port, first, bits)
-                lines.append(f"  {_dpi_type(bits)} {piece} [0:{size - 1}];")
-                for lane in range(size):
-                    inside, outside = f"{piece}[{lane}]", f"{port.name}__{lane}{part}"
-                    if port.is_input:
-                        lines.append(f"  assign {inside} = {outside};")
-                    else:
-                        lines.append(f"  assign {outside} = {inside}[{len(bits) - 1}:0];")
+                lines.append(f"  {_array_type(bits)} {piece} [0:{self._size(port) - 1}];")
+                for lane in range(self._size(port)):
+                    part = _slice(port, number, bits)
+                    lines.append(f"  assign {piece}[{lane}] = {port.name}__{lane}{part};")
 
-        def function(name: str, result: str) -> str:
-            """Declares `step` or `out`; returns the call."""
-            declared, passed = [], []
-            if component.registers:
-                declared, passed = ["input chandle handle", "input int tick"], ["handle", "tick"]
-            for port, piece, bits in self._parameters(name):
-                way = "input" if port.is_input else "output"
-                shared = port.name in self._shared
-                size = "" if shared else f" [0:{self._size(port) - 1}]"
-                declared.append(f"{way} {_dpi_type(bits)} {piece}{size}")
-                if shared:
+        def arguments(function: str) -> list[str]:
+            found = []
+            for port, piece, bits in self._parameters(function):
+                passed = _array(piece)
+                if port.name in self._shared:
                     number = int(piece.rsplit("_p", 1)[1])
-                    passed.append(f"{_local(escaped[port.name])}{_slice(port, number, bits)}")
-                else:
-                    passed.append(piece)
-            lines.append(
-                f'  import "DPI-C" function {result} {self.name}_{name}({", ".join(declared)});'
-            )
-            return f"{self.name}_{name}({', '.join(passed)})"
+                    passed = f"{_local(escaped[port.name])}{_slice(port, number, bits)}"
+                    # Verilator takes any bits above those passed.
+                    if len(bits) % 32:
+                        passed = f"{{{32 - len(bits) % 32}'b0, {passed}}}"
+                found.append(passed)
+            return found
 
-        if component.registers:
-            step = function("step", "int")
-            lines += [
-                f'  import "DPI-C" function chandle {self.name}_new();',
-                f'  import "DPI-C" function void {self.name}_delete(input chandle handle);',
-                "  chandle handle;",
-                "  int tick = 0;",
-                f"  initial handle = {self.name}_new();",
-                f"  final {self.name}_delete(handle);",
-                # Tells Verilator that the outputs are to be worked out anew.
-                f"  always @(posedge clk) tick <= tick + {step};",
-            ]
-        lines += [f"  always_comb {function('out', 'void')};", "endmodule", ""]
-        return "\n".join(lines)
+        results = [
+            (f"{port.name}__{lane}{_slice(port, number, bits)}", f"{piece}[{lane}]", len(bits))
+            for port, number, piece, bits in self._results
+            for lane in range(self._size(port))
+        ]
+        step = arguments("step") if self.component.registers else None
+        out = None if self._settled else arguments("out")
+        return _wrapper(self.name, self.outer, lines, step, out, results)
 
 
 class _Grid(_Side):
-    """A module of copies of a component in rows and columns, each linked to its neighbours."""
+    """A module of copies of a component in rows and columns, each linked to its neighbours.
+
+    What goes from copy to copy comes from registers. These are not kept: the state has the words on
+    the links instead, each where the next copy reads it, before and after the edge in turn, so that
+    no step moves them. A link that goes right has a column more on the left, one that goes down a
+    row more on top, for what comes from outside.
+    """
+
+    #: Words before a row's columns on a link to the right: as many as keep its stores aligned.
+    _LEFT = 16
 
     def __init__(self, name: str, rows: int, columns: int, component: Component, outer: str):
         self._rows = rows
         self._columns = columns
         super().__init__(name, rows * columns, component, outer)
-        #: Output ports by the input of the next copy that they lead to.
-        self._next = {f"{p.name.removesuffix('_out')}_in": p for p in self._outputs}
-        inputs = {piece for p in component.ports if p.is_input for piece, _ in p.pieces}
-        if self._read_by["out"] & inputs:
+        #: Links: piece of an input -> whether it goes down, bits of the output that leads to it.
+        self._links: dict[str, tuple[bool, list[Bit]]] = {
+            piece.replace("_out_p", "_in_p"): (self._goes_down(port), bits)
+            for port in self._outputs
+            for piece, bits in port.pieces
+        }
+        if not self._settled:
             raise ToolError(f"{name}: no loop can hold a grid with a path from input to output")
+        after = [b for _, bits in self._links.values() for b in component.following(bits)]
+        kept: set[str] = set()
+        while True:
+            read = [b for register in kept for b in self._kept[register]]
+            seen = component.cone([*after, *read])[1]
+            found = seen & component.registers.keys()
+            if found == kept:
+                break
+            kept = found
+        self._kept = {register: d for register, d in self._kept.items() if register in kept}
+        self._read_by["step"] = seen
 
     def _goes_down(self, port: _Port) -> bool:
         stem = port.name.removesuffix("_in").removesuffix("_out")
@@ -742,129 +904,115 @@ class _Grid(_Side):
             return self._columns
         return self._rows if port.is_input else 0
 
-    def _words(self, bits: list[Bit], place: str) -> tuple[list[str], str]:
-        """What an output's word needs before it, and the word, of the copy at `place`."""
-        order, seen = self.component.cone(bits)
-        lines = []
-        for register, cell in self.component.registers.items():
-            if register in seen:
-                kind = _type(len(cell["connections"]["Q"]))
-                lines.append(f"        const {kind} {register} = s->{register}[{place}];")
-        for variable in order:
-            kind = _type(self.component._width(variable))
-            lines.append(
-                f"        const {kind} {variable} = {self.component.expression(variable)};"
-            )
-        return lines, self.component.word(bits)
+    @property
+    def _loop(self) -> list[str]:
+        return [
+            f"    for (int row = 0; row < {self._rows}; ++row)",
+            "#pragma GCC ivdep",
+            f"    for (int column = 0; column < {self._columns}; ++column) {{",
+            f"        const int i = row * {self._columns} + column;",
+        ]
 
-    def _signature(self, function: str) -> str:
-        # What comes from outside; what each copy gets has the plain name.
-        return re.sub(r"(\w+_)(?=,|$)", r"outer_\1", super()._signature(function))
+    def _input(self, piece: str) -> str:
+        down, _ = self._links[piece]
+        return f"before->{piece}[row][column{'' if down else f' + {self._LEFT - 1}'}]"
 
-    def _inputs(self) -> list[str]:
-        lines = []
-        for port, piece, bits in self._parameters("step"):
+    def _step(self) -> list[str]:
+        component = self.component
+        lines = [
+            "    State::Links* __restrict before = &s->links[s->now];",
+            "    State::Links* __restrict after = &s->links[s->now ^ 1];",
+            "    s->now ^= 1;",
+        ]
+        for port, piece, _ in self._parameters("step"):
             if port.name in self._shared:
                 continue
-            source = dict(self._next[port.name].pieces)[piece.replace("_in_p", "_out_p")]
-            down = self._goes_down(port)
-            before = self._columns if down else 1
-            lines.append(f"    alignas(64) {_type(len(bits))} {piece}_[{self.count}];")
-            needed, word = self._words(source, f"i - {before}")
-            lines += [
-                "#pragma GCC ivdep",
-                f"    for (int i = {before}; i < {self.count}; ++i) {{",
-                *needed,
-                f"        {piece}_[i] = {word};",
-                "    }",
-            ]
-            if down:
-                copied = f"sizeof(*{piece}_) * {self._columns}"
-                lines.append(f"    std::memcpy({piece}_, outer_{piece}_, {copied});")
+            if self._links[piece][0]:
+                lines.append(
+                    f"    std::memcpy(before->{piece}, {piece}_, sizeof(*before->{piece}));"
+                )
             else:
                 lines.append(
                     f"    for (int row = 0; row < {self._rows}; ++row) "
-                    f"{piece}_[row * {self._columns}] = outer_{piece}_[row];"
+                    f"before->{piece}[row][{self._LEFT - 1}] = {piece}_[row];"
                 )
-        return lines
+        words = {f"s->{register}[i]": d for register, d in self._kept.items()}
+        for piece, (down, bits) in self._links.items():
+            place = "[row + 1][column]" if down else f"[row][column + {self._LEFT}]"
+            words[f"after->{piece}{place}"] = component.following(bits)
+        stores = [f"{target} = {component.word(bits)};" for target, bits in words.items()]
+        return lines + self._body([b for bits in words.values() for b in bits], stores)
 
     def _out(self) -> list[str]:
-        lines = []
-        for port in self._outputs:
-            for piece, bits in port.pieces if self._goes_down(port) else []:
-                needed, word = self._words(bits, f"{self.count - self._columns} + i")
-                lines += [
-                    "#pragma GCC ivdep",
-                    f"    for (int i = 0; i < {self._columns}; ++i) {{",
-                    *needed,
-                    f"        outer_{piece}_[i] = {word};",
-                    "    }",
-                ]
-        return lines
+        last = f"s->links[s->now].{{}}[{self._rows}]"
+        return [
+            f"    std::memcpy(s->out.{piece}, {source}, sizeof({source}));"
+            for _, _, piece, _ in self._results
+            for source in [last.format(piece.replace("_out_p", "_in_p"))]
+        ]
+
+    def _state(self) -> list[str]:
+        rows, columns = self._rows, self._columns
+        lines = ["    struct alignas(64) Links {"]
+        for piece, (down, bits) in self._links.items():
+            sizes = f"[{rows + 1}][{columns}]" if down else f"[{rows}][{self._LEFT + columns}]"
+            lines.append(f"        alignas(64) {_type(len(bits))} {piece}{sizes};")
+        return [*lines, "    } links[2];", "    unsigned int now = 0;"]
+
+    def _power_up(self) -> list[str]:
+        return [
+            f"    for (auto& links : s->links) for (auto& words : links.{piece}) "
+            f"for (auto& word : words) word = {self.component.initial(bits)};"
+            for piece, (_, bits) in self._links.items()
+        ]
 
 
-def _skew(name: str, width: int, delays: list[int], outer: str) -> tuple[str, str]:
-    """C++ and Verilog of a module of `skew`, whose meaning is in its name: one ring for all words.
-    A word that is not delayed goes through."""
+def _skew(name: str, width: int, delays: list[int], outer: str) -> tuple[str, str, str]:
+    """Verilog, header and C++ of a module of `skew`, whose meaning is in its name: one ring for all
+    words. A word that is not delayed goes through."""
     if width > 64:
         raise ToolError(f"{name}: no loop can hold delays of words of {width} bits")
     count = len(delays)
-    depth = 1 << (max(1, *delays) - 1).bit_length()
-    kind, dpi = ("unsigned int", "int") if width <= 32 else ("unsigned long long", "longint")
+    depth = 1 << max(delays).bit_length()
+    kind, element = _type(width), "int" if width <= 32 else "longint"
+    puts = "\n".join(
+        f"    s->words[(s->now + {delay}) & {depth - 1}][{k}] = i_[{k}];"
+        for k, delay in enumerate(delays)
+    )
+    # A word goes to the place from which it is read when it is due.
     cpp = f"""\
 namespace {name} {{
-struct alignas(64) State {{
-    {kind} words[{depth}][{count}];
+struct State {{
+    {name}_outputs out;
+    alignas(64) {kind} words[{depth}][{count}];
     unsigned int now;
 }};
-constexpr unsigned int delays[{count}] = {{{", ".join(map(str, delays))}}};
 }}
-extern "C" void* {name}_new() {{ return new {name}::State(); }}
-extern "C" void {name}_delete(void* handle) {{ delete static_cast<{name}::State*>(handle); }}
-extern "C" int {name}_step(void* handle, int, const {kind}* __restrict i_) {{
-    auto* s = static_cast<{name}::State*>(handle);
-    std::memcpy(s->words[s->now], i_, sizeof(s->words[0]));
+uint64_t {name}_new() {{ return reinterpret_cast<uint64_t>(new {name}::State()); }}
+void {name}_delete(uint64_t handle) {{ delete reinterpret_cast<{name}::State*>(handle); }}
+uint32_t {name}_step(uint64_t handle, const {kind}* __restrict i_) {{
+    auto* __restrict s = reinterpret_cast<{name}::State*>(handle);
+{puts}
     s->now = (s->now + 1) & {depth - 1};
+    std::memcpy(s->out.o, s->words[s->now], sizeof(s->out.o));
     return 1;
 }}
-extern "C" void {name}_out(void* handle, int, {kind}* __restrict o_) {{
-    const auto* s = static_cast<{name}::State*>(handle);
-    for (int k = 0; k < {count}; ++k)
-        o_[k] = s->words[(s->now - {name}::delays[k]) & {depth - 1}][k];
-}}
 """
-    wires = []
-    for k, delay in enumerate(delays):
-        out = f"o[{k}][{width - 1}:0]" if delay else f"i__{k}"
-        wires.append(f"  assign i[{k}] = i__{k};\n  assign o__{k} = {out};")
-    verilog = "\n".join(
-        [
-            _heading(name, outer),
-            f"  {dpi} unsigned i [0:{count - 1}], o [0:{count - 1}];",
-            *wires,
-            f'  import "DPI-C" function chandle {name}_new();',
-            f'  import "DPI-C" function void {name}_delete(input chandle handle);',
-            f'  import "DPI-C" function int {name}_step(input chandle handle, input int tick, '
-            f"input {dpi} unsigned i [0:{count - 1}]);",
-            f'  import "DPI-C" function void {name}_out(input chandle handle, input int tick, '
-            f"output {dpi} unsigned o [0:{count - 1}]);",
-            "  chandle handle;",
-            "  int tick = 0;",
-            f"  initial handle = {name}_new();",
-            f"  final {name}_delete(handle);",
-            f"  always @(posedge clk) tick <= tick + {name}_step(handle, tick, i);",
-            f"  always_comb {name}_out(handle, tick, o);",
-            "endmodule",
-            "",
-        ]
+    header = _header(
+        name, {"o": (kind, count)}, f"uint64_t handle, const {kind}* __restrict i_", None
     )
-    return cpp, verilog
+    lines = [f"  {element} unsigned i [0:{count - 1}];"]
+    lines += [f"  assign i[{k}] = i__{k};" for k in range(count)]
+    lines += [f"  assign o__{k} = i__{k};" for k, delay in enumerate(delays) if not delay]
+    results = [(f"o__{k}", f"o[{k}]", width) for k, delay in enumerate(delays) if delay]
+    return _wrapper(name, outer, lines, [_array("i")], None, results), header, cpp
 
 
-def with_loops(text: str) -> tuple[str, str]:
-    """Returns the Verilog `text` with every module of lanes made a loop, and the loops in C++."""
+def with_loops(text: str) -> tuple[str, str, str]:
+    """Returns the Verilog `text` with every module of lanes made a loop, and the loops in C++: what
+    Verilator's files have to include, and a file of its own."""
     modules = _modules(text)
-    cpp = [_CPP_HEAD]
+    headers, cpp = [_HEADER_HEAD], [_CPP_HEAD]
     # name -> name of the component, how many: side by side, or rows and columns
     sides: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, module in modules.items():
@@ -872,8 +1020,9 @@ def with_loops(text: str) -> tuple[str, str]:
         if found and found[1] in modules:
             sides[name] = found[1], tuple(int(number) for number in found.groups()[1:])
         elif delays := skew_delays(name):
-            loop, verilog = _skew(name, *delays, module)
+            verilog, header, loop = _skew(name, *delays, module)
             text = text.replace(module, verilog)
+            headers.append(header)
             cpp.append(loop)
     netlists = _flatten({base: _parts(modules, base) for base, _ in sides.values()})
     components = {base: Component(base, netlist) for base, netlist in netlists.items()}
@@ -882,12 +1031,6 @@ def with_loops(text: str) -> tuple[str, str]:
         first, *rest = counts
         side = _Grid(name, first, rest[0], *parts) if rest else _Side(name, first, *parts)
         text = text.replace(modules[name], side.verilog())
+        headers.append(side.header())
         cpp.append(side.cpp())
-    return text, "\n".join(cpp)
-
-
-def cpp_call(function: str, pins: dict[str, str]) -> str:
-    """Verilator's expression for a C++ function of fast_cells.h outside a loop."""
-    width = 64 if "product" in function else 32
-    arguments = ', ", ", '.join(pins.values())
-    return f'$c{width}("{function}(", {arguments}, ")")'
+    return text, "\n".join(headers), "\n".join(cpp)

@@ -62,77 +62,24 @@ uint8_t* bytes(T& port) {
     return reinterpret_cast<uint8_t*>(&port);
 }
 
-// What moved on the host port in a cycle.
-struct Host {
-    bool aw, w, b, ar, r;
-    uint8_t response;  // of b or r
-    uint32_t data;     // of r
-};
-
 bool inside(const Sim& s, uint64_t address, uint32_t size) {
     return address <= s.dram_bytes && size <= s.dram_bytes - address;
 }
 
-// One clock cycle. Inputs are set from the model's state, outputs settle, handshakes are sampled,
-// then the edge.
-Host step(Sim& s) {
+// Ends a clock cycle: what moved in it is seen, the inputs of the next one are set, then the edge.
+void step(Sim& s) {
     Vtop& t = *s.top;
     constexpr uint32_t bus = SYSTOLITH_AXI_BYTES;
     constexpr uint64_t cap = 2 * bus;
 
-    s.read_credit = s.read_credit + s.bytes_per_cycle;
-    if (s.read_credit > cap + s.bytes_per_cycle) s.read_credit = cap + s.bytes_per_cycle;
-    s.write_credit = s.write_credit + s.bytes_per_cycle;
-    if (s.write_credit > cap + s.bytes_per_cycle) s.write_credit = cap + s.bytes_per_cycle;
-
-    bool reading = !s.reads.empty() && s.cycle >= s.reads.front().due &&
-                   s.read_credit >= s.reads.front().size;
-    t.m_axi_rvalid = reading;
-    if (reading) {
-        Burst& b = s.reads.front();
-        // A beat carries `size` bytes at their place in the bus.
-        uint64_t base = b.address & ~static_cast<uint64_t>(bus - 1);
-        uint32_t offset = static_cast<uint32_t>(b.address - base) & ~(b.size - 1);
-        bool ok = inside(s, base + offset, b.size);
-        std::memset(bytes(t.m_axi_rdata), 0, bus);
-        if (ok) std::memcpy(bytes(t.m_axi_rdata) + offset, s.dram + base + offset, b.size);
-        t.m_axi_rid = b.id;
-        t.m_axi_rresp = ok ? kOkay : kDecodeError;
-        t.m_axi_rlast = b.beats == 1;
-    }
-    t.m_axi_arready = s.reads.size() < kMaxBursts;
-    t.m_axi_awready = s.writes.size() < kMaxBursts && s.responses.size() < kMaxBursts;
-    t.m_axi_wready = !s.writes.empty() && s.write_credit >= s.writes.front().size;
-    bool responding = !s.responses.empty() && s.cycle >= s.responses.front().due;
-    t.m_axi_bvalid = responding;
-    if (responding) {
-        t.m_axi_bid = s.responses.front().id;
-        t.m_axi_bresp = s.responses.front().response;
-    }
-
-    t.clk = 0;
-    t.eval();
-
-    Host host{t.s_axil_awvalid && t.s_axil_awready,
-              t.s_axil_wvalid && t.s_axil_wready,
-              t.s_axil_bvalid && t.s_axil_bready,
-              t.s_axil_arvalid && t.s_axil_arready,
-              t.s_axil_rvalid && t.s_axil_rready,
-              t.s_axil_bvalid ? t.s_axil_bresp : t.s_axil_rresp,
-              t.s_axil_rdata};
-    bool ar = t.m_axi_arvalid && t.m_axi_arready;
-    bool r = reading && t.m_axi_rready;
-    bool aw = t.m_axi_awvalid && t.m_axi_awready;
-    bool w = t.m_axi_wvalid && t.m_axi_wready;
-    bool b = responding && t.m_axi_bready;
-    if (r) {
+    if (t.m_axi_rvalid && t.m_axi_rready) {
         Burst& burst = s.reads.front();
         s.read_credit -= burst.size;
         s.read_bytes += burst.size;
         burst.address = (burst.address & ~static_cast<uint64_t>(burst.size - 1)) + burst.size;
         if (--burst.beats == 0) s.reads.pop_front();
     }
-    if (w) {
+    if (t.m_axi_wvalid && t.m_axi_wready) {
         Burst& burst = s.writes.front();
         s.write_credit -= burst.size;
         uint64_t base = burst.address & ~static_cast<uint64_t>(bus - 1);
@@ -153,20 +100,49 @@ Host step(Sim& s) {
             s.writes.pop_front();
         }
     }
-    if (b) s.responses.pop_front();
-    if (ar) {
+    if (t.m_axi_bvalid && t.m_axi_bready) s.responses.pop_front();
+    if (t.m_axi_arvalid && t.m_axi_arready) {
         s.reads.push_back({t.m_axi_araddr, s.cycle + 1 + s.latency, t.m_axi_arid,
                            t.m_axi_arlen + 1u, 1u << t.m_axi_arsize, kOkay});
     }
-    if (aw) {
+    if (t.m_axi_awvalid && t.m_axi_awready) {
         s.writes.push_back({t.m_axi_awaddr, 0, t.m_axi_awid, t.m_axi_awlen + 1u,
                             1u << t.m_axi_awsize, kOkay});
     }
 
+    ++s.cycle;
+    s.read_credit = s.read_credit + s.bytes_per_cycle;
+    if (s.read_credit > cap + s.bytes_per_cycle) s.read_credit = cap + s.bytes_per_cycle;
+    s.write_credit = s.write_credit + s.bytes_per_cycle;
+    if (s.write_credit > cap + s.bytes_per_cycle) s.write_credit = cap + s.bytes_per_cycle;
+
+    t.m_axi_rvalid = !s.reads.empty() && s.cycle >= s.reads.front().due &&
+                     s.read_credit >= s.reads.front().size;
+    if (t.m_axi_rvalid) {
+        Burst& b = s.reads.front();
+        // A beat carries `size` bytes at their place in the bus.
+        uint64_t base = b.address & ~static_cast<uint64_t>(bus - 1);
+        uint32_t offset = static_cast<uint32_t>(b.address - base) & ~(b.size - 1);
+        bool ok = inside(s, base + offset, b.size);
+        std::memset(bytes(t.m_axi_rdata), 0, bus);
+        if (ok) std::memcpy(bytes(t.m_axi_rdata) + offset, s.dram + base + offset, b.size);
+        t.m_axi_rid = b.id;
+        t.m_axi_rresp = ok ? kOkay : kDecodeError;
+        t.m_axi_rlast = b.beats == 1;
+    }
+    t.m_axi_arready = s.reads.size() < kMaxBursts;
+    t.m_axi_awready = s.writes.size() < kMaxBursts && s.responses.size() < kMaxBursts;
+    t.m_axi_wready = !s.writes.empty() && s.write_credit >= s.writes.front().size;
+    t.m_axi_bvalid = !s.responses.empty() && s.cycle >= s.responses.front().due;
+    if (t.m_axi_bvalid) {
+        t.m_axi_bid = s.responses.front().id;
+        t.m_axi_bresp = s.responses.front().response;
+    }
+
     t.clk = 1;
     t.eval();
-    ++s.cycle;
-    return host;
+    t.clk = 0;  // the clock gates open or close
+    t.eval();
 }
 
 }  // namespace
@@ -181,10 +157,10 @@ Sim* sim_create(uint8_t* dram, uint64_t dram_bytes, uint64_t latency, uint64_t b
     s->dram_bytes = dram_bytes;
     s->latency = latency;
     s->bytes_per_cycle = bytes_per_cycle;
+    s->top->eval();
     s->top->rst = 1;
     for (int i = 0; i < 4; ++i) step(*s);
     s->top->rst = 0;
-    step(*s);
     return s;
 }
 
@@ -207,7 +183,8 @@ int sim_run(Sim* s, uint64_t max_cycles) {
     return s->top->irq;
 }
 
-// AXI4-Lite accesses. Return the response code, or -1 if the chip did not answer.
+// AXI4-Lite accesses. Return the response code, or -1 if the chip did not answer. A handshake is
+// seen in its cycle; what follows from it counts from the next one on.
 int sim_write(Sim* s, uint32_t address, uint32_t data) {
     DefaultFloat environment;
     Vtop& t = *s->top;
@@ -218,12 +195,12 @@ int sim_write(Sim* s, uint32_t address, uint32_t data) {
     t.s_axil_wvalid = 1;
     t.s_axil_bready = 1;
     for (int i = 0; i < 1000; ++i) {
-        Host host = step(*s);
-        if (host.aw) t.s_axil_awvalid = 0;
-        if (host.w) t.s_axil_wvalid = 0;
-        if (host.b) {
+        step(*s);
+        if (t.s_axil_awready) t.s_axil_awvalid = 0;
+        if (t.s_axil_wready) t.s_axil_wvalid = 0;
+        if (t.s_axil_bvalid) {
             t.s_axil_bready = 0;
-            return host.response;
+            return t.s_axil_bresp;
         }
     }
     return -1;
@@ -236,12 +213,12 @@ int sim_read(Sim* s, uint32_t address, uint32_t* data) {
     t.s_axil_arvalid = 1;
     t.s_axil_rready = 1;
     for (int i = 0; i < 1000; ++i) {
-        Host host = step(*s);
-        if (host.ar) t.s_axil_arvalid = 0;
-        if (host.r) {
+        step(*s);
+        if (t.s_axil_arready) t.s_axil_arvalid = 0;
+        if (t.s_axil_rvalid) {
             t.s_axil_rready = 0;
-            *data = host.data;
-            return host.response;
+            *data = t.s_axil_rdata;
+            return t.s_axil_rresp;
         }
     }
     return -1;

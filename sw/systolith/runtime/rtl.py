@@ -46,6 +46,8 @@ _HARNESS = Path(__file__).with_name("rtl.cpp")
 #: What stands between the chip's Verilog and that of the simulator.
 _TRANSLATORS = [Path(__file__).with_name(name) for name in ("lanes.py", "verilog.py")]
 _LIBRARY = "libsimulator.so"
+#: What the loops have for Verilator's files.
+_LANES_HEADER = "lanes.h"
 _TOP = "simulated_chip"
 
 
@@ -115,7 +117,7 @@ def _run_time_library(
         yield
         return
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / FAST_CELLS_HEADER.name).touch()
+        (Path(folder) / _LANES_HEADER).touch()
         (Path(folder) / "empty.v").write_text(f"module {top}; endmodule\n")
         command = [binary, *arguments, "--Mdir", "empty", "empty.v"]
         quiet = subprocess.DEVNULL
@@ -155,9 +157,8 @@ def verilate(
     arguments = _verilator_args(top, cflags) + flags
     cells = FAST_CELLS.read_text() if fast else ""
     header = FAST_CELLS_HEADER.read_text()
-    if fast:
-        # Seen by every file that Verilator writes, from the folder below.
-        arguments += ["--compiler-include", f"../{FAST_CELLS_HEADER.name}"]
+    # Seen by every file that Verilator writes, from the folder below.
+    arguments += ["--compiler-include", f"../{_LANES_HEADER}"]
     key = content_hash(
         sources,
         *(path.read_text() for path in (harness, *_TRANSLATORS)),
@@ -183,9 +184,12 @@ def verilate(
             verilog = emit()
         if fast:
             verilog = with_fast_cells(verilog, cells)
-        verilog, cpp = with_loops(verilog) if loops else (verilog, "")
+        includes, cpp = f'#include "{FAST_CELLS_HEADER.name}"\n', ""
+        if loops:
+            verilog, includes, cpp = with_loops(verilog)
         verilog = with_registers(with_whole_writes(with_calls(verilog)))
         (folder / FAST_CELLS_HEADER.name).write_text(header)
+        (folder / _LANES_HEADER).write_text(includes)
         (folder / "lanes.cpp").write_text(cpp)
         (folder / "design.v").write_text(verilog)
         log = folder / "build.log"

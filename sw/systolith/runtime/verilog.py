@@ -10,6 +10,7 @@ from pathlib import Path
 
 from systolith_hdl.arith import FP32_LATENCY, SHORT_LATENCY
 from systolith_hdl.config import CoreConfig
+from systolith_hdl.core import gated_blocks
 from systolith_hdl.tensor import ADD_LATENCY, MUL_LATENCY, PAIR_MUL_LATENCY
 from systolith_hdl.toolchain import ToolError
 
@@ -26,7 +27,8 @@ _PORT = re.compile(
 
 
 def _module(text: str, name: str) -> str:
-    found = re.findall(rf"^module {name}\s*\(.*?^endmodule\n", text, re.MULTILINE | re.DOTALL)
+    head = rf"^module {re.escape(name)}\s*\("
+    found = re.findall(rf"{head}.*?^endmodule\n", text, re.MULTILINE | re.DOTALL)
     if len(found) != 1:
         raise ToolError(f"module {name} stands {len(found)} times in the Verilog, not once")
     return str(found[0])
@@ -64,7 +66,8 @@ def with_calls(text: str) -> str:
     for function in re.findall(r"^module (fast_\w+)\s*\(", text, re.MULTILINE):
         module = _module(text, function)
         pins = ports(text, function)
-        call = cpp_call(function, {pin: pin for pin, (way, _) in pins.items() if way == "input"})
+        arguments = [pin for pin, (way, _) in pins.items() if way == "input"]
+        call = cpp_call(function, arguments, 64 if pins["o"][1] == "[63:0]" else 32)
         body = f"  assign o = {call};\nendmodule\n"
         text = text.replace(module, module.replace("endmodule\n", body))
     return text
@@ -72,10 +75,11 @@ def with_calls(text: str) -> str:
 
 def with_held_inputs(text: str, name: str, top: str) -> str:
     """Returns the Verilog with a module `top` around the module `name`, of the same ports, that
-    takes the inputs over at falling clock edges (the reset at rising ones).
+    takes the inputs over at clock edges, as what drives them in the next cycle.
 
     Verilator works out everything that hangs on a top-level input anew in every `eval`, and by way
-    of the reset that is most of the chip. Behind registers it is worked out once a cycle.
+    of the reset that is most of the chip. Behind registers it is worked out once a cycle, and
+    together with what hangs on the chip's own.
     """
     lines, pins = [], []
     inside = ports(text, name)
@@ -83,10 +87,9 @@ def with_held_inputs(text: str, name: str, top: str) -> str:
         source = port
         if direction == "input" and port != "clk":
             source = f"{port}_held"
-            edge = "posedge" if port == "rst" else "negedge"
             lines += [
                 f"  reg {width} {source} = 0;",
-                f"  always @({edge} clk) {source} <= {port};",
+                f"  always @(posedge clk) {source} <= {port};",
             ]
         pins.append(f"    .{port}({source})")
     heading = ",\n".join(f"  {way} {width} {port}" for port, (way, width) in inside.items())
@@ -94,7 +97,29 @@ def with_held_inputs(text: str, name: str, top: str) -> str:
     return "\n".join([text, *body, "endmodule", ""])
 
 
-_INSTANCE = r"^  \S+ +{name} +\(\n.*?^  \);\n"
+_INSTANCE = r"^  (\S+) +{name} +\(\n.*?^  \);\n"
+
+
+def _with_clock(text: str, modules: dict[str, str], name: str, path: str, clock: str) -> None:
+    """Gives a block another clock than its surroundings: changes `modules`, from `text` if they are
+    not there yet. `clock` is known in the module `name`, in which the block has the `path`."""
+    module = modules.setdefault(name, _module(text, name))
+    block, _, rest = path.partition(".")
+    found = list(re.finditer(_INSTANCE.format(name=block), module, re.MULTILINE | re.DOTALL))
+    if len(found) != 1 or found[0][0].count(".clk(clk)") != 1:
+        raise ToolError(f"{name} has {len(found)} blocks {block} with a clock of their own, not 1")
+    instance, inner = found[0][0], found[0][1]
+    if not rest:
+        changed = instance.replace(".clk(clk)", f".clk({clock})")
+    else:
+        below = modules.setdefault(inner, _module(text, inner))
+        changed = instance
+        if f"  input {clock};\n" not in below:
+            below = below.replace("(", f"({clock}, ", 1)
+            modules[inner] = below.replace(");\n", f");\n  input {clock};\n", 1)
+            changed = instance.replace(".clk(clk)", f".clk(clk), .{clock}({clock})")
+        _with_clock(text, modules, inner, rest, clock)
+    modules[name] = modules[name].replace(instance, changed)
 
 
 def with_clock_gates(text: str, config: CoreConfig) -> str:
@@ -106,23 +131,22 @@ def with_clock_gates(text: str, config: CoreConfig) -> str:
     the clock is low, so that nothing changes but the registers of a block in cycles in which, by
     its own word, none would change in a way that can be seen.
     """
-    core = _module(text, "core")
-    gated, gates = core, []
-    blocks = [*(f"{name}_sequencer" for name in config.engines), *config.engines]
-    for bit, block in enumerate(blocks):
-        found = re.findall(_INSTANCE.format(name=block), core, re.MULTILINE | re.DOTALL)
-        if len(found) != 1 or found[0].count(".clk(clk)") != 1:
-            raise ToolError(
-                f"core has {len(found)} blocks {block} with a clock of their own, not 1"
-            )
-        gated = gated.replace(found[0], found[0].replace(".clk(clk)", f".clk(clk_{block})"))
+    modules: dict[str, str] = {}
+    blocks = gated_blocks(config)
+    for block, bit in blocks.items():
+        _with_clock(text, modules, "core", block, f"clk_{bit}")
+    gates = []
+    for bit in sorted(set(blocks.values())):
         gates += [
-            f"  reg runs_{block} = 1;",
-            f"  always_latch if (!clk) runs_{block} = awake[{bit}] | rst;",
-            f"  wire clk_{block} = clk & runs_{block};",
+            f"  reg runs_{bit} = 1;",
+            f"  always_latch if (!clk) runs_{bit} = awake[{bit}] | rst;",
+            f"  wire clk_{bit} = clk & runs_{bit};",
         ]
-    end = gated.rindex("endmodule")
-    return text.replace(core, "\n".join([gated[:end], *gates, gated[end:]]))
+    end = modules["core"].rindex("endmodule")
+    modules["core"] = "\n".join([modules["core"][:end], *gates, modules["core"][end:]])
+    for name, module in modules.items():
+        text = text.replace(_module(text, name), module)
+    return text
 
 
 #: Writes of one word's lanes, each with an enable of its own.
