@@ -67,8 +67,16 @@ def _ulx3s() -> BoardTarget:
             device=f"ULX3S, Lattice LFE5U-85F, speed grade {ULX3S_85F_Platform.speed}, mapped for "
             "area",
             # A device this full is beyond the defaults: `static` leaves wires a seventh shorter
-            # than `heap`, and `router1` hardly gets on.
-            nextpnr=(*options, "--placer", "static", "--router", "router2"),
+            # than `heap`, more so if it only looks at them, and `router1` hardly gets on. Around
+            # the fullest places `router2` must be allowed a longer way (9 tiles out of a net's
+            # box, not 3) and time to find it: with its own weights, which grow four times as fast,
+            # a few hundred wires end up pushing each other about.
+            nextpnr=(*options, "--placer", "static", "--router", "router2", "--no-tmdriv"),
+            settings={
+                "router2/bbMargin/x": "9",
+                "router2/bbMargin/y": "9",
+                "router2/currCongWeightMult": "0.5",
+            },
         ),
         pins={
             "clk": (ULX3S_85F_Platform.default_clk, 0, ""),

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from systolith_hdl.toolchain import ToolError, cache_dir, content_hash, ecppack, nextpnr_ecp5, yosys
@@ -472,6 +472,15 @@ def _patiently(command: list[str], folder: Path) -> tuple[int, str]:
             process.kill()  # nothing if it has ended
 
 
+def _with_settings(netlist: str, settings: Mapping[str, str]) -> str:
+    """A netlist of module ``harness`` in JSON with settings of nextpnr, which reads them there."""
+    if not settings:
+        return netlist
+    head, name, rest = netlist.partition('"harness": {')
+    assert name, "Yosys wrote another module"
+    return f'{head}{name}"settings": {json.dumps(settings)},{rest}'
+
+
 def place_and_route(
     synthesis: Synthesis,
     *,
@@ -513,9 +522,11 @@ def place_and_route(
     for seed in range(1, seeds + 1):
         progress(f"placing and routing, seed {seed} of {seeds}")
         options = [*arguments, "--seed", str(seed)]
-        with _Build("pnr", linked.folder.name, *options, pins or "", version(nextpnr)) as build:
+        key = [linked.folder.name, *options, repr(target.settings), pins or "", version(nextpnr)]
+        with _Build("pnr", *key) as build:
             if build.fresh:
-                shutil.copy(linked.folder / "netlist.json", build.folder / "netlist.json")
+                text = (linked.folder / "netlist.json").read_text()
+                (build.folder / "netlist.json").write_text(_with_settings(text, target.settings))
                 (build.folder / "pins.lpf").write_text(pins or "")
                 began = time.perf_counter()
                 command = [nextpnr, "--json", "netlist.json", *options]

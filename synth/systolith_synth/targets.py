@@ -48,6 +48,7 @@ class Target:
     mappers : alternatives of LUT mapping, the next is tried when one fails
     library : Yosys commands that load the cells as black boxes
     nextpnr : arguments that choose the device; empty if there is no place-and-route
+    settings : nextpnr's settings that no argument sets, by their names in its sources
     simulation : Verilog files of the cells in Yosys' share folder
     """
 
@@ -61,6 +62,7 @@ class Target:
     mappers: tuple[str, ...]
     library: str
     nextpnr: tuple[str, ...] = ()
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     simulation: tuple[str, ...] = ()
 
     def cell(self, name: str) -> Cell:

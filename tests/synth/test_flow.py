@@ -313,6 +313,14 @@ def test_routing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "**Incomplete: seed 1 of 1: Failed to route" in text
 
 
+def test_settings_reach_nextpnr(tmp_path: Path) -> None:
+    target = dataclasses.replace(get_target("ecp5-25k"), settings={"router": "router2"})
+    design = Design.of_chip(get_config("nano")).block("arith.round")
+    (route,) = flow.place_and_route(flow.Synthesis(design, target), seeds=1, mhz=100)
+    assert route.fmax
+    assert "Running router2" in (route.folder / "nextpnr.log").read_text()
+
+
 def test_a_run_that_is_killed_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one runs again, and the report says what happened."""
     tool, runs = tmp_path / "nextpnr-ecp5", tmp_path / "runs"
