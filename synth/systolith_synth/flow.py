@@ -577,7 +577,7 @@ def _route(seed: int, folder: Path, netlist: Path) -> Route:
         return route
     route.fmax = clocks[worst]["achieved"]
     for critical in report["critical_paths"]:
-        if critical["from"].startswith("posedge") and critical["from"] == critical["to"]:
+        if critical["from"] == critical["to"] == f"posedge {worst}":
             route.path = critical["path"]
     return route
 

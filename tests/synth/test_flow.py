@@ -321,6 +321,20 @@ def test_settings_reach_nextpnr(tmp_path: Path) -> None:
     assert "Running router2" in (route.folder / "nextpnr.log").read_text()
 
 
+def test_the_worst_path_is_that_of_the_slowest_clock(tmp_path: Path) -> None:
+    def path(clock: str, delay: float) -> dict:
+        hop = {"delay": delay, "from": {}, "to": {}, "type": "logic"}
+        return {"from": f"posedge {clock}", "to": f"posedge {clock}", "path": [hop]}
+
+    clocks = {"slow": {"achieved": 17.0}, "pin": {"achieved": 890.0}}
+    found = {"fmax": clocks, "critical_paths": [path("slow", 58.8), path("pin", 1.1)]}
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    (tmp_path / "done.json").write_text(json.dumps({"status": 0, "seconds": 1}))
+    (tmp_path / "nextpnr.log").write_text("")
+    route = flow._route(1, tmp_path, tmp_path / "netlist.json")
+    assert route.fmax == 17.0 and route.path[0]["delay"] == 58.8
+
+
 def test_a_run_that_is_killed_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one runs again, and the report says what happened."""
     tool, runs = tmp_path / "nextpnr-ecp5", tmp_path / "runs"
