@@ -146,6 +146,9 @@ def operand_fields(
             }
 
 
+_LOOPS = {opcode.value for opcode in (Opcode.LOOP, Opcode.NEXT, Opcode.TEST)}
+
+
 def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> bytes:
     """64 bytes of an instruction for an engine, without waits and signals: mostly legal, or, with
     `mutate`, often wrong in a field or a bit."""
@@ -223,4 +226,6 @@ def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> 
         bit = random.randrange(INSTRUCTION_BITS)
         if not 32 <= bit < 104 and not 8 <= bit < 32:  # waits and signals are above
             word ^= 1 << bit
+    if word & 0xFF in _LOOPS:  # whether it is legal depends on others
+        word = word & ~0xFF | opcode.value
     return word.to_bytes(INSTRUCTION_BYTES, "little")
