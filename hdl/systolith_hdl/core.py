@@ -35,22 +35,36 @@ def gated_blocks(config: CoreConfig) -> dict[str, int]:
     places = [*sequencers, *config.engines, "read_arbiter", "write_arbiter"]
     bits = {block: bit for bit, block in enumerate(places)}
     # What answers an engine's reads stands still with it.
-    for port, engine in enumerate(_sbuf_readers(config)):
+    for port, (engine, _) in enumerate(_sbuf_readers(config)):
         bits[f"sbuf.response{port}"] = bits[engine]
-    for port, engine in enumerate(_PSUM_READERS, 1):
+    for port, (engine, _) in enumerate(_PSUM_READERS, 1):  # 0 is the accumulator's
         bits[f"psum.memory.response{port}"] = bits[engine]
     return bits
 
 
-#: Engines at the read ports of PSUM, in order.
-_PSUM_READERS = ("vector", "vector", "scalar", "scalar")
+#: What reads PSUM, in the order of its ports: engine, and the engine's port.
+_PSUM_READERS = (
+    ("vector", "src0_psum"),
+    ("vector", "src1_psum"),
+    ("scalar", "src0_psum"),
+    ("scalar", "src1_psum"),
+)
 
 
-def _sbuf_readers(config: CoreConfig) -> list[str]:
-    """Engines at the read ports of SBUF, in order."""
-    seconds = ["tensor", "tensor"] if config.fp8_rate == 2 else []
-    queues = [f"dma{index}" for index in range(config.dma_queues)]
-    return ["tensor", "tensor", "vector", "vector", "scalar", "scalar", *queues, *seconds]
+def _sbuf_readers(config: CoreConfig) -> list[tuple[str, str]]:
+    """What reads SBUF, likewise."""
+    readers = [
+        ("tensor", "stationary"),
+        ("tensor", "moving"),
+        ("vector", "src0_sbuf"),
+        ("vector", "src1_sbuf"),
+        ("scalar", "src0_sbuf"),
+        ("scalar", "src1_sbuf"),
+        *((f"dma{index}", "read") for index in range(config.dma_queues)),
+    ]
+    if config.fp8_rate == 2:
+        readers += [("tensor", "stationary_second"), ("tensor", "moving_second")]
+    return readers
 
 
 class Core(wiring.Component):
@@ -124,24 +138,16 @@ class Core(wiring.Component):
         m.submodules.semaphores = semaphores = SemaphoreFile(
             config, requesters=3 * count, readers=count + 1
         )
-        sbuf_reads = [
-            tensor.stationary,
-            tensor.moving,
-            vector.src0_sbuf,
-            vector.src1_sbuf,
-            scalar.src0_sbuf,
-            scalar.src1_sbuf,
-            *(queue.read for queue in queues),
-        ]
-        if config.fp8_rate == 2:
-            sbuf_reads += [tensor.stationary_second, tensor.moving_second]
+        engines = dict(zip(config.engines, (tensor, vector, scalar, *queues), strict=True))
+        sbuf_reads = [getattr(engines[name], port) for name, port in _sbuf_readers(config)]
+        psum_reads = [getattr(engines[name], port) for name, port in _PSUM_READERS]
         m.submodules.sbuf = sbuf = BankedMemory(
             config,
             depth=config.sbuf_depth,
-            reads=len(_sbuf_readers(config)),
+            reads=len(sbuf_reads),
             writes=2 + len(queues),
         )
-        m.submodules.psum = psum = Psum(config, reads=len(_PSUM_READERS), writes=2)
+        m.submodules.psum = psum = Psum(config, reads=len(psum_reads), writes=2)
         m.submodules.read_arbiter = read_arbiter = AxiReadArbiter(
             config, requesters=count + len(queues), id_width=axi_id_width(config)
         )
@@ -150,13 +156,12 @@ class Core(wiring.Component):
         )
 
         # -- Sequencers to engines.
-        for sequencer, engine in zip(sequencers, (tensor, vector, scalar, *queues), strict=True):
+        for sequencer, engine in zip(sequencers, engines.values(), strict=True):
             wiring.connect(m, sequencer.issue, engine.issue)
         m.d.comb += sequencers[0].done_load.eq(tensor.done_load)
 
         # -- Memories.
         sbuf_writes = [vector.dst_sbuf, scalar.dst_sbuf, *(queue.write for queue in queues)]
-        psum_reads = [vector.src0_psum, vector.src1_psum, scalar.src0_psum, scalar.src1_psum]
         psum_writes = [vector.dst_psum, scalar.dst_psum]
         for requesters, ports in (
             (sbuf_reads, sbuf.read),

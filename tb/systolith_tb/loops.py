@@ -85,7 +85,8 @@ class Signatures(wiring.Component):
 
     Members
     -------
-    random : In(32), a new random word in every cycle, of which all inputs are made
+    random : In(32), a new random word in every cycle, of which all inputs are made; they stand
+        still in those in which its two highest bits are low
     marks : Out(32) x components, the signatures, mixed from the outputs of all cycles so far
     """
 
@@ -112,9 +113,9 @@ class Signatures(wiring.Component):
                         word = Signal(32, name=f"{name}_{number}", init=number * 0x9E3779B9 % 2**32)
                         a = word ^ (word << 13)[:32]
                         b = a ^ a[17:]
-                        m.d.sync += word.eq(
-                            b ^ (b << 5)[:32] ^ self.random.rotate_left(number % 32)
-                        )
+                        following = b ^ (b << 5)[:32] ^ self.random.rotate_left(number % 32)
+                        with m.If(self.random[30:].any()):  # a loop may be left out in other cycles
+                            m.d.sync += word.eq(following)
                         words.append(word)
                     m.d.comb += value.eq(Cat(words))
             mixed = self.marks[mark].rotate_left(1)

@@ -11,6 +11,7 @@ from amaranth.hdl import Shape
 from systolith_hdl.config import INSTRUCTION_BYTES, CoreConfig
 from systolith_hdl.formats import DType
 from systolith_hdl.isa import (
+    CONTROL,
     DMA_TYPES,
     FIELDS,
     INSTRUCTION_BITS,
@@ -146,7 +147,7 @@ def operand_fields(
             }
 
 
-_LOOPS = {opcode.value for opcode in (Opcode.LOOP, Opcode.NEXT, Opcode.TEST)}
+_LOOPS = {opcode.value for opcode in CONTROL - {Opcode.NOP, Opcode.END}}
 
 
 def random_raw(kind: EngineKind, config: CoreConfig, *, mutate: bool = True) -> bytes:
