@@ -1,10 +1,10 @@
 """Arbiters that merge requesters onto the core's one AXI4 manager, and its pins."""
 
-from amaranth.hdl import Array, Cat, Module, Signal, unsigned
+from amaranth.hdl import Array, Cat, Const, Module, Signal, unsigned
 from amaranth.lib import fifo, wiring
 from amaranth.lib.wiring import In, Out
 
-from .banked import RoundRobin
+from .banked import RoundRobin, one_hot_mux
 from .config import CoreConfig
 from .ports import axi4_read, axi4_write
 
@@ -22,9 +22,9 @@ def axi_id_width(config: CoreConfig) -> int:
 def _encode(m: Module, grants: Signal, name: str) -> Signal:
     """Returns the number of the bit set in the one-hot `grants`."""
     number = Signal(id_bits(len(grants)), name=name)
-    for index in range(len(grants)):
-        with m.If(grants[index]):
-            m.d.comb += number.eq(index)
+    m.d.comb += number.eq(
+        one_hot_mux(grants, [Const(index, len(number)) for index in range(len(grants))])
+    )
     return number
 
 

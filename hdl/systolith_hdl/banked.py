@@ -1,5 +1,9 @@
 """The banked memory behind SBUF and PSUM, and the controller that arbitrates it."""
 
+import functools
+import operator
+from collections.abc import Sequence
+
 from amaranth.hdl import Array, Cat, Module, Mux, Shape, Signal, Value, unsigned
 from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
@@ -43,6 +47,15 @@ class RoundRobin(wiring.Component):
             # Everyone above the granted bit: complement of (grant - 1) without the grant itself.
             m.d.sync += later.eq(~((self.grants - 1) | self.grants))
         return m
+
+
+def one_hot_mux(select: Value, values: Sequence[Value]) -> Value:
+    """Returns the one of `values` whose bit of `select` is high, 0 if none is; one at most may be.
+
+    A tree of gates: one ``m.If`` after the other would be a chain.
+    """
+    masked = [value & bit.replicate(len(value)) for bit, value in zip(select, values, strict=True)]
+    return functools.reduce(operator.or_, masked)
 
 
 class BankRam(wiring.Component):
@@ -153,7 +166,6 @@ class BankedMemory(wiring.Component):
         config = self._config
         low = self._low
         rows = self._depth // config.banks
-        row_bits = Shape.cast(range(rows)).width
 
         reads = list(self.read)
         writes = list(self.write)
@@ -167,19 +179,20 @@ class BankedMemory(wiring.Component):
             m.submodules[f"bank{bank}"] = ram = Once(
                 BankRam(lanes=config.lanes, rows=rows), f"bank_ram_{config.lanes}x{rows}"
             )
-            row = Signal(row_bits, name=f"read_row{bank}")
-            for index, address in enumerate(read_addresses):
-                with m.If(read_grants[bank][index]):
-                    m.d.comb += row.eq(address[low:])
-            m.d.comb += [ram.read_row.eq(row), ram.read_enable.eq(read_grants[bank].any())]
             request = Signal(writes[0].request.payload.shape(), name=f"write_request{bank}")
-            for index, port in enumerate(writes):
-                with m.If(write_grants[bank][index]):
-                    m.d.comb += request.eq(port.request.payload)
             m.d.comb += [
+                ram.read_row.eq(
+                    one_hot_mux(read_grants[bank], [address[low:] for address in read_addresses])
+                ),
+                ram.read_enable.eq(read_grants[bank].any()),
+                request.eq(
+                    one_hot_mux(
+                        write_grants[bank], [port.request.payload.as_value() for port in writes]
+                    )
+                ),
                 ram.write_row.eq(request.address[low:]),
                 ram.write_data.eq(request.data),
-                ram.write_mask.eq(Mux(write_grants[bank].any(), request.mask, 0)),
+                ram.write_mask.eq(request.mask),
             ]
             outputs.append(ram.read_data)
 

@@ -135,9 +135,7 @@ class Core(wiring.Component):
             m.submodules[f"dma{index}"] = queue = Once(DmaQueue(config), "dma_queue")
             m.d.comb += queue.key.eq(engine_key(config.engines.index(f"dma{index}")))
             queues.append(queue)
-        m.submodules.semaphores = semaphores = SemaphoreFile(
-            config, requesters=3 * count, readers=count + 1
-        )
+        m.submodules.semaphores = semaphores = SemaphoreFile(config, updates=3 * count, waits=count)
         engines = dict(zip(config.engines, (tensor, vector, scalar, *queues), strict=True))
         sbuf_reads = [getattr(engines[name], port) for name, port in _sbuf_readers(config)]
         psum_reads = [getattr(engines[name], port) for name, port in _PSUM_READERS]
@@ -187,12 +185,9 @@ class Core(wiring.Component):
         for index, sequencer in enumerate(sequencers):
             for slot in range(3):
                 wiring.connect(m, sequencer.update[slot], semaphores.update[3 * index + slot])
-            m.d.comb += [
-                semaphores.allowed[3 * index].eq(sequencer.allowed),
-                sequencer.overflow.eq(semaphores.overflow[3 * index : 3 * index + 3]),
-            ]
-            wiring.connect(m, sequencer.semaphore, semaphores.read[index])
-        wiring.connect(m, wiring.flipped(self.semaphore), semaphores.read[count])
+            wiring.connect(m, sequencer.wait, semaphores.wait[index])
+            m.d.comb += sequencer.overflow.eq(semaphores.overflow)
+        wiring.connect(m, wiring.flipped(self.semaphore), semaphores.read)
 
         # -- Faults: the first is recorded and stops issue everywhere.
         halt = Signal()

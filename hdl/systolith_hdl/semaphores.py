@@ -4,18 +4,41 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from .banked import RoundRobin
+from .banked import RoundRobin, one_hot_mux
 from .config import CoreConfig
 
 MAX_COUNT = 0xFFFF
 
 
 class Update(data.Struct):
-    """Adds `value` to a semaphore, or subtracts it. Only those that wait subtract."""
+    """Adds `value` to a semaphore."""
 
     sem: unsigned(6)
     value: unsigned(16)
-    subtract: unsigned(1)
+
+
+class WaitPort(wiring.Signature):
+    """A semaphore, seen from who waits for it.
+
+    Members
+    -------
+    sem : Out(6), which
+    value : Out(16), how many units there have to be
+    acquire : Out(1), as soon as there are, they are to be taken; not an offer that must stand
+    holds : In(1), there are, in this cycle
+    taken : In(1), they are taken in this cycle
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                "sem": Out(6),
+                "value": Out(16),
+                "acquire": Out(1),
+                "holds": In(1),
+                "taken": In(1),
+            }
+        )
 
 
 class CountPort(wiring.Signature):
@@ -32,41 +55,41 @@ class CountPort(wiring.Signature):
 
 
 class SemaphoreFile(wiring.Component):
-    """Holds the counts and applies one update per cycle, round-robin among the requesters.
+    """Holds the counts and applies one change per cycle: additions and subtractions in turn if
+    there are both, round-robin among the additions and among the subtractions.
 
     The counts are words of a memory, so that who wants to know one has a wire for each of its bits
-    and not for each bit of all.
+    and not for each bit of all. What a subtraction leaves is worked out for each who waits, as that
+    is what says whether the wait holds; so choosing among them comes last.
 
     Members
     -------
-    update : In(stream of Update) x requesters. An update is applied in the cycle it is taken and
-        seen in `read` the cycle after. A subtraction is taken only while it is `allowed`.
-    allowed : In(requesters), the requester finds the count in `read` large enough for what it
-        wants to subtract. As one update is applied a cycle, two requesters can never take the same
-        units.
-    read : In(CountPort) x readers
-    overflow : Out(requesters): high in the cycle an addition of that requester is taken that would
-        pass 65535; it is not applied.
+    update : In(stream of Update) x updates. An addition is applied in the cycle it is taken and
+        seen the cycle after.
+    wait : In(WaitPort) x waits. A subtraction likewise. As there is one change a cycle, no unit is
+        taken twice.
+    read : In(CountPort)
+    overflow : Out(1): the addition taken the cycle before would have passed 65535; it was not
+        applied.
     clear : In(1), zeroes all counts
     """
 
-    def __init__(self, config: CoreConfig, *, requesters: int, readers: int) -> None:
-        self._requesters = requesters
+    def __init__(self, config: CoreConfig, *, updates: int, waits: int) -> None:
         self._semaphores = config.semaphores
         super().__init__(
             {
-                "update": In(stream.Signature(Update)).array(requesters),
-                "allowed": In(requesters),
-                "read": In(CountPort()).array(readers),
-                "overflow": Out(requesters),
+                "update": In(stream.Signature(Update)).array(updates),
+                "wait": In(WaitPort()).array(waits),
+                "read": In(CountPort()),
+                "overflow": Out(1),
                 "clear": In(1),
             }
         )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        # A semaphore that was not updated since `clear` counts 0, whatever is in the memory.
-        updated = Signal(self._semaphores)
+        # A semaphore that was not changed since `clear` counts 0, whatever is in the memory.
+        changed = Signal(self._semaphores)
         m.submodules.counts = counts = memory.Memory(
             shape=unsigned(16), depth=self._semaphores, init=[]
         )
@@ -74,40 +97,57 @@ class SemaphoreFile(wiring.Component):
         def count_of(sem: Value) -> Value:
             port = counts.read_port(domain="comb")
             m.d.comb += port.addr.eq(sem)
-            return Mux(updated.bit_select(sem, 1), port.data, 0)
+            return Mux(changed.bit_select(sem, 1), port.data, 0)
 
-        for read in self.read:
-            m.d.comb += read.count.eq(count_of(read.sem))
+        m.d.comb += self.read.count.eq(count_of(self.read.sem))
 
-        m.submodules.arbiter = arbiter = RoundRobin(self._requesters)
-        m.d.comb += arbiter.requests.eq(
-            Cat(
-                update.valid & (~update.payload.subtract | allowed)
-                for update, allowed in zip(self.update, self.allowed, strict=True)
-            )
-        )
-
-        chosen = Signal(Update)
-        for index, update in enumerate(self.update):
-            m.d.comb += update.ready.eq(arbiter.grants[index])
-            with m.If(arbiter.grants[index]):
-                m.d.comb += chosen.eq(update.payload)
-        old = Signal(16)
-        new = Signal(17)
+        # -- Additions: one is chosen, then added.
+        m.submodules.updates = updates = RoundRobin(len(self.update))
+        add = Signal()
+        addition = Signal(Update)
+        total = Signal(17)
         m.d.comb += [
-            old.eq(count_of(chosen.sem)),
-            new.eq(Mux(chosen.subtract, old - chosen.value, old + chosen.value)),
+            updates.requests.eq(Cat(update.valid for update in self.update)),
+            updates.hold.eq(~add),
+            addition.eq(one_hot_mux(updates.grants, [u.payload.as_value() for u in self.update])),
+            total.eq(count_of(addition.sem) + addition.value),
         ]
-        too_large = new[16] & ~chosen.subtract
-        m.d.comb += self.overflow.eq(Mux(too_large, arbiter.grants, 0))
+        for update, grant in zip(self.update, updates.grants, strict=True):
+            m.d.comb += update.ready.eq(grant & add)
+
+        # -- Subtractions: all are worked out, then one is chosen.
+        m.submodules.waits = waits = RoundRobin(len(self.wait))
+        take = Signal()
+        m.d.comb += [
+            waits.requests.eq(Cat(wait.acquire & wait.holds for wait in self.wait)),
+            waits.hold.eq(~take),
+        ]
+        differences = []
+        for index, (wait, grant) in enumerate(zip(self.wait, waits.grants, strict=True)):
+            difference = Signal(17, name=f"difference{index}")
+            m.d.comb += [
+                difference.eq(count_of(wait.sem) - wait.value),
+                wait.holds.eq(~difference[16]),
+                wait.taken.eq(grant & take),
+            ]
+            differences.append(difference[:16])
+        left = one_hot_mux(waits.grants, differences)
+        taken_sem = one_hot_mux(waits.grants, [wait.sem for wait in self.wait])
+
+        m.submodules.turns = turns = RoundRobin(2)
+        m.d.comb += [
+            turns.requests.eq(Cat(updates.requests.any(), waits.requests.any())),
+            Cat(add, take).eq(turns.grants),
+        ]
         write = counts.write_port()
         m.d.comb += [
-            write.addr.eq(chosen.sem),
-            write.data.eq(new),
-            write.en.eq(arbiter.grants.any() & ~too_large),
+            write.addr.eq(Mux(take, taken_sem, addition.sem)),
+            write.data.eq(Mux(take, left, total)),
+            write.en.eq(take | (add & ~total[16])),
         ]
-        with m.If(write.en):
-            m.d.sync += updated.bit_select(chosen.sem, 1).eq(1)
+        m.d.sync += self.overflow.eq(add & total[16])
+        with m.If(take | add):  # what overflows has been changed before
+            m.d.sync += changed.bit_select(write.addr, 1).eq(1)
         with m.If(self.clear):
-            m.d.sync += updated.eq(0)
+            m.d.sync += changed.eq(0)
         return m

@@ -48,9 +48,7 @@ class Sequencing(wiring.Component):
         m = Module()
         config = self._config
         count = len(self._kinds)
-        m.submodules.semaphores = semaphores = SemaphoreFile(
-            config, requesters=3 * count, readers=count + 1
-        )
+        m.submodules.semaphores = semaphores = SemaphoreFile(config, updates=3 * count, waits=count)
         m.submodules.arbiter = arbiter = AxiReadArbiter(
             config, requesters=count, id_width=axi_id_width(config)
         )
@@ -80,8 +78,7 @@ class Sequencing(wiring.Component):
                 self.counter[index].eq(sequencer.issue.counter),
                 sequencer.issue.done.eq(self.finished[index]),
                 sequencer.done_load.eq(self.done_load[index]),
-                semaphores.allowed[3 * index].eq(sequencer.allowed),
-                sequencer.overflow.eq(semaphores.overflow[3 * index : 3 * index + 3]),
+                sequencer.overflow.eq(semaphores.overflow),
                 self.fault[index].eq(fault.valid),
                 self.cause[index].eq(Value.cast(fault.fault.cause)),
                 self.pc[index].eq(fault.pc),
@@ -90,6 +87,6 @@ class Sequencing(wiring.Component):
                 self.ended[index].eq(sequencer.ended),
                 self.idle[index].eq(sequencer.idle),
             ]
-            wiring.connect(m, sequencer.semaphore, semaphores.read[index])
-        wiring.connect(m, wiring.flipped(self.semaphore), semaphores.read[count])
+            wiring.connect(m, sequencer.wait, semaphores.wait[index])
+        wiring.connect(m, wiring.flipped(self.semaphore), semaphores.read)
         return m

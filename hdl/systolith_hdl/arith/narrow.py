@@ -58,21 +58,29 @@ class RoundNarrow(wiring.Component):
         fraction, field = word[:23], word[23:31]
 
         always = 23 - max(FORMATS[t].fraction for t in NARROW_FLOATS)  # low bits that all types cut
+        # From here on a finite number is too large; its lower bits are 0 in all types.
+        bounds = {t: FORMATS[t].largest + (1 << 23 - FORMATS[t].fraction) for t in NARROW_FLOATS}
+        low = min((bound & -bound).bit_length() - 1 for bound in bounds.values())
         narrow, infinite = Signal(), Signal()
         dropped = Signal(4)  # bits more that a normal number's fraction loses in the type
-        least = Signal(8)
+        least = Signal(8)  # FP32's exponent field of the smallest normal number, or less
+        edge = Signal(8)
         smallest = Signal(8)  # FP32's exponent field of the smallest number of the type
-        largest = Signal(31)
+        bound = Signal(31 - low)
         with m.Switch(self.dtype):
             for dtype in NARROW_FLOATS:
                 form = FORMATS[dtype]
+                lost = 23 - form.fraction - always
+                # BF16's normal range is FP32's.
+                normal = _least(dtype) if dtype in _SHORT else 0
                 with m.Case(dtype):
                     m.d.comb += [
                         narrow.eq(1),
-                        dropped.eq(23 - form.fraction - always),
-                        least.eq(_least(dtype)),
+                        dropped.eq(lost),
+                        least.eq(normal),
+                        edge.eq(normal + lost),
                         smallest.eq(max(_least(dtype) - form.fraction, 0)),
-                        largest.eq(form.largest),
+                        bound.eq(bounds[dtype] >> low),
                         infinite.eq(form.infinite),
                     ]
 
@@ -81,48 +89,45 @@ class RoundNarrow(wiring.Component):
         # of a number that is below one unit (24) or below half a unit (25 and more) nothing is
         # kept: it becomes zero or the smallest number. The numbers of BF16 reach as far down as
         # FP32's exponents do, so there it is 16 at most.
-        exponent = Signal(8)
-        cut = Signal(9)
-        m.d.comb += [
-            exponent.eq(field | (field == 0)),
-            cut.eq(dropped + Mux(exponent < least, least - exponent, 0)),
-        ]
-        cuts = Signal(33)  # bit i: bit i of the significand goes
-        ones = Const(-1, 33 - always)
-        m.d.comb += cuts.eq(
-            Cat(
-                Const(-1, always),
-                Mux(cut[5:].any(), ones, ~(ones << cut[:5])[: 33 - always]),
-            )
-        )
+        cut = Signal(8)
+        m.d.comb += cut.eq(Mux(field < least, edge - field, dropped))
+        far = cut[5:].any()
+        # Bit i: bit i of the significand goes.
+        cuts = Cat(Const(-1, always), (far | (cut[:5] > i) for i in range(33 - always)))
         # One sum rounds: what is added reaches the unit if the number is to go up. To nearest that
         # is just below half a unit, and the last bit that is kept, so that a tie goes to even.
         significand = Cat(fraction, field != 0)
-        odd = (significand[always:] & ~cuts[always:24] & cuts[always - 1 : 23]).any()
+        odd = ~far & Cat(significand[always:], Const(0, 32 - (24 - always))).bit_select(cut[:5], 1)
         addend: Value = cuts[1:]
         if self._chance:
             addend = Mux(self.stochastic, self.random & cuts[:32], addend)
             odd = odd & ~self.stochastic
         total = Signal(31)
         m.d.comb += total.eq(Cat(fraction, field) + addend[:23] + odd)
-        kept = Signal(31)
-        m.d.comb += kept.eq(Cat(total[:23] & ~cuts[:23], total[23:]))
         # Without anything kept: does the sum with the leading one reach bit 24, and run on to the
         # unit?
         carry = total[23] ^ field[0]
         one = significand[23]
         reaches = Mux(addend[23], one | carry, one & carry)
         up = reaches & (addend[24:] | ~cuts[24:32]).all() & ~cuts[32]
-        # No type has bits as low as those that all types cut.
         over = Signal()
-        m.d.comb += over.eq(kept[always:] > largest[always:])
+        m.d.comb += over.eq(total[low:] >= bound)
         nan = (field.all() & fraction.any()) | (over & ~infinite)
-        value = Signal(31)
-        m.d.comb += value.eq(
-            Mux(over, INFINITY, Mux(cuts[23], Mux(up, smallest << 23, 0), kept)),
-        )
+        # The sum comes late, so what it is chosen by is known before.
+        special = narrow & (over | nan)
+        kept = narrow & ~cuts[23] & ~special
+        lone = narrow & cuts[23] & up & ~special
         m.d.comb += self.o.eq(
-            Mux(narrow, Mux(nan, CANONICAL_NAN, Cat(value, word[31])), word),
+            Cat(
+                (total[:23] & ~cuts[:23] & kept.replicate(23))
+                | Cat(Const(0, 22), narrow & nan)
+                | (fraction & (~narrow).replicate(23)),
+                (total[23:] & kept.replicate(8))
+                | special.replicate(8)
+                | (smallest & lone.replicate(8))
+                | (field & (~narrow).replicate(8)),
+                word[31] & ~(narrow & nan),
+            )
         )
         return m
 

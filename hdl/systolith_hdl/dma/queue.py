@@ -236,7 +236,7 @@ class DmaQueue(wiring.Component):
             rows.instruction.payload.eq(self.issue.instruction.payload),
             rows.instruction.valid.eq(self.issue.instruction.valid),
             self.issue.instruction.ready.eq(rows.instruction.ready),
-            rows.row.ready.eq((~held | launch) & ~failed),
+            rows.row.ready.eq(~held & ~failed),
             taking.eq(rows.row.valid & rows.row.ready),
         ]
         with m.If(taking):
@@ -463,8 +463,8 @@ class DmaQueue(wiring.Component):
             answered.eq(Mux(store, b.valid, r.valid & r.ready & r.payload.last)),
             flying.r_en.eq(answered),
             error.eq(Mux(store, b.valid, r.valid) & ~good & ~failed),
-            stored.eq(answered & good & oldest.last & store),
-            arrived.eq(answered & good & oldest.last & ~store),
+            stored.eq(store & b.valid & good & oldest.last),
+            arrived.eq(~store & answered & good & oldest.last),
         ]
         with m.If(error):
             m.d.sync += [

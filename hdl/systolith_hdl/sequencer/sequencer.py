@@ -18,7 +18,7 @@ from ..isa import (
     is_opcode,
 )
 from ..ports import IssuePort, axi4_read
-from ..semaphores import CountPort, Update
+from ..semaphores import Update, WaitPort
 from .check import Check, Fault
 from .fetch import Fetch
 
@@ -100,10 +100,9 @@ class Sequencer(wiring.Component):
     axi : Out(axi4_read), instruction fetch
     issue : Out(IssuePort)
     done_load : In(1), as IssuePort.done for LOAD_STATIONARY (tensor only, else unused)
-    semaphore : Out(CountPort), that of the wait which is next
-    update : Out(stream of Update) x 3: own (ACQUIRE, NOP), retire, retire of loads
-    allowed : Out(1), of an ACQUIRE: the semaphore has as much as it takes
-    overflow : In(3), the update of that index overflowed its semaphore
+    wait : Out(WaitPort), the wait which is next
+    update : Out(stream of Update) x 3: own (what is in `isa.CONTROL`), retire, retire of loads
+    overflow : In(1), the update taken the cycle before, whosever it is, overflowed its semaphore
     fault : Out({valid, pc, fault}), valid stays high once the engine stopped
     pc : Out(32), index in the stream of the oldest instruction that is not complete
     settled : Out(1), no instruction that the engine is done with waits to be counted complete
@@ -130,10 +129,9 @@ class Sequencer(wiring.Component):
                 "axi": Out(axi4_read(config, id_width=0)),
                 "issue": Out(IssuePort()),
                 "done_load": In(1),
-                "semaphore": Out(CountPort()),
+                "wait": Out(WaitPort()),
                 "update": Out(stream.Signature(Update)).array(3),
-                "allowed": Out(1),
-                "overflow": In(3),
+                "overflow": In(1),
                 "fault": Out(
                     data.StructLayout({"valid": unsigned(1), "pc": unsigned(32), "fault": Fault})
                 ),
@@ -174,9 +172,10 @@ class Sequencer(wiring.Component):
 
         running = Signal()
         faulted = Signal()
+        overflowed = Signal()  # the signal of the cycle before
         stop = Signal()
         m.d.comb += [
-            stop.eq(~running | self.halt | faulted),
+            stop.eq(~running | self.halt | faulted | overflowed),
             fetch.start.eq(self.start),
             fetch.stop.eq(stop & ~self.start),
             fetch.base.eq(self.base),
@@ -229,7 +228,6 @@ class Sequencer(wiring.Component):
             with m.If(fault.cause != FaultCause.NONE):
                 m.d.sync += [
                     faulted.eq(1),
-                    self.fault.valid.eq(1),
                     self.fault.pc.eq(fetched.number),
                     self.fault.fault.eq(fault),
                 ]
@@ -248,15 +246,18 @@ class Sequencer(wiring.Component):
         for index in range(MAX_WAITS):
             with m.If(slot[index]):
                 m.d.comb += wait.eq(header.wait[index])
-        own = self.update[0]
-        acquire = pending.any() & (wait.mode == WaitMode.ACQUIRE)
-        m.d.comb += self.semaphore.sem.eq(wait.sem)
-        holds = self.semaphore.count >= wait.value
-        satisfied = holding & pending.any() & Mux(acquire, own.ready, holds)
+        acquire = wait.mode == WaitMode.ACQUIRE
+        m.d.comb += [
+            self.wait.sem.eq(wait.sem),
+            self.wait.value.eq(wait.value),
+            self.wait.acquire.eq(holding & ~stop & pending.any() & acquire),
+        ]
+        satisfied = holding & pending.any() & Mux(acquire, self.wait.taken, self.wait.holds)
         with m.If(satisfied):
             m.d.sync += pending.eq(pending & ~slot)
 
         # -- Issue.
+        own = self.update[0]
         internal = is_opcode(header.opcode, CONTROL, config)
         signals = header.signal.amount != 0
         drained = Cat(each.empty for each in retires).all()
@@ -270,15 +271,9 @@ class Sequencer(wiring.Component):
             self.issue.instruction.payload.eq(word),
             self.issue.counter.eq(order),
             self.issue.seed.eq(self.seed),
-            own.valid.eq(
-                holding
-                & ~stop
-                & Mux(pending.any(), acquire, internal & signals & drained & (tested | ~is_test))
-            ),
-            own.payload.sem.eq(Mux(pending.any(), wait.sem, header.signal.sem)),
-            own.payload.value.eq(Mux(pending.any(), wait.value, header.signal.amount)),
-            own.payload.subtract.eq(pending.any()),
-            self.allowed.eq(holds),
+            own.valid.eq(go & internal & signals & drained & (tested | ~is_test)),
+            own.payload.sem.eq(header.signal.sem),
+            own.payload.value.eq(header.signal.amount),
         ]
         settled = Mux(
             is_test & ~tested, 0, Mux(signals, drained & own.ready, drained | ~(is_end | is_test))
@@ -315,29 +310,42 @@ class Sequencer(wiring.Component):
                 beat = min(config.axi_bytes, INSTRUCTION_BYTES)
                 m.d.sync += [
                     faulted.eq(1),
-                    self.fault.valid.eq(1),
                     self.fault.pc.eq(here),
                     self.fault.fault.cause.eq(FaultCause.AXI_READ_ERROR),
                     self.fault.fault.address.eq(test.dram_base & -beat),
                 ]
 
-        # -- A signal that overflows its semaphore.
+        # -- A signal that overflows its semaphore, which is known a cycle after it was taken. In
+        # that cycle nothing goes on here, and no other fault is seen that came at the same time.
+        signalled = Signal()
+        signalled_pc = Signal(32, reset_less=True)
+        signalled_sem = Signal(6, reset_less=True)
+        taken = Cat(update.valid & update.ready for update in self.update)
+        m.d.sync += signalled.eq(taken.any() & ~faulted & ~overflowed)
         for index, pc in enumerate([here, *(each.oldest.pc for each in retires)]):
-            with m.If(self.overflow[index] & ~faulted):
-                sem = self.update[index].payload.sem
+            with m.If(taken[index]):
                 m.d.sync += [
-                    faulted.eq(1),
-                    self.fault.valid.eq(1),
-                    self.fault.pc.eq(pc),
-                    self.fault.fault.cause.eq(FaultCause.SEMAPHORE_OVERFLOW),
-                    self.fault.fault.address.eq(sem),
+                    signalled_pc.eq(pc),
+                    signalled_sem.eq(self.update[index].payload.sem),
                 ]
+        m.d.comb += [
+            overflowed.eq(signalled & self.overflow),
+            self.fault.valid.eq(faulted & ~overflowed),
+        ]
+        with m.If(overflowed):
+            m.d.sync += [
+                faulted.eq(1),
+                self.fault.pc.eq(signalled_pc),
+                self.fault.fault.cause.eq(FaultCause.SEMAPHORE_OVERFLOW),
+                self.fault.fault.address.eq(signalled_sem),
+            ]
 
         with m.If(self.start):
             m.d.sync += [
                 running.eq(1),
                 faulted.eq(0),
-                self.fault.eq(0),
+                self.fault.pc.eq(0),
+                self.fault.fault.eq(0),
                 here.eq(0),
                 order.eq(0),
                 tested.eq(0),
@@ -353,8 +361,8 @@ class Sequencer(wiring.Component):
         m.d.comb += [
             self.completed.eq(Cat(leave & internal, *(each.completed for each in retires))),
             self.pc.eq(Mux(drained, here, oldest)),
-            self.settled.eq(Cat(each.settled for each in retires).all()),
-            self.idle.eq(fetch.idle & check.idle & ~holding & drained & ~running),
+            self.settled.eq(Cat(each.settled for each in retires).all() & ~overflowed),
+            self.idle.eq(fetch.idle & check.idle & ~holding & drained & ~running & ~overflowed),
         ]
 
         # -- What can change a register here, in the fetch or in the check.
@@ -365,6 +373,6 @@ class Sequencer(wiring.Component):
             | satisfied
             | leave
             | Cat(each.done | ~each.settled for each in retires).any()
-            | self.overflow.any()
+            | signalled
         )
         return m

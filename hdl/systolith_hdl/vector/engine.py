@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, ValueLike
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
@@ -235,66 +235,79 @@ class VectorEngine(wiring.Component):
                 affine.begin.payload.strides.eq(new_affine.steps),
             ]
 
-        # -- The running instruction.
+        # -- The running instruction. What follows from its opcode is known when it is taken.
         running = data.View(SPECS[Opcode.TENSOR_TENSOR].layout, word)
         scalar = data.View(SPECS[Opcode.TENSOR_SCALAR].layout, word)
-        code = running.header.opcode
-        is_range = Signal()
-        is_predicated = Signal()
-        is_scalar = Signal()
-        is_tensor_tensor = Signal()
-        is_scan = Signal()
-        is_top = Signal()
-        is_transpose = Signal()
-        is_statistics = Signal()
-        is_stepped = Signal()
-        reads0, reads1 = Signal(), Signal()
-        m.d.comb += [
-            is_range.eq(code == Opcode.RANGE_SELECT),
-            is_predicated.eq(code == Opcode.COPY_PREDICATED),
-            is_scalar.eq(code == Opcode.SCALAR_TENSOR_TENSOR),
-            is_tensor_tensor.eq((code == Opcode.TENSOR_TENSOR) | is_scalar),
-            is_scan.eq(code == Opcode.SCAN),
-            is_top.eq(config.top & (code == Opcode.TOP)),
-            is_transpose.eq(code == Opcode.TRANSPOSE),
-            is_statistics.eq(code == Opcode.STATISTICS),
-            is_stepped.eq(is_opcode(code, stepped, config)),
-            reads0.eq(is_opcode(code, _reading("src0") - {Opcode.TOP, Opcode.TRANSPOSE}, config)),
-            reads1.eq(is_opcode(code, _reading("src1") - {Opcode.RANGE_SELECT}, config)),
-        ]
-        front_data = Signal(FrontData)
-        condition = Signal(Condition)
-        op0, op1, imm0 = Signal(6), Signal(6), Signal(32)
+        code = new.header.opcode
+
+        def of_running(value: ValueLike, name: str) -> Signal:
+            """A register that `value`, of the instruction that comes, is kept in."""
+            kept = Signal.like(Value.cast(value), name=name, reset_less=True)
+            with m.If(take):
+                m.d.sync += kept.eq(value)
+            return kept
+
+        is_range = of_running(code == Opcode.RANGE_SELECT, "is_range")
+        is_predicated = of_running(code == Opcode.COPY_PREDICATED, "is_predicated")
+        is_scalar = of_running(code == Opcode.SCALAR_TENSOR_TENSOR, "is_scalar")
+        is_tensor_tensor = of_running(
+            (code == Opcode.TENSOR_TENSOR) | (code == Opcode.SCALAR_TENSOR_TENSOR),
+            "is_tensor_tensor",
+        )
+        is_affine_select = of_running(code == Opcode.AFFINE_SELECT, "is_affine_select")
+        is_scan = of_running(code == Opcode.SCAN, "is_scan")
+        is_top = of_running(config.top & (code == Opcode.TOP), "is_top")
+        is_transpose = of_running(code == Opcode.TRANSPOSE, "is_transpose")
+        is_statistics = of_running(code == Opcode.STATISTICS, "is_statistics")
+        is_reduce = of_running((code == Opcode.REDUCE) | (code == Opcode.STATISTICS), "is_reduce")
+        is_stepped = of_running(is_opcode(code, stepped, config), "is_stepped")
+        reads0 = of_running(
+            is_opcode(code, _reading("src0") - {Opcode.TOP, Opcode.TRANSPOSE}, config), "reads0"
+        )
+        reads1 = of_running(
+            is_opcode(code, _reading("src1") - {Opcode.RANGE_SELECT}, config), "reads1"
+        )
+        given_data, given_condition = Signal(FrontData), Signal(Condition)
+        given_op0, given_op1, given_imm0 = Signal(6), Signal(6), Signal(32)
+        new_fp32 = new.body.dst.dtype == DType.FP32
         with m.Switch(code):
             for opcode, form in FORMS.items():
                 if not SPECS[opcode].exists(config):
                     continue
                 with m.Case(opcode.value):
-                    m.d.comb += [front_data.eq(form.data), condition.eq(form.condition)]
+                    m.d.comb += [given_data.eq(form.data), given_condition.eq(form.condition)]
                     if form.operations:
-                        m.d.comb += [op0.eq(running.header.op0), op1.eq(running.header.op1)]
-        m.d.comb += imm0.eq(scalar.body.imm0)
-        with m.If((code == Opcode.IOTA) & (running.body.dst.dtype == DType.FP32)):
+                        m.d.comb += [
+                            given_op0.eq(new.header.op0),
+                            given_op1.eq(new.header.op1),
+                        ]
+        m.d.comb += given_imm0.eq(
+            data.View(SPECS[Opcode.TENSOR_SCALAR].layout, incoming.payload).body.imm0
+        )
+        with m.If((code == Opcode.IOTA) & new_fp32):
             m.d.comb += [
-                front_data.eq(FrontData.HALVES),
-                op0.eq(AluOp.SUB.value),
-                imm0.eq(HALVES_OFFSET),
-                op1.eq(AluOp.ADD.value),
+                given_data.eq(FrontData.HALVES),
+                given_op0.eq(AluOp.SUB.value),
+                given_imm0.eq(HALVES_OFFSET),
+                given_op1.eq(AluOp.ADD.value),
             ]
-        with m.If((code == Opcode.RANDOM) & (running.body.dst.dtype == DType.FP32)):
+        with m.If((code == Opcode.RANDOM) & new_fp32):
             m.d.comb += [
-                front_data.eq(FrontData.UNIFORM),
-                op0.eq(AluOp.SUB.value),
-                imm0.eq(ONE),
+                given_data.eq(FrontData.UNIFORM),
+                given_op0.eq(AluOp.SUB.value),
+                given_imm0.eq(ONE),
             ]
         with m.If(code == Opcode.DROPOUT):
-            m.d.comb += op0.eq(AluOp.MUL.value)
+            m.d.comb += given_op0.eq(AluOp.MUL.value)
+        with m.If(code == Opcode.STATISTICS):
+            m.d.comb += given_op1.eq(AluOp.ADD.value)
+        op0 = Signal(6)
+        first_op0 = of_running(given_op0, "first_op0")
+        op1 = of_running(given_op1, "op1")
+        imm0 = of_running(given_imm0, "imm0")
         m.submodules.steering = steering = Steering()
-        with m.If(is_statistics):
-            m.d.comb += [
-                op0.eq(Mux(steering.again, AluOp.SQUARE.value, AluOp.BYPASS.value)),
-                op1.eq(AluOp.ADD.value),
-            ]
+        squares = is_statistics & steering.again
+        m.d.comb += op0.eq(Mux(squares, AluOp.SQUARE.value, first_op0))
 
         # -- Types: of the ALUs, and whether the result needs a conversion.
         computes = Signal(DType)
@@ -315,8 +328,7 @@ class VectorEngine(wiring.Component):
         # -- Random words, one column after the other: for the results, or for what enters.
         new_random = data.View(SPECS[Opcode.DROPOUT].layout, incoming.payload).body
         draws = is_opcode(new.header.opcode, _RANDOM, config)
-        is_random = Signal()
-        m.d.comb += is_random.eq(is_opcode(code, _RANDOM, config))
+        is_random = of_running(draws, "is_random")
         m.submodules.dither = dither = dither_of(config)
         stochastic = Signal()
         wanted = Cat(new.body.dst.dtype == each for each in NARROW_FLOATS).any()
@@ -412,7 +424,7 @@ class VectorEngine(wiring.Component):
             scan.entered.eq(enter),
             steering.enable.eq(enable),
             steering.enter.eq(enter),
-            steering.reducing.eq((code == Opcode.REDUCE) | is_statistics),
+            steering.reducing.eq(is_reduce),
             steering.twice.eq(is_statistics),
             steering.length.eq(running.body.counts[3]),
             steering.begin.eq(take),
@@ -429,11 +441,11 @@ class VectorEngine(wiring.Component):
 
         # -- Lanes.
         fill = data.View(SPECS[Opcode.AFFINE_SELECT].layout, word).body.fill
-        holds = Signal(4)
-        with m.Switch(running.header.op0):
+        given_holds = Signal(4)
+        with m.Switch(new.header.op0):
             for comparison, for_which in _HOLDS.items():
                 with m.Case(comparison.value):
-                    m.d.comb += holds.eq(for_which)
+                    m.d.comb += given_holds.eq(for_which)
         m.submodules.front = front = side_by_side(
             FrontLane(), "vector_front", lanes,
             shared=(
@@ -453,12 +465,12 @@ class VectorEngine(wiring.Component):
             ConvertWord(), "convert_word", lanes, shared=("en", "given", "dtype")
         )
         m.d.comb += [
-            front.data.eq(front_data),
-            front.condition.eq(condition),
-            front.holds.eq(holds),
+            front.data.eq(of_running(given_data, "front_data")),
+            front.condition.eq(of_running(given_condition, "condition")),
+            front.holds.eq(of_running(given_holds, "holds")),
             front.otherwise.eq(
                 Mux(
-                    code == Opcode.AFFINE_SELECT,
+                    is_affine_select,
                     Cat(Const(0, 16), fill),
                     Mux(is_random, 0, scalar.body.imm0),
                 )
