@@ -36,12 +36,13 @@ class RoundRobin(wiring.Component):
             return m
         # Bit i: requester i comes after the one granted last, in this round.
         later = Signal(count)
-        candidates = Signal(count)
-        after = Signal(count)
+        # Those after it first, then all once more: the lowest set bit.
+        candidates = Signal(2 * count)
+        lowest = Signal(2 * count)
         m.d.comb += [
-            after.eq(self.requests & later),
-            candidates.eq(Mux(after.any(), after, self.requests)),
-            self.grants.eq(candidates & (~candidates + 1)),  # lowest set bit
+            candidates.eq(Cat(self.requests & later, self.requests)),
+            lowest.eq(candidates & -candidates),
+            self.grants.eq(lowest[:count] | lowest[count:]),
         ]
         with m.If(self.requests.any() & ~self.hold):
             # Everyone above the granted bit: complement of (grant - 1) without the grant itself.

@@ -386,7 +386,7 @@ class Chip(wiring.Component):
         idle = ~core.running & ~core.fault.valid & ~resetting & ~soft_reset
         m.d.comb += [
             core_reset.eq(ResetSignal() | soft_reset),
-            core.halt.eq(resetting | soft_reset),
+            core.halt.eq(resetting),
             core.start.eq(host.start & idle),
             core.watchdog.eq(host.watchdog),
             core.seed.eq(host.seed),

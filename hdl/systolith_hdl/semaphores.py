@@ -55,8 +55,9 @@ class CountPort(wiring.Signature):
 
 
 class SemaphoreFile(wiring.Component):
-    """Holds the counts and applies one change per cycle: additions and subtractions in turn if
-    there are both, round-robin among the additions and among the subtractions.
+    """Holds the counts and applies one change per cycle, round-robin among the additions and among
+    the subtractions: an addition if there is one, unless a subtraction gave way to one the cycle
+    before. So none waits for ever, and no addition for what a subtraction finds.
 
     The counts are words of a memory, so that who wants to know one has a wire for each of its bits
     and not for each bit of all. What a subtraction leaves is worked out for each who waits, as that
@@ -134,11 +135,12 @@ class SemaphoreFile(wiring.Component):
         left = one_hot_mux(waits.grants, differences)
         taken_sem = one_hot_mux(waits.grants, [wait.sem for wait in self.wait])
 
-        m.submodules.turns = turns = RoundRobin(2)
+        gave_way = Signal()
         m.d.comb += [
-            turns.requests.eq(Cat(updates.requests.any(), waits.requests.any())),
-            Cat(add, take).eq(turns.grants),
+            add.eq(updates.requests.any() & ~gave_way),
+            take.eq(waits.requests.any() & ~add),
         ]
+        m.d.sync += gave_way.eq(waits.requests.any() & add)
         write = counts.write_port()
         m.d.comb += [
             write.addr.eq(Mux(take, taken_sem, addition.sem)),

@@ -42,7 +42,7 @@ from systolith_hdl.vector.engine import (
     STATISTICS_CYCLES,
     fixed_cycles,
 )
-from systolith_hdl.vector.lane import LANE_LATENCY
+from systolith_hdl.vector.lane import LOOP_LATENCY
 
 from .memory import MemoryModel
 from .stimulus import (
@@ -305,7 +305,7 @@ async def cycles(dut: Any) -> None:
             assert took <= columns * (1 + division(raw)) + fixed
             continue
         if opcode is Opcode.SCAN:
-            columns = LANE_LATENCY * (rows - 1) + counts[3]
+            columns = LOOP_LATENCY * (rows - 1) + counts[3]
         elif opcode is Opcode.STATISTICS:
             columns = 2 * columns + STATISTICS_CYCLES * rows
         elif opcode is Opcode.TOP:

@@ -17,7 +17,7 @@ from .rounding import (
     RAW_INF,
     Encoding,
     finish,
-    leading_zeros,
+    normalize,
     pack_fp32,
     saturate,
     saturate5,
@@ -390,16 +390,11 @@ class Fp32Mul(wiring.Component):
             y.eq(Mux(swap, self.a, self.b)[:31]),
         ]
         y_subnormal = Signal()
-        zeros = Signal(5)
-        m.d.comb += [
-            y_subnormal.eq(y[23:31] == 0),
-            # Of the fraction below an absent leading one: a fraction 1xx.. moves up by one.
-            zeros.eq(Mux(y_subnormal, leading_zeros(m, y[:23]) + 1, 0)),
-        ]
+        m.d.comb += y_subnormal.eq(swap | (self.b[23:31] == 0))
         infinite = (x[23:31] == 0xFF) | (y[23:31] == 0xFF)
         zero = (x[23:31] == 0) | (y == 0)
         factors: list[Value] = [Cat(x[:23], 1), Cat(y[:23], ~y_subnormal)]
-        places: Value = zeros
+        forced = None
         if words:
             mode = self.mode
             right, ones, shifts = Signal(), Signal(), Signal()
@@ -421,11 +416,14 @@ class Fp32Mul(wiring.Component):
                 whole[0] ^ _spread(ones, 32),
                 Mux(shifts, ~self.b[5:].any(), whole[1]),
             ]
-            places = Mux(fp32, zeros, Mux(shifts, self.b[:5] ^ _spread(right, 5), 0))
+            forced = ~fp32, (self.b[:5] ^ _spread(right, 5)) & _spread(shifts, 5)
             fp32_1, right_1, ones_1 = (Signal(reset_less=True) for _ in range(3))
             fp32_2, ones_2 = (Signal(reset_less=True) for _ in range(2))
         width = len(factors[0])
-        sum_1 = Signal(signed(EXP_BITS + 1), reset_less=True)
+        normal, zeros = normalize(m, factors[1], top=24, forced=forced, early=words)
+        # The exponent, if the shift moved nothing.
+        unmoved_1 = Signal(signed(EXP_BITS + 1), reset_less=True)
+        zeros_1 = Signal.like(zeros, reset_less=True)
         x_1, y_1 = Signal(width, reset_less=True), Signal(width, reset_less=True)
         sign_1 = Signal(reset_less=True)
         nan_1 = Signal(reset_less=True)
@@ -433,6 +431,8 @@ class Fp32Mul(wiring.Component):
         zero_1 = Signal(reset_less=True)
 
         # Stage 2: multiply. Bits below the 28 that rounding looks at only count as sticky.
+        sum_1 = Signal(signed(EXP_BITS + 1))
+        m.d.comb += sum_1.eq(unmoved_1 - zeros_1)
         product = Signal(2 * width)
         m.d.comb += product.eq(x_1 * y_1)
         result: Value = Mux(zero_1, 0, Cat(product[:21] != 0, product[21:48]))
@@ -468,8 +468,9 @@ class Fp32Mul(wiring.Component):
         with m.If(self.en):
             m.d.sync += [
                 x_1.eq(factors[0]),
-                y_1.eq((factors[1] << places)[:width]),
-                sum_1.eq(x[23:31] + Cat(y[23] | y_subnormal, y[24:31]) - zeros - 127),
+                y_1.eq(normal),
+                unmoved_1.eq(x[23:31] + Cat(y[23] | y_subnormal, y[24:31]) - 127),
+                zeros_1.eq(zeros),
                 sign_1.eq(self.a[31] ^ self.b[31]),
                 nan_1.eq(is_nan(self.a) | is_nan(self.b) | (infinite & zero)),
                 infinite_1.eq(infinite),

@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..formats import FORMATS, DType
 from .fp32 import is_nan
-from .rounding import leading_zeros
+from .rounding import normalize
 
 _BIAS = FORMATS[DType.FP32].bias
 
@@ -27,13 +27,8 @@ class WidenInt8(wiring.Component):
         m = Module()
         sign = self.bits[-1]
         magnitude = Signal(8)  # -128 has one that only fits unsigned
-        zeros = Signal(3)
-        leading = Signal(8)
-        m.d.comb += [
-            magnitude.eq(Mux(sign, -self.bits, self.bits)),
-            zeros.eq(leading_zeros(m, magnitude)),
-            leading.eq(magnitude << zeros),
-        ]
+        m.d.comb += magnitude.eq(Mux(sign, -self.bits, self.bits))
+        leading, zeros = normalize(m, magnitude)
         number = Cat(Const(0, 23 - 7), leading[:7], (_BIAS + 7 - zeros)[:8], sign)
         m.d.comb += self.o.eq(Mux(magnitude == 0, 0, number))
         return m

@@ -13,7 +13,7 @@ from amaranth.lib.wiring import In, Out
 from ..emit import side_by_side
 from ..formats import CANONICAL_NAN, FORMATS, INFINITY, NARROW_FLOATS, DType
 from .fp32 import is_nan
-from .rounding import leading_zeros
+from .rounding import normalize
 
 _BIAS = FORMATS[DType.FP32].bias
 #: Types with fewer exponent bits than FP32. All their numbers are normal in FP32.
@@ -256,18 +256,15 @@ class WidenNarrow(wiring.Component):
                         m.d.comb += [infinity.eq(special & zero), nan.eq(special & ~zero)]
                     else:
                         m.d.comb += nan.eq(bits[:top] == form.nan)
-        # A subnormal's fraction 1xx.. is normal one place further down, 01x.. two places.
+        # A subnormal's fraction 1xx.. moves up by one place, 01x.. by two.
         subnormal = Signal()
-        places = Signal(4)
         field = Signal(8)
-        normal = Signal(10)
+        normal, places = normalize(m, Cat(fraction, ~subnormal))
         m.d.comb += [
             subnormal.eq(exponent == 0),
-            places.eq(Mux(subnormal, leading_zeros(m, fraction) + 1, 0)),
             field.eq(
                 Mux(subnormal & (fraction == 0), 0, least + exponent - Mux(subnormal, places, 1))
             ),
-            normal.eq(fraction << places),
         ]
         with m.If(self.dtype == DType.BF16):
             m.d.comb += self.o.eq(Cat(Const(0, 16), bits))
@@ -276,6 +273,6 @@ class WidenNarrow(wiring.Component):
         with m.Elif(nan):
             m.d.comb += self.o.eq(CANONICAL_NAN)
         with m.Else():
-            value = Mux(infinity, INFINITY, Cat(Const(0, 13), normal, field))
+            value = Mux(infinity, INFINITY, Cat(Const(0, 13), normal[:10], field))
             m.d.comb += self.o.eq(Cat(value[:31], sign))
         return m

@@ -80,8 +80,8 @@ RAW_INF = FP32.raw_inf
 def leading_zeros(m: Module, value: Value) -> Value:
     """Returns the number of zeros above the highest set bit of `value`.
 
-    Up to 31 for up to 32 bits. A zero `value` counts as having a set bit below its lowest, so its
-    width must not be a power of two if it can be zero.
+    A zero `value` counts as having a set bit below its lowest, so its width must not be a power of
+    two if it can be zero.
     """
     levels = (len(value) - 1).bit_length()
     missing = (1 << levels) - len(value)
@@ -97,6 +97,60 @@ def leading_zeros(m: Module, value: Value) -> Value:
         count.append(is_zero)
         rest = kept
     return Cat(*reversed(count))
+
+
+def normalize(
+    m: Module,
+    value: Value,
+    *,
+    top: int | None = None,
+    look: int | None = None,
+    forced: tuple[Value, Value] | None = None,
+    early: bool = False,
+) -> tuple[Value, Value]:
+    """Returns `value` shifted left until its highest bit is set, and by how much; a zero by any
+    number of places.
+
+    Each level of the shift looks at what the levels before have left, so the last zero is counted
+    as the shift ends.
+
+    Parameters
+    ----------
+    top : bits of `value`, if not all, of which the highest is to be set; those above are shifted
+        along
+    look : how many of these, from the highest on, the highest set bit may be; all if None
+    forced : where the first is high, the shift is the second instead
+    early : a carry chain finds the highest set bit, so the count is there before the shift begins;
+        faster and larger
+    """
+    top = len(value) if top is None else top
+    look = top if look is None else look
+    highest = Signal(look)  # one-hot: bit i after i zeros
+    if early:
+        looked = value[top - look : top][::-1]
+        m.d.comb += highest.eq(looked & -looked)
+    kept = value
+    places: list[Value] = []
+    for bit in reversed(range((look - 1).bit_length())):
+        if early:
+            more = Cat(highest[place] for place in range(look) if place >> bit & 1).any()
+        else:
+            more = ~kept[max(top - (1 << bit), 0) : top].any()
+        if forced is not None:
+            more = Mux(forced[0], forced[1][bit], more)
+        place = Signal(name=f"place_{bit}")
+        shifted = Signal(len(value), name=f"normal_{bit}")
+        m.d.comb += [
+            place.eq(more),
+            # Written so that none of it turns into a reset of the register behind.
+            shifted.eq(
+                (kept & (~place).replicate(len(kept)))
+                | ((kept << (1 << bit))[: len(kept)] & place.replicate(len(kept)))
+            ),
+        ]
+        kept = shifted
+        places.insert(0, place)
+    return kept, Cat(places)
 
 
 def shift_right_sticky(m: Module, value: Value, amount: Value) -> Value:

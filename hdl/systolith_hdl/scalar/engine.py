@@ -286,7 +286,7 @@ class ScalarEngine(wiring.Component):
         leaving = Signal()  # an element leaves the lanes
         slot = Signal(range(REDUCE_ACCUMULATORS))
         step = Signal(range(SUM_CYCLES + 1))  # cycles since the last element of the row
-        complete = Signal()
+        complete = Signal()  # SUM_CYCLES of them
         adding = Signal(Adding)
         index = Signal(range(REDUCE_ACCUMULATORS))
         entering = Signal()  # what enters the adder goes back to accumulator `index`
@@ -297,7 +297,6 @@ class ScalarEngine(wiring.Component):
         m.d.comb += [
             leaving.eq(enable & valid[-1] & sums),
             closing.eq(step != 0),
-            complete.eq(step == SUM_CYCLES),
             add.eq(leaving | (closing & (~complete | dst.columns.ready))),
             index.eq(slot),
             entering.eq(leaving),
@@ -313,7 +312,10 @@ class ScalarEngine(wiring.Component):
             m.d.sync += stores[0].eq(Mux(entering, Const(1, REDUCE_ACCUMULATORS) << index, 0))
             m.d.sync += [later.eq(store) for store, later in itertools.pairwise(stores)]
             with m.If(closing):
-                m.d.sync += step.eq(Mux(complete, 0, step + 1))
+                m.d.sync += [
+                    step.eq(Mux(complete, 0, step + 1)),
+                    complete.eq(step == SUM_CYCLES - 1),
+                ]
             with m.Else():
                 m.d.sync += slot.eq(slot + 1)
                 with m.If(end[-1]):

@@ -7,7 +7,14 @@ from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arith import FP32_LATENCY, SHORT_LATENCY, Fp32Add, Fp32Mul, leading_zeros, pack_fp32
-from ..arith.rounding import EXP_BITS, RAW_BITS, RAW_INF, saturate5, shift_right_sticky
+from ..arith.rounding import (
+    EXP_BITS,
+    RAW_BITS,
+    RAW_INF,
+    normalize,
+    saturate5,
+    shift_right_sticky,
+)
 from ..emit import Once
 from ..isa import SEGMENT_WORDS, TABLE_ROWS, TABLE_SEGMENTS, TABLE_WORDS
 from . import tables as T
@@ -471,7 +478,8 @@ class FunctionUnit(wiring.Component):
             p0.eq(s5["c0"] + ((s5["p"] * s5["t"]) >> _M)),
             powers.addr.eq(p0[_EXP2_LOW : T.FIXED]),
         ]
-        step(s5, s6, p=p0)
+        # The biased exponent less one of a power, before its integer part; or of p's top bit.
+        step(s5, s6, p=p0, unit=s5["unit"] + Mux(s5["exp2"], 126, 125 + T.P0_BITS))
 
         # Stage 7: absolute value, normalised; or the terms of 2**f.
         p = s6["p"]
@@ -480,19 +488,15 @@ class FunctionUnit(wiring.Component):
         square = u[8:] * u[8:]
         linear = power.c1 * u
         wide = Signal(T.P0_BITS)
-        zeros = Signal(6)
-        unit = Signal(signed(_UNIT))
+        exponent = Signal(signed(_UNIT))  # less one
+        leading, zeros = normalize(m, wide, early=True)
         m.d.comb += [
             wide.eq(Mux(p[-1], -p, p)),
-            zeros.eq(_zeros(m, wide)),
-            # the biased exponent of the top bit, or of the power
-            unit.eq(
+            # -n is ~n + 1
+            exponent.eq(
                 s6["unit"]
-                + Mux(
-                    s6["exp2"],
-                    127 + (p >> T.FIXED),
-                    Const(127 + T.P0_BITS - 1, signed(_UNIT)) - zeros,
-                )
+                + Mux(s6["exp2"], p >> T.FIXED, Cat(~zeros, Const(1, 1)).as_signed())
+                + ~s6["exp2"]
             ),
         ]
         s7 = stage(
@@ -502,10 +506,10 @@ class FunctionUnit(wiring.Component):
         step(
             s6,
             s7,
-            wide=Mux(s6["exp2"], linear[_EXP2_LOW - _CURVE :], wide << zeros)[: T.P0_BITS],
+            wide=Mux(s6["exp2"], linear[_EXP2_LOW - _CURVE :], leading)[: T.P0_BITS],
             curve=Cat(Const(0, _CURVE), power.c0) + power.c2 * square[12:],
-            exponent=Mux(unit <= 0, 0, Mux(unit > RAW_INF, RAW_INF, unit - 1))[:EXP_BITS],
-            shift=Mux(unit <= 0, saturate5((1 - unit)[:_UNIT]), 0),
+            exponent=Mux(exponent < 0, 0, Mux(exponent > RAW_INF, RAW_INF, exponent))[:EXP_BITS],
+            shift=Mux(exponent < 0, saturate5((-exponent)[:_UNIT]), 0),
             sign=s6["negate"] ^ (p[-1] & ~s6["exp2"]),
         )
 
@@ -523,15 +527,6 @@ class FunctionUnit(wiring.Component):
                 pack_fp32(m, sign=s7["sign"], exponent=s7["exponent"], raw=down, nan=s7["nan"])
             )
         return m
-
-
-def _zeros(m: Module, value: Value) -> Value:
-    """Leading zeros of 36 bits; 36 for zero. `leading_zeros` does 31: the top five come first."""
-    top = value[31:]
-    count: Value = leading_zeros(m, value[:31]) + 5
-    for zeros in reversed(range(5)):
-        count = Mux(top[4 - zeros], zeros, count)
-    return count
 
 
 class ScalarLane(wiring.Component):

@@ -7,7 +7,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arith.fp32 import Addend, add, unpack
-from ..arith.rounding import EXP_BITS, leading_zeros
+from ..arith.rounding import EXP_BITS, normalize
 
 #: Cycles from the factors of a MAC to the product meeting the running sum.
 MUL_LATENCY = 1
@@ -47,15 +47,12 @@ def recode(m: Module, word: Value) -> Value:
     assert len(word) == OPERAND_BITS
     fraction, field = word[: SIGNIFICAND_BITS - 1], word[SIGNIFICAND_BITS - 1 : -1]
     subnormal = Signal()
-    zeros = Signal(4)
     exponent = Signal(signed(9))
-    significand = Signal(SIGNIFICAND_BITS)
+    # A subnormal's fraction 1xx.. moves up by one place, 01x.. by two.
+    significand, places = normalize(m, Cat(fraction, ~subnormal))
     m.d.comb += [
         subnormal.eq(field == 0),
-        zeros.eq(leading_zeros(m, fraction)),
-        # A subnormal fraction 1xx.. stands for exponent -127 when normalised, 01x.. for -128.
-        exponent.eq(Mux(subnormal, -127 - zeros, field - 127)),
-        significand.eq(Mux(subnormal, Cat(0, fraction) << zeros, Cat(fraction, 1))),
+        exponent.eq(Cat(field[0] | subnormal, field[1:]) - 127 - places),
     ]
     special = field == 0xFF
     return Cat(

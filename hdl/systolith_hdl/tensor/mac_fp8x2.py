@@ -9,7 +9,7 @@ from ..arith.fp32 import Addend, add, unpack
 from ..arith.rounding import (
     EXP_BITS,
     RAW_BITS,
-    leading_zeros,
+    normalize,
     saturate5,
     shift_right_sticky,
 )
@@ -271,13 +271,11 @@ class MacFp8x2(wiring.Component):
         # -- Stage 3: normalise and round the sum of a pair. Products one binade apart at most
         #    cancel to a number of few bits, all of them in the upper 10; others lose two places at
         #    most. A single product only moves past the carry, by one place.
-        zeros, nothing = Signal(4), Signal()
-        normal = Signal(RAW_BITS)
+        nothing = Signal()
         round_up = Signal()
         rounded = Signal(25)
+        normal, zeros = normalize(m, sum_2, look=10, forced=(~pair_2, Const(1, 4)))
         m.d.comb += [
-            zeros.eq(Mux(pair_2, leading_zeros(m, sum_2[RAW_BITS - 10 :]), 1)),
-            normal.eq(sum_2 << zeros),
             nothing.eq(pair_2 & ~normal[-1]),
             round_up.eq(pair_2 & normal[3] & (normal[4] | (normal[:3] != 0))),
             rounded.eq(normal[4:] + round_up),

@@ -112,19 +112,35 @@ class Alu(wiring.Component):
             + (key(b) ^ (~add & ~reverse).replicate(32))
             + Mux(add, 0, tie)
         )
-        below = ~total[32]
+        is_add = fp32 & (add | subtract | reverse)
+        is_sum = ~fp32 & (add | subtract | reverse)
+        is_mul = is_one_of(
+            AluOp.MUL, AluOp.SQUARE, AluOp.SHIFT_LEFT, AluOp.SHIFT_RIGHT, AluOp.SHIFT_RIGHT_SIGNED
+        )
 
-        # Everything but FP32 sums and products is worked out at once and delayed.
-        unordered = fp32 & (is_nan(a) | is_nan(b))
-        a_zero = ~a[:31].any() & (fp32 | ~a[31])
-        b_zero = ~b[:31].any() & (fp32 | ~b[31])
-        equal = ((a == b) | (a_zero & b_zero)) & ~unordered
+        def later(value: Value, name: str) -> Signal:
+            moved = Signal.like(value, name=name, reset_less=True)
+            with m.If(self.en):
+                m.d.sync += moved.eq(value)
+            return moved
+
+        # Stage 2: everything but FP32 sums and products is finished.
+        unordered = later(fp32 & (is_nan(a) | is_nan(b)), "unordered")
+        a_zero = later(~a[:31].any() & (fp32 | ~a[31]), "a_zero")
+        b_zero = later(~b[:31].any() & (fp32 | ~b[31]), "b_zero")
+        same = later(a == b, "same")
+        is_sum, absolute = later(is_sum, "is_sum_1"), later(absolute, "absolute_1")
+        a, b, op, total = (
+            later(value, f"{name}_1")
+            for name, value in {"a": a, "b": b, "op": op, "total": total}.items()
+        )
+        below = ~total[32]
+        equal = (same | (a_zero & b_zero)) & ~unordered
         less = below & ~(a_zero & b_zero) & ~unordered
         flag = Signal()
         nan = Signal()
         logic = Signal(_Logic)
-        negate = Signal()  # the result is the complement of an integer still to be negated
-        is_sum = ~fp32 & (add | subtract | reverse)
+        negate = Signal()  # one is added to the complement of an integer
         m.d.comb += logic.eq(_Logic.A)
         with m.Switch(op):
             with m.Case(AluOp.MAX, AluOp.RELU):
@@ -190,21 +206,12 @@ class Alu(wiring.Component):
             | constant
         )
 
-        is_add = fp32 & (add | subtract | reverse)
-        is_mul = is_one_of(
-            AluOp.MUL, AluOp.SQUARE, AluOp.SHIFT_LEFT, AluOp.SHIFT_RIGHT, AluOp.SHIFT_RIGHT_SIGNED
-        )
-        carry: Value = negate
+        simple = later((simple + negate)[:32], "simple_2")
+        simple = later(simple, "simple_3")
         for stage in range(ALU_LATENCY):
-            moved = Signal.like(simple, name=f"simple{stage}")
-            kinds = Signal(2, name=f"kind{stage}")
-            with m.If(self.en):
-                # The second stage has time to finish a negation.
-                value = (simple + carry)[:32] if stage == 1 else simple
-                m.d.sync += [moved.eq(value), kinds.eq(Cat(is_add, is_mul))]
-                if stage == 0:
-                    carry = Signal(name="carry")
-                    m.d.sync += carry.eq(negate)
-            simple, is_add, is_mul = moved, kinds[0], kinds[1]
+            is_add, is_mul = (
+                later(is_add, f"is_add_{stage + 1}"),
+                later(is_mul, f"is_mul_{stage + 1}"),
+            )
         m.d.comb += self.o.eq(Mux(is_add, adder.o, Mux(is_mul, mul.o, simple)))
         return m

@@ -10,8 +10,10 @@ from ..formats import DType
 from ..isa import REDUCE_ACCUMULATORS, REDUCTIONS, AluOp
 from .alu import ALU_LATENCY, Alu
 
-#: Cycles from operands to result when nothing is reduced.
-LANE_LATENCY = 2 * ALU_LATENCY
+#: Cycles from the operands of the first ALU to the result of the second.
+LOOP_LATENCY = 2 * ALU_LATENCY
+#: Cycles from operands to result when nothing is reduced: they are registered first.
+LANE_LATENCY = 1 + LOOP_LATENCY
 
 
 class Second(enum.Enum, shape=2):
@@ -37,10 +39,11 @@ class VectorLane(wiring.Component):
     Members
     -------
     en : In(1), low freezes the lane
-    op0, op1 : In, of the running instruction, steady while it runs
+    op0 : In(6), of the element entering
+    op1 : In(6), of the running instruction, steady while it runs
     dtype : In(DType) in which both ALUs work, steady while it runs
     a, y, b : In(32), operands of the element entering: x = a op0 y, result = x op1 b
-    chain : In(1), y is the result that leaves the lane now
+    chain : In(1), y is the result that leaves the lane when the element is at the first ALU
     divide : In(1), the divider works on the element at the second ALU: `en` is low; `start`, high
         in its first cycle, gives it its operands. Its result takes the place of x, and op1 that of
         BYPASS, in an enabled cycle with `divides`
@@ -48,7 +51,7 @@ class VectorLane(wiring.Component):
     busy : Out(1), the divider has no result yet
     second : In(Second) and index : In(2), steer the second ALU in the cycle the element reaches it
     clear : In(1), sets all accumulators to the identity of op1
-    o : Out(32), LANE_LATENCY = 6 enabled cycles after a and b
+    o : Out(32), LANE_LATENCY = 7 enabled cycles after a and b
     nonzero : Out(1), whether `b` was not zero, in step with o (for COPY_PREDICATED)
 
     The result of the second ALU is back in its accumulator one cycle after it leaves the ALU:
@@ -83,22 +86,31 @@ class VectorLane(wiring.Component):
         m.submodules.first_alu = first = Once(Alu(), "vector_alu")
         m.submodules.second_alu = second = Once(Alu(), "vector_alu")
 
+        a, y, b = (Signal(32, name=name, reset_less=True) for name in ("a_0", "y_0", "b_0"))
+        op0, chain = Signal(6, reset_less=True), Signal(reset_less=True)
+        with m.If(self.en):
+            m.d.sync += [
+                a.eq(self.a),
+                y.eq(self.y),
+                b.eq(self.b),
+                op0.eq(self.op0),
+                chain.eq(self.chain),
+            ]
         m.d.comb += [
             first.en.eq(self.en),
             first.dtype.eq(self.dtype),
             second.dtype.eq(self.dtype),
-            first.op.eq(self.op0),
-            first.a.eq(self.a),
-            first.b.eq(Mux(self.chain, second.o, self.y)),
+            first.op.eq(op0),
+            first.a.eq(a),
+            first.b.eq(Mux(chain, second.o, y)),
         ]
-        b = self.b
-        nonzero = self.b[:31].any() | (self.b[31] & (self.dtype != DType.FP32))
+        nonzero = b[:31].any() | (b[31] & (self.dtype != DType.FP32))
         for stage in range(ALU_LATENCY):
-            moved = Signal(32, name=f"b{stage}")
+            moved = Signal(32, name=f"b_{stage + 1}", reset_less=True)
             with m.If(self.en):
                 m.d.sync += moved.eq(b)
             b = moved
-        for stage in range(LANE_LATENCY):
+        for stage in range(LOOP_LATENCY):
             flag = Signal(name=f"nonzero{stage}")
             with m.If(self.en):
                 m.d.sync += flag.eq(nonzero)

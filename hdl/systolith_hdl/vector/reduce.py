@@ -18,7 +18,7 @@ class Steering(wiring.Component):
     """Tells the second ALU of all lanes what to work on, and when a result leaves it.
 
     Elements of REDUCE go to the accumulators in turn; after the last of a group it waits until all
-    are in (6 cycles), combines them in pairs, finishes, clears and opens again.
+    are in (LANE_LATENCY cycles), combines them in pairs, finishes, clears and opens again.
 
     Elements of STATISTICS enter twice, the second time to be squared, so the accumulators of even
     number hold sums, those of odd number sums of squares. Two of each finish, one after the other.
@@ -59,44 +59,51 @@ class Steering(wiring.Component):
         accumulate = self.enter & self.reducing
         slot = Signal(range(REDUCE_ACCUMULATORS))
         slot_there: Value = slot
-        for stage in range(ALU_LATENCY):
+        for stage in range(ALU_LATENCY):  # the last of the lanes' 1 + ALU_LATENCY comes below
             moved = Signal(4, name=f"steer{stage}")
             with m.If(self.enable):
                 m.d.sync += moved.eq(Cat(entered, accumulate, slot_there))
             entered, accumulate, slot_there = moved[0], moved[1], moved[2:4]
+        # What the second ALU works on next.
+        second = Signal(Second)
+        index = Signal(2)
         finish = Signal()
-        result = entered | finish
+        result = Signal()
+        with m.If(self.enable):
+            m.d.sync += [
+                self.second.eq(second),
+                self.index.eq(index),
+                self.arrived.eq(entered),
+                result.eq(entered | finish),
+            ]
         for stage in range(ALU_LATENCY):
             moved = Signal(name=f"result{stage}")
             with m.If(self.enable):
                 m.d.sync += moved.eq(result)
             result = moved
-        m.d.comb += [self.arrived.eq(entered), self.result.eq(result)]
+        m.d.comb += self.result.eq(result)
 
         element = Signal(16)
         drain = Signal(range(16))
         # An accumulating slot without an element would add garbage: steer it to no accumulator.
-        m.d.comb += [
-            self.second.eq(Second.OPERAND),
-            self.index.eq(slot_there),
-        ]
+        m.d.comb += [second.eq(Second.OPERAND), index.eq(slot_there)]
         with m.If(self.reducing & accumulate):
-            m.d.comb += self.second.eq(Second.ACCUMULATE)
+            m.d.comb += second.eq(Second.ACCUMULATE)
         with m.If(self.enable & self.closed):
             m.d.sync += drain.eq(drain + 1)
         with m.If(self.closed):
             combine = Mux(self.twice, Second.FINISH, Second.COMBINE)
             with m.Switch(drain):
+                with m.Case(LANE_LATENCY - 1):
+                    m.d.comb += [second.eq(combine), index.eq(0), finish.eq(self.twice)]
                 with m.Case(LANE_LATENCY):
-                    m.d.comb += [self.second.eq(combine), self.index.eq(0), finish.eq(self.twice)]
-                with m.Case(LANE_LATENCY + 1):
                     m.d.comb += [
-                        self.second.eq(combine),
-                        self.index.eq(Mux(self.twice, 1, 2)),
+                        second.eq(combine),
+                        index.eq(Mux(self.twice, 1, 2)),
                         finish.eq(self.twice),
                     ]
-                with m.Case(LANE_LATENCY + ALU_LATENCY + 2):
-                    m.d.comb += [self.second.eq(Second.FINISH), self.index.eq(0), finish.eq(1)]
+                with m.Case(LANE_LATENCY + ALU_LATENCY + 1):
+                    m.d.comb += [second.eq(Second.FINISH), index.eq(0), finish.eq(1)]
             with m.If(drain == Mux(self.twice, STATISTICS_CYCLES, REDUCE_CYCLES) - 1):
                 m.d.comb += self.clear.eq(self.enable)
                 with m.If(self.enable):

@@ -5,14 +5,15 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from ..isa import SCAN_ROWS
-from .lane import LANE_LATENCY
+from .lane import LOOP_LATENCY
 
-assert SCAN_ROWS <= LANE_LATENCY
+assert SCAN_ROWS <= LOOP_LATENCY
 
 
 class Scan(wiring.Component):
-    """Lets each row's next element enter in the cycle in which its last result leaves the lanes,
-    LANE_LATENCY = 6 cycles after the element before it, and the rows in turn in between.
+    """Lets each row's next element come to the first ALU in the cycle in which its last result
+    leaves the lanes, LOOP_LATENCY = 6 cycles after the element before it, and the rows in turn in
+    between.
 
     Members
     -------
@@ -41,7 +42,7 @@ class Scan(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        slot = Signal(range(LANE_LATENCY))
+        slot = Signal(range(LOOP_LATENCY))
         element = Signal(16)
         over = Signal()
         m.d.comb += [
@@ -50,7 +51,7 @@ class Scan(wiring.Component):
             self.first.eq(element == 0),
         ]
         with m.If(self.scanning & self.moving):
-            m.d.sync += slot.eq(Mux(slot == LANE_LATENCY - 1, 0, slot + 1))
+            m.d.sync += slot.eq(Mux(slot == LOOP_LATENCY - 1, 0, slot + 1))
         with m.If(self.scanning & self.entered):
             m.d.sync += over.eq(self.last)
             with m.If(slot == self.rows - 1):
