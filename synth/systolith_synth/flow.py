@@ -178,15 +178,20 @@ def map_unit(unit: Unit, target: Target) -> Mapped:
     )
 
 
+#: ABC's commands that map to gates: Yosys' own begin with `&fraig`, which does not get on with the
+#: multipliers that are made of gates.
+_GATES = "+strash;scorr;dc2;strash;dch,-f;map,-B,0.9"
+
+
 def estimate_gates(mapped: Mapped, liberty: Path | None) -> None:
     """Adds gates and transistors of a unit, and the area with a Liberty library.
 
     Memories stay out. Flip-flops are plain ones: enables and synchronous resets become gates."""
-    map_cells, stat = "abc -g cmos", "stat -tech cmos"
+    map_cells, stat = f"abc -g cmos -script {_GATES}", "stat -tech cmos"
     library = ""
     if liberty is not None:
         library = liberty.read_text(errors="replace")
-        map_cells = "dfflibmap -liberty cells.lib\nabc -liberty cells.lib"
+        map_cells = f"dfflibmap -liberty cells.lib\nabc -liberty cells.lib -script {_GATES}"
         stat = "stat -liberty cells.lib"
     script = "\n".join(
         [

@@ -102,7 +102,8 @@ class DmaQueue(wiring.Component):
     types, aligned; single) once the latency exceeds some 50 cycles.
 
     Instructions overlap, but none sees another half done. Loads follow loads and stores follow
-    stores without a bubble: while data of one is in flight, bursts of the next ones are issued;
+    stores without a bubble, but that one begins every second cycle at most: while data of one is
+    in flight, bursts of the next ones are issued;
     SBUF is written, and DRAM is, in program order. A store after a load begins when all columns of
     the load are in SBUF; a load after a store when every burst of the store has been answered.
 

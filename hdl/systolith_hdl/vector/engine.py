@@ -66,7 +66,7 @@ def fixed_cycles(opcode: Opcode, config: CoreConfig) -> int:
     if opcode in _RANDOM:
         return LANE_LATENCY + 1 + DITHER_LATENCY
     if opcode is Opcode.STATISTICS:
-        return FIXED_CYCLES - 4  # nothing opens again after the last row
+        return FIXED_CYCLES - 5  # nothing opens again after the last row
     return FIXED_CYCLES
 
 
@@ -149,7 +149,7 @@ class VectorEngine(wiring.Component):
     ``n + fixed_cycles(opcode)`` cycles after it is taken when no port stalls. REDUCE of r results
     takes ``n + FIXED_CYCLES + r * REDUCE_CYCLES`` at most, STATISTICS of r rows
     ``2 * n + r * STATISTICS_CYCLES + fixed_cycles(opcode)``, SCAN of c columns in each step
-    ``LANE_LATENCY * (n / c - 1) + c + FIXED_CYCLES``, TOP ``n + r + FIXED_CYCLES``, r being the
+    ``LOOP_LATENCY * (n / c - 1) + c + FIXED_CYCLES``, TOP ``n + r + FIXED_CYCLES``, r being the
     columns written, TRANSPOSE of b blocks of c columns that become l
     ``c + (b - 1) * max(c, l) + l + 1 + FIXED_CYCLES``. What makes integers of FP32, FP32 of
     integers, or INT8 takes CONVERT_LATENCY more; with one of `isa.DIVISIONS` each column takes up
