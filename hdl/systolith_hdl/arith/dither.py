@@ -16,12 +16,13 @@ from ..emit import Once, side_by_side
 #: Rounds of Speck64 that all lanes share, and of Speck32 that each lane has.
 COLUMN_ROUNDS = 5
 LANE_ROUNDS = 4
+_LANE_STAGES = LANE_ROUNDS // 2  # two rounds of 16 bits take no longer than one of 32
 #: The first shared round is keyed by the seed, the second by the engine and the seed rotated left
 #: by so much (entering once, neighbouring seeds would show a pattern), the others by these.
 SEED_ROTATION = 13
 COLUMN_KEYS = (0xCBBB9D5D, 0x629A292A, 0x9159015A)
 #: Cycles from `start` to the first words.
-DITHER_LATENCY = COLUMN_ROUNDS + LANE_ROUNDS
+DITHER_LATENCY = COLUMN_ROUNDS + _LANE_STAGES
 
 assert len(COLUMN_KEYS) == COLUMN_ROUNDS - 2
 
@@ -56,7 +57,7 @@ class DitherLane(wiring.Component):
     x : In(32), of the shared rounds
     key : In(32), see `lane_key`
     shared : In(16) x LANE_ROUNDS, keys of the rounds, each in the cycle of its round
-    word : Out(32), LANE_ROUNDS moves after `x`
+    word : Out(32), _LANE_STAGES moves after `x`
     """
 
     move: In(1)
@@ -69,12 +70,13 @@ class DitherLane(wiring.Component):
         m = Module()
         block = self.x ^ self.key
         a, b = block[16:], block[:16]
-        for number in range(LANE_ROUNDS):
-            a_next = Signal(16, name=f"a{number}", reset_less=True)
-            b_next = Signal(16, name=f"b{number}", reset_less=True)
-            new_a, new_b = _round(a, b, self.shared[number], right=7, left=2)
+        for stage in range(_LANE_STAGES):
+            a_next = Signal(16, name=f"a{stage}", reset_less=True)
+            b_next = Signal(16, name=f"b{stage}", reset_less=True)
+            for number in (2 * stage, 2 * stage + 1):
+                a, b = _round(a, b, self.shared[number], right=7, left=2)
             with m.If(self.move):
-                m.d.sync += [a_next.eq(new_a), b_next.eq(new_b)]
+                m.d.sync += [a_next.eq(a), b_next.eq(b)]
             a, b = a_next, b_next
         m.d.comb += self.word.eq(Cat(b, a))
         return m
@@ -103,9 +105,12 @@ def _pipeline(
         *(cells.key[lane].eq(lane_key(lane)) for lane in range(lanes)),
     ]
     shared: Value = y
-    for number in range(LANE_ROUNDS):
-        m.d.comb += cells.shared[number].eq(shared[16:] if number % 2 == 0 else shared[:16])
-        moved = Signal(32, name=f"shared{number}", reset_less=True)
+    for stage in range(_LANE_STAGES):
+        m.d.comb += [
+            cells.shared[2 * stage].eq(shared[16:]),
+            cells.shared[2 * stage + 1].eq(shared[:16]),
+        ]
+        moved = Signal(32, name=f"shared{stage}", reset_less=True)
         with m.If(move):
             m.d.sync += moved.eq(shared)
         shared = moved

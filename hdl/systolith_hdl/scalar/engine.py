@@ -126,6 +126,7 @@ class ScalarEngine(wiring.Component):
         sums, only = Signal(), Signal()
         row = Signal(16, reset_less=True)
         dtype = Signal(DType)
+        result_dtype = Signal(DType)  # of what leaves now
         mask = Signal(lanes)
         custom = Signal()  # the function is that of the lanes' own tables
         loading = Signal()
@@ -142,6 +143,7 @@ class ScalarEngine(wiring.Component):
                 only.eq(op1 == RowSums.ONLY.value),
                 row.eq(tensor.body.counts[3]),
                 dtype.eq(tensor.body.dst.dtype),
+                result_dtype.eq(tensor.body.dst.dtype),
                 mask.eq(lane_mask(tensor.header.lanes, lanes)),
             ]
             with m.Switch(tensor.header.op0):
@@ -312,9 +314,12 @@ class ScalarEngine(wiring.Component):
             m.d.sync += stores[0].eq(Mux(entering, Const(1, REDUCE_ACCUMULATORS) << index, 0))
             m.d.sync += [later.eq(store) for store, later in itertools.pairwise(stores)]
             with m.If(closing):
+                completes = step == SUM_CYCLES - 1
                 m.d.sync += [
                     step.eq(Mux(complete, 0, step + 1)),
-                    complete.eq(step == SUM_CYCLES - 1),
+                    complete.eq(completes),
+                    # A sum behind its row stays FP32.
+                    result_dtype.eq(Mux(completes & ~only, DType.FP32, dtype)),
                 ]
             with m.Else():
                 m.d.sync += slot.eq(slot + 1)
@@ -337,8 +342,7 @@ class ScalarEngine(wiring.Component):
             m,
             "rounding",
             [Mux(complete, a, b) for a, b in zip(totals.o, cells.o, strict=True)],
-            # A sum behind its row stays FP32.
-            Mux(complete & ~only, DType.FP32, dtype),
+            result_dtype,
             random=random if config.random else None,
             stochastic=stochastic,
         )

@@ -45,9 +45,9 @@ __all__ = ["FIXED_CYCLES", "REDUCE_CYCLES", "STATISTICS_CYCLES", "VectorEngine",
 #: no memory port stalls: 4 to the first column, the lanes, 2 to write.
 FIXED_CYCLES = 4 + LANE_LATENCY + 1
 
-# The first result that needs a random word finds it, so stochastic rounding costs no cycle. Only
-# MEMSET's comes 3 cycles earlier, as nothing is read, and waits for it, within FIXED_CYCLES.
-assert DITHER_LATENCY <= 4 + LANE_LATENCY
+# The first result that needs a random word finds it, so stochastic rounding costs no cycle, not
+# even where nothing is read and it comes 3 cycles earlier (MEMSET).
+assert DITHER_LATENCY <= 1 + LANE_LATENCY
 
 
 #: Opcodes that take random words.
