@@ -36,13 +36,12 @@ class RoundRobin(wiring.Component):
             return m
         # Bit i: requester i comes after the one granted last, in this round.
         later = Signal(count)
-        # Those after it first, then all once more: the lowest set bit.
-        candidates = Signal(2 * count)
-        lowest = Signal(2 * count)
+        candidates = Signal(count)
+        after = Signal(count)
         m.d.comb += [
-            candidates.eq(Cat(self.requests & later, self.requests)),
-            lowest.eq(candidates & -candidates),
-            self.grants.eq(lowest[:count] | lowest[count:]),
+            after.eq(self.requests & later),
+            candidates.eq(Mux(after.any(), after, self.requests)),
+            self.grants.eq(candidates & (~candidates + 1)),  # lowest set bit
         ]
         with m.If(self.requests.any() & ~self.hold):
             # Everyone above the granted bit: complement of (grant - 1) without the grant itself.
@@ -55,7 +54,7 @@ def one_hot_mux(select: Value, values: Sequence[Value]) -> Value:
 
     A tree of gates: one ``m.If`` after the other would be a chain.
     """
-    masked = [value & bit.replicate(len(value)) for bit, value in zip(select, values, strict=True)]
+    masked = (Mux(bit, value, 0) for bit, value in zip(select, values, strict=True))
     return functools.reduce(operator.or_, masked)
 
 
@@ -180,20 +179,19 @@ class BankedMemory(wiring.Component):
             m.submodules[f"bank{bank}"] = ram = Once(
                 BankRam(lanes=config.lanes, rows=rows), f"bank_ram_{config.lanes}x{rows}"
             )
+            # Wide and rarely used, so a simulation is faster with branches than with a tree.
             request = Signal(writes[0].request.payload.shape(), name=f"write_request{bank}")
+            for index, port in enumerate(writes):
+                with m.If(write_grants[bank][index]):
+                    m.d.comb += request.eq(port.request.payload)
             m.d.comb += [
                 ram.read_row.eq(
                     one_hot_mux(read_grants[bank], [address[low:] for address in read_addresses])
                 ),
                 ram.read_enable.eq(read_grants[bank].any()),
-                request.eq(
-                    one_hot_mux(
-                        write_grants[bank], [port.request.payload.as_value() for port in writes]
-                    )
-                ),
                 ram.write_row.eq(request.address[low:]),
                 ram.write_data.eq(request.data),
-                ram.write_mask.eq(request.mask),
+                ram.write_mask.eq(Mux(write_grants[bank].any(), request.mask, 0)),
             ]
             outputs.append(ram.read_data)
 
