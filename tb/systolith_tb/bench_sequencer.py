@@ -486,6 +486,50 @@ async def loops_that_do_not_match(dut: Any) -> None:
 
 
 @cocotb.test(timeout_time=5, timeout_unit="ms")
+async def overflow_comes_before_what_follows(dut: Any) -> None:
+    """Known a cycle after its signal, an overflow is reported all the same instead of the fault of
+    the next instruction, and instead of the end if it is END that signals. Both wait, until all
+    behind them has been fetched."""
+    bench = Bench(dut)
+    await bench.reset()
+    illegal = bytes([0xFF]) * INSTRUCTION_BYTES
+    end = encode(Opcode.END, {})
+    fields = {"wait.0.sem": 5, "wait.0.mode": WaitMode.AT_LEAST, "wait.0.value": 1}
+    last = (
+        [encode(Opcode.NOP, fields | {"signal.sem": 3, "signal.amount": 1}), illegal],
+        [encode(Opcode.END, fields | {"signal.sem": 4, "signal.amount": 1})],
+    )
+    streams = [
+        [encode(Opcode.NOP, {"signal.sem": 3 + e, "signal.amount": 255})] * 257 + tail
+        for e, tail in enumerate(last)
+    ]
+    stride = INSTRUCTION_BYTES * 512
+    bench.memory.bytes = np.zeros(stride * COUNT, np.uint8)
+    later = [encode(Opcode.NOP, {})] * 400
+    streams.append([*later, encode(Opcode.NOP, {"signal.sem": 5, "signal.amount": 1}), end])
+    for e, stream in enumerate([*streams, *[[end]] * (COUNT - 3)]):
+        raw = b"".join(stream)
+        bench.memory.bytes[stride * e : stride * e + len(raw)] = np.frombuffer(raw, np.uint8)
+    bench.bases = [stride * e for e in range(COUNT)]
+    await bench.start()
+    seen: dict[int, tuple[FaultCause, int, int]] = {}
+    for _ in range(30_000):
+        await FallingEdge(dut.clk)
+        assert not (bench.high("ended", 1) and bench.high("idle", 1) and 1 not in seen)
+        for e in (0, 1):
+            if bench.high("fault", e) and e not in seen:  # what the core records
+                seen[e] = (
+                    FaultCause(int(getattr(dut, f"cause__{e}").value)),
+                    int(getattr(dut, f"pc__{e}").value),
+                    int(getattr(dut, f"address__{e}").value),
+                )
+        if len(seen) == 2:
+            break
+    assert seen == {e: (FaultCause.SEMAPHORE_OVERFLOW, 257, 3 + e) for e in (0, 1)}
+    assert [await bench.count(sem) for sem in (3, 4)] == [65535, 65535]
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
 async def overflow_and_fetch_error(dut: Any) -> None:
     bench = Bench(dut)
     await bench.reset()

@@ -14,4 +14,4 @@ def test_sequencers(config: str) -> None:
         "systolith_tb.bench_sequencer",
         env={"SYSTOLITH_CONFIG": config},
     )
-    assert ran == (8 if CONFIGS[config].loops else 4)
+    assert ran == (9 if CONFIGS[config].loops else 5)
