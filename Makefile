@@ -50,12 +50,13 @@ synth: setup
 	-$(BIN)/systolith synth --config nano --pnr --out docs/reports/nano
 	-$(BIN)/systolith synth --config small --no-gates --out docs/reports/small
 	-$(BIN)/systolith synth --config medium --no-gates --out docs/reports/medium
-	-$(BIN)/systolith synth --board ulx3s --config tiny --no-gates --seeds 3 --out docs/reports/tiny-ulx3s
+	-$(BIN)/systolith synth --board ulx3s --config tiny --no-gates --seeds 2 \
+		--out docs/reports/tiny-ulx3s
 	$(BIN)/python benchmarks/board.py
-	$(BIN)/systolith synth --block tensor.mac --target ecp5-85k-speed --pnr --mhz 150 \
+	$(BIN)/systolith synth --block tensor.mac --target ecp5-85k-speed --pnr --seeds 5 --mhz 150 \
 		--out docs/reports/nano-tensor.mac
 	$(BIN)/systolith synth --config medium-fp8 --block tensor.mac --target ecp5-85k-speed \
-		--pnr --mhz 150 --out docs/reports/medium-fp8-tensor.mac
+		--pnr --seeds 5 --mhz 150 --out docs/reports/medium-fp8-tensor.mac
 
 # Takes the present cell counts of nano as those that `make test` compares with.
 baseline: setup

@@ -489,13 +489,13 @@ class FunctionUnit(wiring.Component):
         linear = power.c1 * u
         wide = Signal(T.P0_BITS)
         exponent = Signal(signed(_UNIT))  # less one
-        leading, zeros = normalize(m, wide, early=True)
+        leading, places = normalize(m, wide, early=True)
         m.d.comb += [
             wide.eq(Mux(p[-1], -p, p)),
             # -n is ~n + 1
             exponent.eq(
                 s6["unit"]
-                + Mux(s6["exp2"], p >> T.FIXED, Cat(~zeros, Const(1, 1)).as_signed())
+                + Mux(s6["exp2"], p >> T.FIXED, Cat(~places, Const(1, 1)).as_signed())
                 + ~s6["exp2"]
             ),
         ]
