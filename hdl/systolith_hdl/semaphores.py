@@ -57,7 +57,7 @@ class CountPort(wiring.Signature):
 class SemaphoreFile(wiring.Component):
     """Holds the counts and applies one change per cycle, round-robin among the additions and among
     the subtractions: an addition if there is one, unless a subtraction gave way to one the cycle
-    before. So none waits for ever, and no addition for what a subtraction finds.
+    before. So none waits for ever, and an addition never depends on what a wait finds.
 
     The counts are words of a memory, so that who wants to know one has a wire for each of its bits
     and not for each bit of all. What a subtraction leaves is worked out for each who waits, as that

@@ -178,8 +178,8 @@ def map_unit(unit: Unit, target: Target) -> Mapped:
     )
 
 
-#: ABC's commands that map to gates: Yosys' own begin with `&fraig`, which does not get on with the
-#: multipliers that are made of gates.
+#: ABC's commands that map to gates: Yosys' own begin with `&fraig`, which did not end within
+#: minutes on the function unit of the scalar lane.
 _GATES = "+strash;scorr;dc2;strash;dch,-f;map,-B,0.9"
 
 

@@ -16,7 +16,7 @@ from ..emit import Once, side_by_side
 #: Rounds of Speck64 that all lanes share, and of Speck32 that each lane has.
 COLUMN_ROUNDS = 5
 LANE_ROUNDS = 4
-_LANE_STAGES = LANE_ROUNDS // 2  # two rounds of 16 bits take no longer than one of 32
+_LANE_STAGES = LANE_ROUNDS // 2  # two of a lane's short rounds in each
 #: The first shared round is keyed by the seed, the second by the engine and the seed rotated left
 #: by so much (entering once, neighbouring seeds would show a pattern), the others by these.
 SEED_ROTATION = 13
